@@ -1,0 +1,67 @@
+//! Godwit's words: the services its processes speak and the domain types they share.
+//!
+//! Three services, one file each under `proto/`: [`control`] (ttrpc, Unix socket) is what shims and
+//! `godwit` ask of the node's daemon; [`shim`] (ttrpc, next to containerd's Task service) is what the
+//! daemon asks of a shim; [`peer`] (gRPC over TCP) is what daemons ask each other. The rest are the
+//! names that all of them use: [`Digest`], [`Subject`], [`VolumeId`], [`ContainerRef`], [`MigrateFrom`].
+//!
+//! This crate is a leaf: it opens no file and no socket. Text that comes from outside is parsed here,
+//! and only here, into types that cannot hold anything else.
+
+mod digest;
+mod names;
+
+pub use digest::{Digest, ParseDigestError};
+pub use names::{ContainerRef, MigrateFrom, ParseNameError, Subject, VolumeId, VolumeSource};
+
+/// Annotations that Godwit reads from a container's OCI specification.
+pub mod annotation {
+    /// Where to take the container from: `NODE/NAMESPACE/CONTAINER` ([`crate::MigrateFrom`]).
+    pub const MIGRATE_FROM: &str = "godwit.io/migrate-from";
+    /// "cooperative" (the default) or "traditional".
+    pub const MODE: &str = "godwit.io/mode";
+    /// Rounds of pre-copy before the stop.
+    pub const MAX_ROUNDS: &str = "godwit.io/max-rounds";
+    /// "yes" (the default) or "no": whether the writable layer moves too.
+    pub const WRITABLE_LAYER: &str = "godwit.io/writable-layer";
+    /// Name of the service for looking up cached memory; the image's name by default.
+    pub const SERVICE: &str = "godwit.io/service";
+    /// Name of the user for looking up cached memory; the container's id by default.
+    pub const USER: &str = "godwit.io/user";
+}
+
+/// Paths that shim, daemon and command line must agree on without asking each other.
+pub mod path {
+    /// The daemon's control socket.
+    pub const CONTROL_SOCKET: &str = "/run/godwit/control.sock";
+    /// One file per released container, `NAMESPACE/ID`: a shim refuses to create what is named here.
+    /// The file's text says where the container went: "moved to NODE, epoch N".
+    pub const FENCES: &str = "/var/lib/godwit/fences";
+    /// File in a bundle that holds the shim's ttrpc address.
+    pub const SHIM_ADDRESS_FILE: &str = "godwit-address";
+}
+
+/// The shim's own service.
+pub mod shim {
+    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+    mod generated {
+        include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));
+    }
+    pub use generated::{shim::*, shim_ttrpc::*};
+}
+
+/// The daemon's control service.
+pub mod control {
+    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+    mod generated {
+        include!(concat!(env!("OUT_DIR"), "/control/mod.rs"));
+    }
+    pub use generated::{control::*, control_ttrpc::*};
+}
+
+/// The peer service between daemons.
+#[cfg(feature = "peer")]
+pub mod peer {
+    #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated")]
+    tonic::include_proto!("godwit.peer.v1");
+}
