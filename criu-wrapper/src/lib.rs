@@ -1,1 +1,14 @@
-//! placeholder
+//! CRIU seen from outside: what its logs say, which version it is, what its image directories hold,
+//! and which pages of a running process it would dump.
+//!
+//! A leaf: it knows neither containerd nor Godwit's protocol, and starts CRIU only to ask for its
+//! version (runc runs the dumps and restores). Read [`log`] for the reason of a failure,
+//! [`version`] for what a CRIU can do, [`pagemap`] for memory images and how a child directory
+//! refers to its parent, [`live`] for reading pages before any freeze.
+
+pub mod leftovers;
+pub mod live;
+pub mod log;
+pub mod pagemap;
+mod sys;
+pub mod version;
