@@ -23,8 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     if std::env::var_os("CARGO_FEATURE_PEER").is_some() {
         tonic_prost_build::configure()
-            .bytes(".godwit.peer.v1.Object")
-            .bytes(".godwit.peer.v1.BlobPiece")
+            .bytes(".")
             .compile_protos(&["proto/peer.proto"], &["proto"])?;
     }
     println!("cargo:rerun-if-changed=proto");

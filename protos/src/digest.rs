@@ -45,7 +45,7 @@ impl TryFrom<&[u8]> for Digest {
     type Error = ParseDigestError;
 
     fn try_from(bytes: &[u8]) -> Result<Self, Self::Error> {
-        bytes.try_into().map(Self).map_err(|_: std::array::TryFromSliceError| {
+        bytes.try_into().map(Self).map_err(|_wrong_length: std::array::TryFromSliceError| {
             ParseDigestError(format!("{} bytes", bytes.len()))
         })
     }

@@ -1,1 +1,121 @@
-fn main() {}
+//! `containerd-shim-godwit-v1`: a containerd runtime shim over an OCI runtime (runc), which can also
+//! checkpoint, restore, and hand a running container over to another node.
+//!
+//! ```text
+//! containerd --start--> shim --spawns--> server --ttrpc--> TaskService --> Container --> runc, CRIU
+//!                                          |                                  |
+//! node's daemon ---------ttrpc-------------+-> OwnService (freeze, dump ...)  +--> daemon (volumes,
+//!                                                                                  acquire, claim)
+//! ```
+//!
+//! One server per container, or per pod. Read next: [`server`] for the process, [`container`] for what
+//! orders operations and events, [`launch`] for the ways into a running container, [`hold`] for the
+//! instant at which a migrated container may run, [`dump`] for the way out.
+
+mod bootstrap;
+mod cgroup;
+mod container;
+mod criu;
+mod daemon;
+mod dump;
+mod error;
+mod hold;
+mod launch;
+mod log;
+mod options;
+mod own_service;
+mod process;
+mod publisher;
+mod reap;
+mod rootfs;
+mod runc;
+mod server;
+mod spec;
+mod stats;
+mod sys;
+mod task;
+mod wiring;
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use containerd_shim::Flags;
+use containerd_shim::protos::protobuf::Message as _;
+use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+
+/// The name users select the runtime by.
+const RUNTIME_NAME: &str = "io.containerd.runc.godwit.v1";
+/// Threads that run the shim's tasks: it waits, mostly.
+const WORKER_THREADS: usize = 2;
+/// Threads for calls that block (writing log files).
+const BLOCKING_THREADS_MAX: usize = 4;
+
+fn main() -> ExitCode {
+    if hold::is_script() {
+        return hold::script_main();
+    }
+    let args: Vec<_> = std::env::args_os().collect();
+    let flags = match containerd_shim::parse(args.get(1..).unwrap_or_default()) {
+        Ok(flags) => flags,
+        Err(error) => return failed(&error),
+    };
+    if flags.version {
+        println!("{RUNTIME_NAME} {}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    if flags.info {
+        return info();
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_keep_alive(Duration::from_secs(1))
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(run(&flags)),
+        Err(error) => return failed(&error),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error),
+    }
+}
+
+async fn run(flags: &Flags) -> Result<(), server::ServeError> {
+    match flags.action.as_str() {
+        "start" => server::start(flags).await,
+        "delete" => server::delete(flags).await,
+        _ => {
+            log::init(Path::new("."), flags.debug);
+            let served = server::serve(flags).await;
+            if let Err(error) = &served {
+                tracing::error!("{}", error::chain(error));
+            }
+            served
+        }
+    }
+}
+
+/// `-info`: what containerd 2 asks before it starts anything.
+fn info() -> ExitCode {
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let info = RuntimeInfo {
+        name: RUNTIME_NAME.to_owned(),
+        version: Some(RuntimeVersion { version, ..Default::default() }).into(),
+        ..Default::default()
+    };
+    let written = info.write_to_bytes().map(|bytes| std::io::stdout().lock().write_all(&bytes));
+    match written {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => failed(&error),
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("{RUNTIME_NAME}: {}", error::chain(error));
+    ExitCode::FAILURE
+}

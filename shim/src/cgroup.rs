@@ -1,0 +1,194 @@
+//! Where a process's control groups lie, and what the shim does with them beside counting: freezing and
+//! looking for stopped tasks. Works with version 1, version 2 and both side by side.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Depth and number of groups below a container's own that are looked at.
+const GROUPS_MAX: usize = 4096;
+
+/// The control groups of one process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Cgroup {
+    /// Directory by controller, for example `memory`, `name=systemd`.
+    V1(HashMap<String, PathBuf>),
+    /// The one directory.
+    V2(PathBuf),
+}
+
+impl Cgroup {
+    /// The groups of process `pid`. Errors: I/O; not found when the process is gone.
+    pub(crate) fn of(pid: u32) -> io::Result<Self> {
+        let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        resolve(&membership, &mounts).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, "no cgroup hierarchy is mounted")
+        })
+    }
+
+    /// Directory that holds the files of `controller`.
+    pub(crate) fn dir(&self, controller: &str) -> Option<&Path> {
+        match self {
+            Self::V1(dirs) => dirs.get(controller).map(PathBuf::as_path),
+            Self::V2(dir) => Some(dir),
+        }
+    }
+
+    /// Every process in the group and in those below it, in the shim's pid namespace.
+    pub(crate) fn processes(&self) -> BTreeSet<u32> {
+        let dirs: Vec<&Path> = match self {
+            // The runtime puts the processes into every controller's group alike.
+            Self::V1(_) => ["pids", "freezer", "memory", "name=systemd"]
+                .iter()
+                .find_map(|controller| self.dir(controller))
+                .into_iter()
+                .collect(),
+            Self::V2(dir) => vec![dir],
+        };
+        let mut pids = BTreeSet::new();
+        let mut queue: Vec<PathBuf> = dirs.into_iter().map(Path::to_owned).collect();
+        let mut seen = 0;
+        while let Some(dir) = queue.pop().filter(|_| seen < GROUPS_MAX) {
+            seen += 1;
+            let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+            pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()));
+            let below = std::fs::read_dir(&dir).into_iter().flatten().flatten();
+            queue.extend(
+                below.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()),
+            );
+        }
+        pids
+    }
+
+    /// Processes that a SIGSTOP holds. In a frozen version 1 group they make CRIU wait for ever.
+    pub(crate) fn stopped_processes(&self) -> Vec<u32> {
+        let is_stopped = |pid: &u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            state_in(&stat) == Some('T')
+        };
+        self.processes().into_iter().filter(is_stopped).collect()
+    }
+
+    /// Processes that the kernel killed in this group for want of memory.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let file = match self {
+            Self::V1(_) => "memory.oom_control",
+            Self::V2(_) => "memory.events",
+        };
+        let text = self.dir("memory").and_then(|dir| std::fs::read_to_string(dir.join(file)).ok());
+        let text = text.unwrap_or_default();
+        let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// Lets a frozen group run on, past the runtime. Errors: I/O; there is no freezer.
+    pub(crate) fn thaw(&self) -> io::Result<()> {
+        let missing = || io::Error::new(io::ErrorKind::NotFound, "the container has no freezer");
+        match self {
+            Self::V1(dirs) => {
+                let dir = dirs.get("freezer").ok_or_else(missing)?;
+                std::fs::write(dir.join("freezer.state"), "THAWED")
+            }
+            Self::V2(dir) => std::fs::write(dir.join("cgroup.freeze"), "0"),
+        }
+    }
+}
+
+/// State letter in `/proc/PID/stat`; the name before it may hold anything, parentheses too.
+fn state_in(stat: &str) -> Option<char> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// Joins `/proc/PID/cgroup` with `/proc/self/mountinfo`.
+fn resolve(membership: &str, mountinfo: &str) -> Option<Cgroup> {
+    let mounts: Vec<CgroupMount<'_>> = mountinfo.lines().filter_map(cgroup_mount).collect();
+    let mut v1 = HashMap::new();
+    let mut v2 = None;
+    for line in membership.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next())
+        else {
+            continue;
+        };
+        if controllers.is_empty() {
+            v2 = mounts.iter().find(|mount| mount.is_v2).map(|mount| mount.dir_of(path));
+            continue;
+        }
+        let named: Vec<&str> = controllers.split(',').collect();
+        let holds = |mount: &&CgroupMount<'_>| {
+            !mount.is_v2 && named.iter().all(|name| mount.options.split(',').any(|o| o == *name))
+        };
+        if let Some(mount) = mounts.iter().find(holds) {
+            v1.extend(named.iter().map(|name| ((*name).to_owned(), mount.dir_of(path))));
+        }
+    }
+    // Side by side the controllers are with version 1; the second hierarchy is empty.
+    let has_controllers = v1.keys().any(|name| !name.starts_with("name="));
+    if has_controllers { Some(Cgroup::V1(v1)) } else { v2.map(Cgroup::V2) }
+}
+
+struct CgroupMount<'a> {
+    root: &'a str,
+    dir: &'a str,
+    options: &'a str,
+    is_v2: bool,
+}
+
+impl CgroupMount<'_> {
+    fn dir_of(&self, path: &str) -> PathBuf {
+        let below = path.strip_prefix(self.root.trim_end_matches('/')).unwrap_or(path);
+        Path::new(self.dir).join(below.trim_start_matches('/'))
+    }
+}
+
+/// `36 35 0:31 ROOT DIR opts [optional]... - TYPE SOURCE SUPER_OPTIONS`
+fn cgroup_mount(line: &str) -> Option<CgroupMount<'_>> {
+    let (left, right) = line.split_once(" - ")?;
+    let mut left = left.split(' ').skip(3);
+    let (root, dir) = (left.next()?, left.next()?);
+    let mut right = right.split(' ');
+    let kind = right.next()?;
+    let options = right.nth(1)?;
+    let is_v2 = kind == "cgroup2";
+    (is_v2 || kind == "cgroup").then_some(CgroupMount { root, dir, options, is_v2 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1_MOUNTS: &str = "\
+24 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+29 24 0:30 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct
+30 24 0:31 /node /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory
+31 24 0:32 / /sys/fs/cgroup/systemd rw - cgroup systemd rw,xattr,name=systemd
+32 24 0:33 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate
+";
+
+    #[test]
+    fn version_1_by_controller_and_relative_to_the_mount() {
+        let membership = "4:cpu,cpuacct:/default/c\n3:memory:/node/default/c\n\
+                          2:name=systemd:/s\n0::/";
+        let Some(Cgroup::V1(dirs)) = resolve(membership, V1_MOUNTS) else { panic!("not v1") };
+        let dir = |name: &str| dirs[name].to_str().unwrap();
+        assert_eq!(dir("cpuacct"), "/sys/fs/cgroup/cpu,cpuacct/default/c");
+        assert_eq!(dir("memory"), "/sys/fs/cgroup/memory/default/c");
+        assert_eq!(dir("name=systemd"), "/sys/fs/cgroup/systemd/s");
+    }
+
+    #[test]
+    fn version_2() {
+        let mounts = "32 24 0:33 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
+        let found = resolve("0::/system.slice/c", mounts);
+        assert_eq!(found, Some(Cgroup::V2("/sys/fs/cgroup/system.slice/c".into())));
+        assert_eq!(resolve("0::/", ""), None);
+    }
+
+    #[test]
+    fn the_state_follows_the_last_parenthesis() {
+        assert_eq!(state_in("12 (a) T b) S 1 12"), Some('S'));
+        assert_eq!(state_in("12 (sleep) T 1 12"), Some('T'));
+        assert_eq!(state_in(""), None);
+    }
+}

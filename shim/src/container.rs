@@ -1,0 +1,516 @@
+//! One container: its init process, the processes added to it, and the runtime that holds it.
+//!
+//! Two locks order what happens to it:
+//!
+//! - `operation` admits one operation at a time that changes the container (start, pause, resume, dump,
+//!   update, delete). State, Wait and Kill never take it, so they answer during a long dump.
+//! - `gate` orders events. Whoever starts a process holds it until the start event is queued; an exit
+//!   takes it before it becomes visible. So an exit, however early, follows its start; and the init's exit
+//!   waits until every other process of the container has ended.
+//!
+//! Read next: [`crate::launch`] for create, start and restore, [`crate::dump`] for checkpoints.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim::asynchronous::io::Stdio;
+use containerd_shim::protos::api::Mount;
+use containerd_shim::protos::events::task::{
+    TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+};
+use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim::protos::shim::oci::Options;
+use godwit_protos::{ContainerRef, MigrateFrom};
+use nix::sys::signal::Signal;
+use tokio::sync::watch;
+
+use crate::cgroup::Cgroup;
+use crate::error::TaskError;
+use crate::process::{Phase, Process};
+use crate::publisher::Publisher;
+use crate::reap::{Exit, Reaper, Waiter};
+use crate::rootfs;
+use crate::runc::{Launch, Runc};
+use crate::wiring::{ConsoleSocket, Owner};
+
+/// How long the init's exit waits for the other processes' ends, and a delete for the init's.
+const END_TIME_MAX: Duration = Duration::from_secs(10);
+/// Exit status of what was killed before it ran.
+const KILLED: u32 = 137;
+
+/// What all containers of a shim share.
+pub(crate) struct Shared {
+    pub(crate) namespace: String,
+    pub(crate) reaper: Arc<Reaper>,
+    pub(crate) publisher: Publisher,
+}
+
+/// Where a container's processes come from.
+#[derive(Debug)]
+pub(crate) enum Origin {
+    /// The image: an ordinary start.
+    Fresh,
+    /// A CRIU image directory that containerd names.
+    Image { image_path: PathBuf, work_path: PathBuf },
+    /// Another node.
+    Migrate(MigrateFrom),
+}
+
+/// A process added by exec.
+struct Exec {
+    process: Arc<Process>,
+    spec: Vec<u8>,
+}
+
+/// See the module comment.
+pub(crate) struct Container {
+    pub(crate) name: ContainerRef,
+    pub(crate) bundle: PathBuf,
+    pub(crate) options: Options,
+    pub(crate) runc: Runc,
+    pub(crate) rootfs: Vec<Mount>,
+    pub(crate) origin: Origin,
+    pub(crate) own_pid_namespace: bool,
+    /// The user's own CRIU configuration file.
+    pub(crate) user_criu_config: Option<PathBuf>,
+    pub(crate) init: Arc<Process>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) operation: tokio::sync::Mutex<()>,
+    pub(crate) gate: tokio::sync::Mutex<()>,
+    /// Becomes true when a start that is under way is no longer wanted.
+    pub(crate) cancelled: watch::Sender<bool>,
+    execs: Mutex<HashMap<String, Arc<Exec>>>,
+    /// Control groups of the init process, noted while it was alive.
+    cgroup: OnceLock<Cgroup>,
+    /// Processes killed for want of memory that were reported.
+    oom_kills: AtomicU64,
+    /// Processes that a signal had stopped when the container was frozen. Once it is, all look alike.
+    stopped_when_frozen: Mutex<Vec<u32>>,
+}
+
+/// What a new container is made of.
+pub(crate) struct Parts {
+    pub(crate) name: ContainerRef,
+    pub(crate) bundle: PathBuf,
+    pub(crate) options: Options,
+    pub(crate) rootfs: Vec<Mount>,
+    pub(crate) origin: Origin,
+    pub(crate) own_pid_namespace: bool,
+    pub(crate) user_criu_config: Option<PathBuf>,
+    pub(crate) stdio: Stdio,
+}
+
+impl Container {
+    pub(crate) fn new(parts: Parts, shared: Arc<Shared>) -> Self {
+        let reaper = Arc::clone(&shared.reaper);
+        let id = parts.name.id();
+        let runc = Runc::new(&parts.options, &shared.namespace, id, &parts.bundle, reaper);
+        Self {
+            runc,
+            name: parts.name,
+            bundle: parts.bundle,
+            options: parts.options,
+            rootfs: parts.rootfs,
+            origin: parts.origin,
+            own_pid_namespace: parts.own_pid_namespace,
+            user_criu_config: parts.user_criu_config,
+            init: Arc::new(Process::new("", parts.stdio)),
+            shared,
+            operation: tokio::sync::Mutex::default(),
+            gate: tokio::sync::Mutex::default(),
+            cancelled: watch::channel(false).0,
+            execs: Mutex::default(),
+            cgroup: OnceLock::new(),
+            oom_kills: AtomicU64::new(0),
+            stopped_when_frozen: Mutex::default(),
+        }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Error for an operation that the container's phase does not allow.
+    pub(crate) fn phase_error(&self, wanted: &'static str) -> TaskError {
+        let is = self.init.phase().name();
+        TaskError::Phase { container: self.name.to_string(), is, wanted }
+    }
+
+    pub(crate) fn owner(&self) -> Owner<'_> {
+        Owner {
+            namespace: &self.shared.namespace,
+            id: self.name.id(),
+            options: &self.options,
+            reaper: &self.shared.reaper,
+        }
+    }
+
+    /// The init process, or the one added as `exec_id`.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, TaskError> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        self.exec(exec_id).map(|exec| Arc::clone(&exec.process))
+    }
+
+    fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, TaskError> {
+        let missing =
+            || TaskError::NoExec { container: self.name.to_string(), exec: exec_id.to_owned() };
+        self.execs().get(exec_id).cloned().ok_or_else(missing)
+    }
+
+    /// Ids of the added processes that run.
+    pub(crate) fn running_execs(&self) -> Vec<String> {
+        let execs = self.execs();
+        let running = execs.iter().filter(|(_, exec)| exec.process.phase() == Phase::Running);
+        running.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Its control groups. Errors: it has none, for want of a living init process.
+    pub(crate) fn cgroup(&self) -> Result<Cgroup, TaskError> {
+        if let Some(cgroup) = self.cgroup.get() {
+            return Ok(cgroup.clone());
+        }
+        match self.init.pid() {
+            0 => Err(self.phase_error("it has no process yet")),
+            pid => {
+                Cgroup::of(pid).map_err(TaskError::io(format!("control groups of {}", self.name)))
+            }
+        }
+    }
+
+    /// Notes the control groups of a process that has just been started.
+    pub(crate) fn note_cgroup(&self) {
+        if let Ok(cgroup) = Cgroup::of(self.init.pid()) {
+            let _ = self.cgroup.set(cgroup);
+        }
+    }
+
+    /// Reports kills for want of memory, of which the kernel keeps a count per group. Looked at when a
+    /// process ends, so that the report comes before that end's.
+    fn report_oom(&self) {
+        let kills = self.cgroup.get().map_or(0, Cgroup::oom_kills);
+        if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
+            let container_id = self.name.id().to_owned();
+            self.shared.publisher.publish(TaskOOM { container_id, ..Default::default() });
+        }
+    }
+
+    /// Reports the end of `process` when `waiter` says so, after everything that must come before it.
+    pub(crate) fn report_exit(self: &Arc<Self>, process: Arc<Process>, waiter: Waiter) {
+        let container = Arc::clone(self);
+        tokio::spawn(async move {
+            let Ok(exit) = waiter.await else { return };
+            if process.exec_id.is_empty() {
+                container.end_others().await;
+            }
+            let _gate = container.gate.lock().await;
+            container.report_oom();
+            container.note_exit(&process, exit);
+        });
+    }
+
+    fn note_exit(&self, process: &Process, exit: Exit) {
+        process.stop(exit);
+        let is_init = process.exec_id.is_empty();
+        self.shared.publisher.publish(TaskExit {
+            container_id: self.name.id().to_owned(),
+            id: if is_init { self.name.id().to_owned() } else { process.exec_id.clone() },
+            pid: process.pid(),
+            exit_status: exit.code,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        });
+    }
+
+    /// Ends what outlives the init process, and waits for the ends of added processes.
+    async fn end_others(&self) {
+        if !self.own_pid_namespace
+            && let Err(error) = self.runc.kill(Signal::SIGKILL as u32, true).await
+            && !error.is_gone()
+        {
+            tracing::warn!("ending the processes of {}: {error}", self.name);
+        }
+        let execs: Vec<_> = self.execs().values().map(|exec| Arc::clone(&exec.process)).collect();
+        let ends = async {
+            for process in execs.iter().filter(|process| process.phase() == Phase::Running) {
+                process.stopped().await;
+            }
+        };
+        if tokio::time::timeout(END_TIME_MAX, ends).await.is_err() {
+            tracing::warn!("added processes of {} outlive its init process", self.name);
+        }
+    }
+
+    /// Adds a process, to be started later.
+    ///
+    /// - `spec`: the OCI specification's process as JSON.
+    /// - Errors: the id is taken or no name; the container does not run.
+    pub(crate) fn add_exec(
+        &self,
+        exec_id: &str,
+        stdio: Stdio,
+        spec: Vec<u8>,
+    ) -> Result<(), TaskError> {
+        // It becomes part of file names in the bundle.
+        ContainerRef::new(&self.shared.namespace, exec_id)?;
+        if self.init.phase() != Phase::Running {
+            return Err(self.phase_error("processes can be added to a running container only"));
+        }
+        let mut execs = self.execs();
+        if execs.contains_key(exec_id) {
+            return Err(TaskError::Exists(format!("process {exec_id} of container {}", self.name)));
+        }
+        let process = Arc::new(Process::new(exec_id, stdio));
+        execs.insert(exec_id.to_owned(), Arc::new(Exec { process, spec }));
+        drop(execs);
+        self.shared.publisher.publish(TaskExecAdded {
+            container_id: self.name.id().to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Starts an added process. Errors: its phase or the container's; the runtime's.
+    pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
+        let exec = self.exec(exec_id)?;
+        let _gate = self.gate.lock().await;
+        if self.init.phase() != Phase::Running {
+            return Err(self.phase_error("processes can be started in a running container only"));
+        }
+        if exec.process.phase() != Phase::Created {
+            return Err(self.phase_error("the process was started already"));
+        }
+        let since = self.shared.reaper.mark();
+        match self.run_exec(&exec).await {
+            Ok(pid) => {
+                exec.process.set_pid(pid);
+                exec.process.enter(Phase::Running);
+                self.shared.publisher.publish(TaskExecStarted {
+                    container_id: self.name.id().to_owned(),
+                    exec_id: exec_id.to_owned(),
+                    pid,
+                    ..Default::default()
+                });
+                let waiter = self.shared.reaper.watch(pid, since);
+                self.report_exit(Arc::clone(&exec.process), waiter);
+                Ok(pid)
+            }
+            Err(error) => {
+                exec.process.rewire().abort(&self.shared.reaper).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn run_exec(&self, exec: &Exec) -> Result<u32, TaskError> {
+        let id = &exec.process.exec_id;
+        let spec_file = self.bundle.join(format!("exec-{id}.json"));
+        let pid_file = self.bundle.join(format!("exec-{id}.pid"));
+        std::fs::write(&spec_file, &exec.spec).map_err(TaskError::io("process description"))?;
+        let started = self
+            .wire(&exec.process, &pid_file, async |launch| self.runc.exec(&spec_file, launch).await)
+            .await;
+        let pid = started.and_then(|()| read_pid(&pid_file));
+        for file in [spec_file, pid_file] {
+            let _ = std::fs::remove_file(file);
+        }
+        pid
+    }
+
+    /// Sets up a process's streams around the runtime command that starts it.
+    pub(crate) async fn wire(
+        &self,
+        process: &Process,
+        pid_file: &std::path::Path,
+        command: impl AsyncFnOnce(Launch<'_>) -> Result<(), crate::runc::RuncError>,
+    ) -> Result<(), TaskError> {
+        let (wiring, stdio) = (process.wiring(), &process.stdio);
+        if stdio.terminal {
+            let console = ConsoleSocket::bind(&self.bundle, &process.exec_id)?;
+            let streams = crate::runc::Streams::default();
+            command(Launch { pid_file, console_socket: Some(console.name()), streams }).await?;
+            wiring.attach_terminal(stdio, console, &self.owner()).await?;
+        } else {
+            let (streams, pending) = wiring.pipes(stdio, &self.owner()).await?;
+            wiring.attach(stdio, pending)?;
+            command(Launch { pid_file, console_socket: None, streams }).await?;
+        }
+        Ok(())
+    }
+
+    /// Signals a process, or with `all` every process of the container.
+    ///
+    /// Errors: [`TaskError::Finished`] when it has ended.
+    pub(crate) async fn kill(
+        &self,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), TaskError> {
+        let process = self.process(exec_id)?;
+        if !exec_id.is_empty() {
+            let number =
+                i32::try_from(signal).ok().and_then(|number| Signal::try_from(number).ok());
+            let signal =
+                number.ok_or_else(|| TaskError::Invalid(format!("{signal} is not a signal")))?;
+            let sent = self.shared.reaper.signal(process.pid(), signal);
+            return sent.map_err(|_gone| TaskError::Finished);
+        }
+        if process.pid() == 0 && process.phase() == Phase::Created {
+            if signal != Signal::SIGKILL as u32 && signal != Signal::SIGTERM as u32 {
+                return Err(self.phase_error("it has no process yet"));
+            }
+            return self.cancel().await;
+        }
+        if matches!(process.phase(), Phase::Stopped(_)) {
+            return Err(TaskError::Finished);
+        }
+        self.runc.kill(signal, all).await?;
+        if signal == Signal::SIGKILL as u32 && process.phase() == Phase::Paused {
+            // In a frozen group of version 1 even this signal waits.
+            self.cgroup()?.thaw().map_err(TaskError::io("thawing the killed container"))?;
+        }
+        Ok(())
+    }
+
+    /// Ends a container that waits to be restored; a start under way is broken off where that is safe.
+    async fn cancel(&self) -> Result<(), TaskError> {
+        self.cancelled.send_replace(true);
+        let _operation = self.operation.lock().await;
+        if self.init.pid() != 0 {
+            // The restore was past the point where it can be broken off.
+            return Ok(self.runc.kill(Signal::SIGKILL as u32, true).await?);
+        }
+        let _gate = self.gate.lock().await;
+        if self.init.phase() == Phase::Created {
+            self.note_exit(&self.init, Exit { code: KILLED, at: SystemTime::now() });
+        }
+        Ok(())
+    }
+
+    /// Freezes every process. Errors: the container does not run.
+    pub(crate) async fn pause(&self) -> Result<(), TaskError> {
+        let _operation = self.operation.lock().await;
+        if self.init.phase() != Phase::Running {
+            return Err(self.phase_error("a running container can be paused only"));
+        }
+        let stopped = self.cgroup()?.stopped_processes();
+        *self.stopped_when_frozen.lock().unwrap_or_else(PoisonError::into_inner) = stopped;
+        self.runc.pause().await?;
+        self.init.enter(Phase::Paused);
+        let container_id = self.name.id().to_owned();
+        self.shared.publisher.publish(TaskPaused { container_id, ..Default::default() });
+        Ok(())
+    }
+
+    /// Undoes [`Container::pause`]. Errors: the container is not paused.
+    pub(crate) async fn resume(&self) -> Result<(), TaskError> {
+        let _operation = self.operation.lock().await;
+        if self.init.phase() != Phase::Paused {
+            return Err(self.phase_error("a paused container can be resumed only"));
+        }
+        self.runc.resume().await?;
+        self.note_resumed();
+        Ok(())
+    }
+
+    /// Processes that a signal stopped, now or before the container was frozen.
+    pub(crate) fn stopped_processes(&self, cgroup: &Cgroup) -> Vec<u32> {
+        let mut stopped = cgroup.stopped_processes();
+        if self.init.phase() == Phase::Paused {
+            let noted = self.stopped_when_frozen.lock().unwrap_or_else(PoisonError::into_inner);
+            stopped.extend(noted.iter());
+        }
+        stopped.sort_unstable();
+        stopped.dedup();
+        stopped
+    }
+
+    /// Notes that the processes run again.
+    pub(crate) fn note_resumed(&self) {
+        self.init.enter(Phase::Running);
+        let container_id = self.name.id().to_owned();
+        self.shared.publisher.publish(TaskResumed { container_id, ..Default::default() });
+    }
+
+    /// Sets resource limits from the OCI specification's JSON.
+    pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), TaskError> {
+        let _operation = self.operation.lock().await;
+        Ok(self.runc.update(resources).await?)
+    }
+
+    /// Removes an added process that does not run.
+    pub(crate) async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), TaskError> {
+        let exec = self.exec(exec_id)?;
+        if matches!(exec.process.phase(), Phase::Running | Phase::Paused) {
+            return Err(self.phase_error("the added process still runs"));
+        }
+        exec.process.wiring().shutdown(&self.shared.reaper).await;
+        self.execs().remove(exec_id);
+        Ok((exec.process.pid(), exec.process.exit().unwrap_or(never_ran())))
+    }
+
+    /// Removes a container that does not run: what the runtime holds, its mounts, its streams.
+    ///
+    /// Errors: it still runs; the runtime's; a mount that cannot be undone. It can be called again then.
+    pub(crate) async fn delete(&self) -> Result<(u32, Exit), TaskError> {
+        let _operation = self.operation.lock().await;
+        let phase = self.init.phase();
+        if matches!(phase, Phase::Running | Phase::Paused) {
+            return Err(self.phase_error("task must be stopped before deletion"));
+        }
+        if self.init.pid() != 0 {
+            match self.runc.delete(phase == Phase::Created).await {
+                Err(error) if !error.is_gone() => return Err(error.into()),
+                _ => {}
+            }
+            if tokio::time::timeout(END_TIME_MAX, self.init.stopped()).await.is_err() {
+                tracing::warn!("the end of {} was never seen", self.name);
+            }
+        }
+        self.init.wiring().shutdown(&self.shared.reaper).await;
+        let leftovers: Vec<_> = self.execs().drain().map(|(_, exec)| exec).collect();
+        for exec in leftovers {
+            exec.process.wiring().abort(&self.shared.reaper).await;
+        }
+        if !self.rootfs.is_empty() {
+            rootfs::unmount(&self.bundle.join("rootfs"))?;
+        }
+        let exit = self.init.exit().unwrap_or(never_ran());
+        self.shared.publisher.publish(TaskDelete {
+            container_id: self.name.id().to_owned(),
+            pid: self.init.pid(),
+            exit_status: exit.code,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        });
+        Ok((self.init.pid(), exit))
+    }
+}
+
+/// The end of what never began.
+fn never_ran() -> Exit {
+    Exit { code: 0, at: SystemTime::now() }
+}
+
+/// Reads a file with a pid.
+pub(crate) fn read_pid(path: &std::path::Path) -> Result<u32, TaskError> {
+    let text = std::fs::read_to_string(path).map_err(TaskError::io(path.display().to_string()))?;
+    let wrong = |_| TaskError::Invalid(format!("{} holds no pid", path.display()));
+    text.trim().parse().map_err(wrong)
+}
+
+/// A moment in protobuf's form.
+pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: since.subsec_nanos().cast_signed(),
+        ..Default::default()
+    }
+}

@@ -1,0 +1,223 @@
+//! Dumping a container with CRIU, for containerd's Checkpoint and for a migration, and what goes with the
+//! latter: freezing, thawing, and letting go of a container that runs elsewhere.
+//!
+//! A dump must not hang a node. A process held by SIGSTOP makes CRIU wait for ever when the freezer of
+//! version 1 holds it too, so such processes are looked for first; and a watchdog thaws the container when
+//! a dump takes longer than it can, on which CRIU fails and the container runs on.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use containerd_shim::protos::events::task::TaskCheckpointed;
+use containerd_shim::protos::shim::oci::CheckpointOptions;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::cgroup::Cgroup;
+use crate::container::Container;
+use crate::criu::{self, Connections};
+use crate::error::{TaskError, chain};
+use crate::process::Phase;
+use crate::runc::RuncError;
+
+/// How long a dump may take before the watchdog thaws the container ...
+const DUMP_TIME_MAX: Duration = Duration::from_secs(120);
+/// ... and how much longer for each GiB of memory.
+const DUMP_TIME_MAX_PER_GIB: Duration = Duration::from_secs(10);
+/// How long a dump may take to fail once thawed, before the runtime is killed.
+const BREAK_OFF_TIME_MAX: Duration = Duration::from_secs(15);
+/// How long the processes of a container that was let go of may take to end.
+const END_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// What a dump is to do.
+struct Dump<'a> {
+    image_path: &'a Path,
+    work_path: &'a Path,
+    connections: Connections,
+    flags: Vec<&'a str>,
+}
+
+impl Container {
+    /// containerd's Checkpoint: dumps into `image_path`, and ends the container if `options` say so.
+    ///
+    /// Errors: the container does not run; [`TaskError::Dump`] with CRIU's reason.
+    pub(crate) async fn checkpoint(
+        &self,
+        image_path: &Path,
+        options: &CheckpointOptions,
+    ) -> Result<(), TaskError> {
+        let _operation = self.operation.lock().await;
+        if !matches!(self.init.phase(), Phase::Running | Phase::Paused) {
+            return Err(self.phase_error("a running or paused container can be dumped only"));
+        }
+        let work_path = match options.work_path.as_str() {
+            "" => self.bundle.join("work"),
+            path => PathBuf::from(path),
+        };
+        std::fs::create_dir_all(&work_path).map_err(TaskError::io("CRIU's work directory"))?;
+        let mut flags: Vec<&str> = Vec::new();
+        for (wanted, flag) in [
+            (!options.exit, "--leave-running"),
+            (options.open_tcp, "--tcp-established"),
+            (options.external_unix_sockets, "--ext-unix-sk"),
+            (options.terminal, "--shell-job"),
+            (options.file_locks, "--file-locks"),
+        ] {
+            flags.extend(wanted.then_some(flag));
+        }
+        flags.extend(options.empty_namespaces.iter().flat_map(|kind| ["--empty-ns", kind]));
+        if !options.cgroups_mode.is_empty() {
+            flags.extend(["--manage-cgroups-mode", &options.cgroups_mode]);
+        }
+        let connections = if options.open_tcp { Connections::Keep } else { Connections::Refuse };
+        self.dump_with(Dump { image_path, work_path: &work_path, connections, flags }).await?;
+        if options.open_tcp {
+            criu::note_open_tcp(image_path).map_err(TaskError::io("checkpoint directory"))?;
+        }
+        self.shared.publisher.publish(TaskCheckpointed {
+            container_id: self.name.id().to_owned(),
+            checkpoint: image_path.display().to_string(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Dumps a frozen container for a migration; it stays frozen, also when the dump fails (but not when
+    /// the watchdog had to thaw it).
+    ///
+    /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::Dump`], [`TaskError::DumpHung`].
+    pub(crate) async fn dump(&self, image_path: &Path, work_path: &Path) -> Result<(), TaskError> {
+        let _operation = self.operation.lock().await;
+        if self.init.phase() != Phase::Paused {
+            return Err(self.phase_error("a frozen container can be dumped for a migration only"));
+        }
+        let flags = vec!["--leave-running", "--tcp-established", "--file-locks"];
+        self.dump_with(Dump { image_path, work_path, connections: Connections::Keep, flags }).await
+    }
+
+    async fn dump_with(&self, dump: Dump<'_>) -> Result<(), TaskError> {
+        let cgroup = self.cgroup()?;
+        self.check_stopped(&cgroup)?;
+        self.write_criu_config(dump.connections, None).await?;
+        // The log of an earlier attempt must not explain this one.
+        let _ = std::fs::remove_file(dump.work_path.join("dump.log"));
+        let limit = dump_limit(&cgroup);
+        let call = self.runc.checkpoint(
+            dump.image_path,
+            dump.work_path,
+            &dump.flags,
+            limit + BREAK_OFF_TIME_MAX,
+        );
+        let mut call = std::pin::pin!(call);
+        let outcome = tokio::select! {
+            outcome = &mut call => outcome,
+            () = tokio::time::sleep(limit) => return self.break_off(call, &cgroup, limit).await,
+        };
+        outcome.map_err(|error| self.dump_failed(dump.work_path, &error))
+    }
+
+    /// Refuses processes that a signal stopped, where they would block the dump.
+    fn check_stopped(&self, cgroup: &Cgroup) -> Result<(), TaskError> {
+        let pids = self.stopped_processes(cgroup);
+        if pids.is_empty() || matches!(cgroup, Cgroup::V2(_)) {
+            return Ok(());
+        }
+        Err(TaskError::StoppedBySignal { container: self.name.to_string(), pids })
+    }
+
+    /// The watchdog: thaws, waits for CRIU to fail, and says that the container runs.
+    async fn break_off(
+        &self,
+        call: impl Future<Output = Result<(), RuncError>>,
+        cgroup: &Cgroup,
+        limit: Duration,
+    ) -> Result<(), TaskError> {
+        tracing::error!("the dump of {} hangs: thawing the container", self.name);
+        if let Err(error) = cgroup.thaw() {
+            tracing::error!("thawing {}: {error}", self.name);
+        }
+        // Even a dump that succeeds now is not used: the container runs on without it.
+        let _ = call.await;
+        if self.init.phase() == Phase::Paused {
+            self.note_resumed();
+        }
+        Err(TaskError::DumpHung { container: self.name.to_string(), limit })
+    }
+
+    fn dump_failed(&self, work_path: &Path, error: &RuncError) -> TaskError {
+        let log = work_path.join("dump.log");
+        let reason = criu::reason(&log, &chain(error));
+        // The work directory may be removed with the attempt; the log is kept with the container.
+        let kept = self.bundle.join("criu-dump.log");
+        let log = if std::fs::copy(&log, &kept).is_ok() { kept } else { log };
+        TaskError::Dump { container: self.name.to_string(), reason, log }
+    }
+
+    /// Stops every process where it is; a frozen container stays so. Returns how long it took.
+    pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
+        let begun = Instant::now();
+        if self.init.phase() != Phase::Paused {
+            // What would block the dump costs no downtime when it is found here.
+            self.check_stopped(&self.cgroup()?)?;
+            self.pause().await?;
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// Lets a frozen container run on; a running one does already.
+    pub(crate) async fn thaw(&self) -> Result<Duration, TaskError> {
+        let begun = Instant::now();
+        if self.init.phase() != Phase::Running {
+            self.resume().await?;
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// Ends every process of a frozen container that runs elsewhere now. None of them runs another
+    /// instruction: they are killed while frozen, and the thaw only lets them die.
+    ///
+    /// Errors: the container is not frozen; its processes do not end. A stopped container succeeds.
+    pub(crate) async fn let_go(&self) -> Result<Duration, TaskError> {
+        let begun = Instant::now();
+        let _operation = self.operation.lock().await;
+        match self.init.phase() {
+            Phase::Stopped(_) => return Ok(begun.elapsed()),
+            Phase::Paused => {}
+            Phase::Created | Phase::Running => {
+                return Err(self.phase_error("a frozen container can be let go of only"));
+            }
+        }
+        let cgroup = self.cgroup()?;
+        let pids = cgroup.processes();
+        if pids.contains(&std::process::id()) {
+            // Whatever runtime put it there: killing this group would kill more than the container.
+            return Err(self.phase_error("its control group is not its own"));
+        }
+        for pid in pids {
+            match kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(errno) => {
+                    return Err(TaskError::io(format!("killing process {pid}"))(errno.into()));
+                }
+            }
+        }
+        cgroup.thaw().map_err(TaskError::io("thawing the killed container"))?;
+        match tokio::time::timeout(END_TIME_MAX, self.init.stopped()).await {
+            Ok(_) => Ok(begun.elapsed()),
+            Err(_) => Err(self.phase_error("its processes do not end although they were killed")),
+        }
+    }
+}
+
+/// The watchdog's limit, by the memory to be written.
+fn dump_limit(cgroup: &Cgroup) -> Duration {
+    let file = match cgroup {
+        Cgroup::V1(_) => "memory.usage_in_bytes",
+        Cgroup::V2(_) => "memory.current",
+    };
+    let text = cgroup.dir("memory").and_then(|dir| std::fs::read_to_string(dir.join(file)).ok());
+    let bytes: u64 = text.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    let gib = u32::try_from(bytes >> 30).unwrap_or(u32::MAX);
+    DUMP_TIME_MAX + DUMP_TIME_MAX_PER_GIB.saturating_mul(gib)
+}

@@ -1,0 +1,209 @@
+//! Holding a restored container before its first instruction.
+//!
+//! CRIU calls an action script at every stage of a restore, each stage twice here. At `post-restore`
+//! every task is complete and none has run; a script that fails there makes CRIU undo everything. So the
+//! script is where ownership moves:
+//!
+//! ```text
+//! criu --post-restore--> shim's own binary --connects--> socket in the bundle <--serves-- shim
+//!                        waits for one byte              asks the daemon for the claim
+//! ```
+//!
+//! CRIU runs a program by path, without arguments; which bundle is meant stands in [`BUNDLE_VARIABLE`],
+//! inherited through the runtime. The path is the shim's `/proc/PID/exe`: always the shim's own version,
+//! also when its file was replaced, and on no file system that forbids execution, as /run may.
+//!
+//! 1. CRIU calls the script; it connects and says [`HELD`].
+//! 2. The shim, told by the first connection, obtains the verdict.
+//! 3. It answers this and every later connection with the same byte.
+//! 4. [`GO`] lets the script succeed; anything else, a closed socket and silence included, makes it fail.
+//!
+//! On the way the script brings up the loopback interface, which CRIU and runc leave down in a network
+//! namespace that they made: the tasks would find no way to 127.0.0.1.
+//!
+//! So the tasks run only after an explicit grant, whoever dies meanwhile.
+
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+
+/// Environment of the runtime, and so of CRIU and of the script: the bundle with the socket.
+pub(crate) const BUNDLE_VARIABLE: &str = "GODWIT_HOLD_BUNDLE";
+/// How CRIU names the stage.
+const STAGE_VARIABLE: &str = "CRTOOLS_SCRIPT_ACTION";
+/// How CRIU names the pid of the restored init process.
+const INIT_VARIABLE: &str = "CRTOOLS_INIT_PID";
+/// Name of the socket in the bundle.
+const SOCKET_NAME: &str = "hold.sock";
+/// What the script says first.
+const HELD: u8 = b'H';
+/// Verdicts.
+const GO: u8 = b'G';
+const ABORT: u8 = b'A';
+/// How long the script waits for a verdict; longer than the shim ever takes to reach one.
+const VERDICT_TIME_MAX: Duration = Duration::from_secs(180);
+/// CRIU's name for the stage at which the tasks are complete and none has run.
+const STAGE: &str = "post-restore";
+
+/// The shim's side.
+pub(crate) struct Hold {
+    path: PathBuf,
+    held: mpsc::Receiver<()>,
+    verdict: watch::Sender<Option<bool>>,
+    server: tokio::task::JoinHandle<()>,
+}
+
+impl Hold {
+    /// Listens in `bundle`. Errors: I/O.
+    pub(crate) fn listen(bundle: &Path) -> std::io::Result<Self> {
+        let listener = crate::wiring::bind_in(bundle, SOCKET_NAME)?;
+        let (tell, held) = mpsc::channel(8);
+        let (verdict, decided) = watch::channel(None);
+        let server = tokio::spawn(serve(listener, tell, decided));
+        Ok(Self { path: bundle.join(SOCKET_NAME), held, verdict, server })
+    }
+
+    /// The program that CRIU is to run.
+    pub(crate) fn script() -> String {
+        format!("/proc/{}/exe", std::process::id())
+    }
+
+    /// Resolves once every task is restored and held. Cancel-safe.
+    pub(crate) async fn held(&mut self) {
+        if self.held.recv().await.is_none() {
+            // Nobody will ever connect again: the restore's own end decides.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Lets the tasks run, or makes CRIU undo the restore. The first verdict stands.
+    pub(crate) fn decide(&self, may_run: bool) {
+        self.verdict.send_if_modified(|verdict| {
+            let is_first = verdict.is_none();
+            verdict.get_or_insert(may_run);
+            is_first
+        });
+    }
+
+    /// Whether the tasks were ever let run.
+    pub(crate) fn was_granted(&self) -> bool {
+        *self.verdict.borrow() == Some(true)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.server.abort();
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+async fn serve(
+    listener: UnixListener,
+    tell: mpsc::Sender<()>,
+    decided: watch::Receiver<Option<bool>>,
+) {
+    while let Ok((mut stream, _)) = listener.accept().await {
+        let (tell, mut decided) = (tell.clone(), decided.clone());
+        tokio::spawn(async move {
+            if stream.read_u8().await.ok() != Some(HELD) {
+                return;
+            }
+            let _ = tell.try_send(());
+            let may_run = match decided.wait_for(Option::is_some).await {
+                Ok(verdict) => *verdict == Some(true),
+                Err(_) => false,
+            };
+            let _ = stream.write_u8(if may_run { GO } else { ABORT }).await;
+        });
+    }
+}
+
+/// Whether this process is the script.
+pub(crate) fn is_script() -> bool {
+    std::env::var_os(STAGE_VARIABLE).is_some()
+}
+
+/// The script's side: it succeeds where the restore may go on.
+pub(crate) fn script_main() -> ExitCode {
+    if std::env::var(STAGE_VARIABLE).as_deref() != Ok(STAGE) {
+        return ExitCode::SUCCESS;
+    }
+    if let Ok(pid) = std::env::var(INIT_VARIABLE)
+        && let Err(error) = raise_loopback(&pid)
+    {
+        eprintln!("loopback interface of the restored container: {error}");
+    }
+    let bundle = std::env::var_os(BUNDLE_VARIABLE);
+    match bundle.map(|bundle| ask(Path::new(&bundle), VERDICT_TIME_MAX)) {
+        Some(Ok(GO)) => ExitCode::SUCCESS,
+        Some(Ok(_) | Err(_)) | None => ExitCode::FAILURE,
+    }
+}
+
+/// Joins the network namespace of process `pid`; the script does nothing in its own afterwards.
+fn raise_loopback(pid: &str) -> std::io::Result<()> {
+    let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
+    nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
+    crate::sys::raise_loopback()
+}
+
+fn ask(bundle: &Path, limit: Duration) -> std::io::Result<u8> {
+    let dir = std::fs::File::open(bundle)?;
+    let mut stream =
+        UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_raw_fd()))?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.write_all(&[HELD])?;
+    let mut verdict = [0];
+    stream.read_exact(&mut verdict)?;
+    Ok(verdict[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(300);
+
+    async fn ask_in(bundle: &Path, limit: Duration) -> std::io::Result<u8> {
+        let bundle = bundle.to_owned();
+        tokio::task::spawn_blocking(move || ask(&bundle, limit)).await.unwrap()
+    }
+
+    /// Method: CRIU's two calls, one before and one after the verdict, and a verdict too late to count.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn both_calls_of_the_script_get_the_first_verdict() {
+        for (may_run, byte) in [(true, GO), (false, ABORT)] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut hold = Hold::listen(dir.path()).unwrap();
+            let bundle = dir.path().to_owned();
+            let first = tokio::spawn(async move { ask_in(&bundle, VERDICT_TIME_MAX).await });
+            hold.held().await;
+            hold.decide(may_run);
+            assert_eq!(first.await.unwrap().unwrap(), byte);
+            hold.decide(!may_run);
+            assert_eq!(ask_in(dir.path(), VERDICT_TIME_MAX).await.unwrap(), byte);
+            assert_eq!(hold.was_granted(), may_run);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn silence_a_dead_shim_and_no_shim_are_refusals() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(ask_in(dir.path(), SHORT).await.is_err(), "nobody listens");
+        let hold = Hold::listen(dir.path()).unwrap();
+        assert!(ask_in(dir.path(), SHORT).await.is_err(), "no verdict in time");
+        let bundle = dir.path().to_owned();
+        let waiting = tokio::spawn(async move { ask_in(&bundle, VERDICT_TIME_MAX).await });
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(hold);
+        assert!(matches!(waiting.await.unwrap(), Ok(ABORT) | Err(_)), "the shim went away");
+    }
+}

@@ -1,0 +1,400 @@
+//! From a request to a running container, by one of three ways ([`Origin`]).
+//!
+//! | | Create | Start |
+//! |---|---|---|
+//! | fresh | volumes, mount, `runc create` | `runc start` |
+//! | image | volumes, mount | `runc restore` |
+//! | migrate | nothing but checks | acquire, volumes, mount, held `runc restore`, claim, settle |
+//!
+//! Restoring belongs to Start: containerd may fill the root file system between the two, and Create must
+//! answer quickly. A start that fails leaves no process and, for a migration, no mount; the container
+//! stays created, and can be started again or deleted.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use containerd_shim::protos::events::task::TaskStart;
+use godwit_protos::control::{AcquireRequest, AcquireResponse, SettleRequest};
+use godwit_protos::{ContainerRef, MigrateFrom, path};
+
+use crate::container::{Container, Origin, read_pid};
+use crate::criu::{self, Connections};
+use crate::daemon::Daemon;
+use crate::error::{TaskError, chain};
+use crate::hold::Hold;
+use crate::process::Phase;
+use crate::reap::{Mark, Waiter};
+use crate::rootfs;
+use crate::spec::{CRIU_CONFIG, Spec};
+
+/// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
+const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
+/// Longest text of a fence that is repeated to the user, in bytes.
+const FENCE_BYTES_MAX: usize = 512;
+
+/// Refuses a container that was released to another node.
+///
+/// Errors: [`TaskError::Fenced`]; [`TaskError::Fence`] when that cannot be told.
+pub(crate) fn check_fence(fences: &Path, name: &ContainerRef) -> Result<(), TaskError> {
+    let path = fences.join(name.namespace()).join(name.id());
+    let container = name.to_string();
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            let text = String::from_utf8_lossy(&bytes[..bytes.len().min(FENCE_BYTES_MAX)]);
+            Err(TaskError::Fenced { container, text: text.trim().to_owned() })
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(TaskError::Fence { container, path, source }),
+    }
+}
+
+/// Turns volume mounts into bind mounts; without any the daemon is not asked.
+pub(crate) async fn bind_volumes(spec: &mut Spec, name: &ContainerRef) -> Result<bool, TaskError> {
+    let volumes = spec.volumes()?;
+    if volumes.is_empty() {
+        return Ok(false);
+    }
+    let paths = Daemon::connect(name).await?.resolve_volumes(volumes).await?;
+    spec.bind_volumes(&paths)?;
+    Ok(true)
+}
+
+/// Value of `upperdir=` among the root file system's mounts, empty when there is none.
+pub(crate) fn upper_dir(container: &Container) -> String {
+    let options = container.rootfs.iter().flat_map(|mount| &mount.options);
+    let mut upper = options.filter_map(|option| option.strip_prefix("upperdir="));
+    upper.next().unwrap_or_default().to_owned()
+}
+
+impl Container {
+    /// The part of Create that the origin asks for.
+    pub(crate) async fn create(self: &Arc<Self>) -> Result<(), TaskError> {
+        match self.origin {
+            Origin::Migrate(_) => Ok(()),
+            Origin::Image { .. } => Ok(rootfs::mount(&self.rootfs, &self.bundle).await?),
+            Origin::Fresh => self.create_fresh().await,
+        }
+    }
+
+    async fn create_fresh(self: &Arc<Self>) -> Result<(), TaskError> {
+        rootfs::mount(&self.rootfs, &self.bundle).await?;
+        let since = self.shared.reaper.mark();
+        let pid_file = self.pid_file();
+        let created =
+            self.wire(&self.init, &pid_file, async |launch| self.runc.create(launch).await).await;
+        match created.and_then(|()| read_pid(&pid_file)) {
+            Ok(pid) => {
+                self.init.set_pid(pid);
+                let waiter = self.shared.reaper.watch(pid, since);
+                self.report_exit(Arc::clone(&self.init), waiter);
+                Ok(())
+            }
+            Err(error) => {
+                self.undo(&self.bundle.join("work")).await;
+                self.unmount_rootfs();
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts the init process, or restores it. Returns its pid.
+    pub(crate) async fn start(self: &Arc<Self>) -> Result<u32, TaskError> {
+        let _operation = self.operation.lock().await;
+        let _gate = self.gate.lock().await;
+        if self.init.phase() != Phase::Created {
+            return Err(self.phase_error("only a created container can be started"));
+        }
+        match &self.origin {
+            Origin::Fresh => self.start_fresh().await?,
+            Origin::Image { image_path, work_path } => {
+                self.start_image(image_path, work_path).await?;
+            }
+            Origin::Migrate(from) => self.start_migrated(from).await?,
+        }
+        Ok(self.init.pid())
+    }
+
+    async fn start_fresh(&self) -> Result<(), TaskError> {
+        self.runc.start().await?;
+        self.note_started();
+        Ok(())
+    }
+
+    /// The gate is held: an exit that happened already is reported after this.
+    fn note_started(&self) {
+        self.note_cgroup();
+        self.init.enter(Phase::Running);
+        self.shared.publisher.publish(TaskStart {
+            container_id: self.name.id().to_owned(),
+            pid: self.init.pid(),
+            ..Default::default()
+        });
+    }
+
+    fn note_restored(self: &Arc<Self>, pid: u32, waiter: Waiter) {
+        self.init.set_pid(pid);
+        self.note_started();
+        self.report_exit(Arc::clone(&self.init), waiter);
+    }
+
+    async fn start_image(
+        self: &Arc<Self>,
+        image_path: &Path,
+        work_path: &Path,
+    ) -> Result<(), TaskError> {
+        let keeps = criu::has_open_tcp(image_path);
+        let connections = if keeps { Connections::Keep } else { Connections::Close };
+        self.write_criu_config(connections, None).await?;
+        std::fs::create_dir_all(work_path).map_err(TaskError::io("CRIU's work directory"))?;
+        let since = self.shared.reaper.mark();
+        match self.restore(image_path, work_path, since).await {
+            Ok((pid, waiter)) => {
+                self.note_restored(pid, waiter);
+                Ok(())
+            }
+            Err(error) => Err(self.restore_failed(work_path, &error).await),
+        }
+    }
+
+    /// Acquires the container's state and restores it, or starts it fresh if the annotation is spent.
+    ///
+    /// 1. acquire (breaks off when cancelled; the daemon goes on)
+    /// 2. volumes
+    /// 3. mount
+    /// 4. restore, and the claim while it is held
+    /// 5. settle
+    ///
+    /// Whatever fails after 1 is reported to the daemon, and everything is undone.
+    async fn start_migrated(self: &Arc<Self>, from: &MigrateFrom) -> Result<(), TaskError> {
+        let mut daemon = Daemon::connect(&self.name).await?;
+        let acquired = self.acquire(&daemon, from).await?;
+        if acquired.start_fresh {
+            self.bind_late().await?;
+            self.create_fresh().await?;
+            return self.start_fresh().await;
+        }
+        let begun = Instant::now();
+        let outcome = match self.prepare(&acquired).await {
+            Ok(hold) => self.restore_held(hold, &mut daemon, &acquired).await,
+            Err(error) => Err(error),
+        };
+        let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let mut report = SettleRequest { session: acquired.session.clone(), ..Default::default() };
+        report.restore_us = elapsed_us;
+        let outcome = match outcome {
+            Ok((pid, waiter)) => {
+                (report.running, report.init_pid) = (true, pid);
+                self.note_restored(pid, waiter);
+                Ok(())
+            }
+            Err(error) => {
+                let error = match error {
+                    error @ (TaskError::NotGranted { .. } | TaskError::Cancelled(_)) => {
+                        self.undo(Path::new(&acquired.work_path)).await;
+                        error
+                    }
+                    error => self.restore_failed(Path::new(&acquired.work_path), &error).await,
+                };
+                self.unmount_rootfs();
+                report.reason = chain(&error);
+                Err(error)
+            }
+        };
+        daemon.settle(&report).await;
+        outcome
+    }
+
+    async fn acquire(
+        &self,
+        daemon: &Daemon,
+        from: &MigrateFrom,
+    ) -> Result<AcquireResponse, TaskError> {
+        let request = AcquireRequest {
+            migrate_from: from.to_string(),
+            bundle: self.bundle.display().to_string(),
+            rootfs_upper: upper_dir(self),
+            volumes: Spec::load(&self.bundle)?.volumes()?,
+            ..Default::default()
+        };
+        let mut cancelled = self.cancelled.subscribe();
+        tokio::select! {
+            acquired = daemon.acquire(request) => {
+                let acquired = acquired?;
+                let paths = [&acquired.image_path, &acquired.work_path];
+                if !acquired.start_fresh && paths.iter().any(|path| !path.starts_with('/')) {
+                    let why = "the daemon names no directory to restore from".to_owned();
+                    return Err(TaskError::Invalid(why));
+                }
+                Ok(acquired)
+            }
+            _ = cancelled.wait_for(|cancelled| *cancelled) => {
+                Err(TaskError::Cancelled(self.name.to_string()))
+            }
+        }
+    }
+
+    async fn bind_late(&self) -> Result<(), TaskError> {
+        let mut spec = Spec::load(&self.bundle)?;
+        if bind_volumes(&mut spec, &self.name).await? {
+            spec.save()?;
+        }
+        Ok(())
+    }
+
+    async fn prepare(&self, acquired: &AcquireResponse) -> Result<Hold, TaskError> {
+        self.bind_late().await?;
+        rootfs::mount(&self.rootfs, &self.bundle).await?;
+        let hold = Hold::listen(&self.bundle).map_err(TaskError::io("socket for the hand-off"))?;
+        self.write_criu_config(Connections::Close, Some(&Hold::script())).await?;
+        std::fs::create_dir_all(&acquired.work_path)
+            .map_err(TaskError::io("CRIU's work directory"))?;
+        Ok(hold)
+    }
+
+    /// Restores, and lets the tasks run only with the daemon's grant.
+    async fn restore_held(
+        self: &Arc<Self>,
+        mut hold: Hold,
+        daemon: &mut Daemon,
+        acquired: &AcquireResponse,
+    ) -> Result<(u32, Waiter), TaskError> {
+        let (image, work) = (Path::new(&acquired.image_path), Path::new(&acquired.work_path));
+        let since = self.shared.reaper.mark();
+        let restore = self.restore(image, work, since);
+        let mut restore = std::pin::pin!(restore);
+        let mut refusal = None;
+        let restored = tokio::select! {
+            restored = &mut restore => restored,
+            () = hold.held() => {
+                let claim = daemon.claim(&acquired.session).await;
+                // The point of no return: after this byte the container runs here.
+                hold.decide(claim.may_run);
+                refusal = (!claim.may_run).then_some(claim.reason);
+                restore.await
+            }
+        };
+        let not_granted =
+            |reason| Err(TaskError::NotGranted { container: self.name.to_string(), reason });
+        match (restored, refusal) {
+            (_, Some(reason)) => not_granted(reason),
+            (Ok(_), None) if !hold.was_granted() => {
+                not_granted("CRIU did not hold the restored tasks".to_owned())
+            }
+            (restored, None) => restored,
+        }
+    }
+
+    async fn restore(
+        &self,
+        image_path: &Path,
+        work_path: &Path,
+        since: Mark,
+    ) -> Result<(u32, Waiter), TaskError> {
+        // The log of an earlier attempt must not explain this one.
+        let _ = std::fs::remove_file(work_path.join("restore.log"));
+        let pid_file = self.pid_file();
+        let command = async |launch: crate::runc::Launch<'_>| {
+            self.runc.restore(image_path, work_path, launch, RESTORE_TIME_MAX).await
+        };
+        self.wire(&self.init, &pid_file, command).await?;
+        let pid = read_pid(&pid_file)?;
+        Ok((pid, self.shared.reaper.watch(pid, since)))
+    }
+
+    /// Clears up after a failed restore and tells CRIU's reason for it.
+    async fn restore_failed(&self, work_path: &Path, error: &TaskError) -> TaskError {
+        let log = work_path.join("restore.log");
+        let reason = match error {
+            TaskError::Runc(_) => criu::reason(&log, &chain(error)),
+            other => chain(other),
+        };
+        self.undo(work_path).await;
+        TaskError::Restore { container: self.name.to_string(), reason, log }
+    }
+
+    /// Ends whatever a failed create or restore left: processes, mounts, runtime state, streams.
+    async fn undo(&self, work_path: &Path) {
+        // CRIU's mounts first: the runtime removes its state directory, and must not reach through them.
+        if let Err(error) = rootfs::unmount_leftovers(&self.runc.state_dir(), work_path) {
+            tracing::error!("after a failed start of {}: {}", self.name, chain(&error));
+        } else if let Err(error) = self.runc.delete(true).await
+            && !error.is_gone()
+        {
+            tracing::warn!("after a failed start of {}: {error}", self.name);
+        }
+        self.init.rewire().abort(&self.shared.reaper).await;
+    }
+
+    fn unmount_rootfs(&self) {
+        if !self.rootfs.is_empty()
+            && let Err(error) = rootfs::unmount(&self.bundle.join("rootfs"))
+        {
+            tracing::error!("unmounting the root of {}: {}", self.name, chain(&error));
+        }
+    }
+
+    /// Writes the CRIU configuration for the dump or restore that follows. A user's own file is left
+    /// to rule, except in a migration, where its lines come first.
+    pub(crate) async fn write_criu_config(
+        &self,
+        connections: Connections,
+        action_script: Option<&str>,
+    ) -> Result<(), TaskError> {
+        let config = criu::Config {
+            connections,
+            action_script,
+            user_file: self.user_criu_config.as_deref(),
+            version: criu::version(&self.shared.reaper).await,
+        };
+        let written = config.write(&self.bundle);
+        written.map_err(TaskError::io("CRIU configuration file"))?;
+        if action_script.is_some() && self.user_criu_config.is_some() {
+            self.annotate_criu_config()?;
+        }
+        Ok(())
+    }
+
+    fn annotate_criu_config(&self) -> Result<(), TaskError> {
+        let mut spec = Spec::load(&self.bundle)?;
+        let path = self.bundle.join(criu::CONFIG_FILE);
+        spec.annotate(CRIU_CONFIG, &path.display().to_string());
+        Ok(spec.save()?)
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.bundle.join("init.pid")
+    }
+}
+
+/// The directory of fences.
+pub(crate) fn fences() -> &'static Path {
+    Path::new(path::FENCES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fence_refuses_and_so_does_one_that_cannot_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = ContainerRef::new("default", "cache").unwrap();
+        check_fence(dir.path(), &name).unwrap();
+        check_fence(&dir.path().join("absent"), &name).unwrap();
+
+        std::fs::create_dir(dir.path().join("default")).unwrap();
+        std::fs::write(dir.path().join("default/cache"), "moved to edge-b, epoch 3\n").unwrap();
+        let refused = check_fence(dir.path(), &name).unwrap_err().to_string();
+        assert!(
+            refused.starts_with("container default/cache moved to edge-b, epoch 3; "),
+            "{refused}"
+        );
+
+        // A directory in the file's place stands for any read error.
+        std::fs::create_dir(dir.path().join("default/other")).unwrap();
+        let name = ContainerRef::new("default", "other").unwrap();
+        assert!(matches!(check_fence(dir.path(), &name), Err(TaskError::Fence { .. })));
+    }
+}

@@ -1,0 +1,365 @@
+//! The shim's real binary between a scripted containerd, a scripted daemon and a scripted OCI runtime:
+//! what a container's life looks like from outside, and that a migrated one never runs without a grant.
+//!
+//! The runtime is a shell script whose "container" is a `sleep`; on `restore` it runs the action script as
+//! CRIU does, twice at post-restore, before anything runs. Each test has a mount namespace with a /run of
+//! its own, so that the daemon's fixed socket path is free. Needs root.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests lie outside test functions here")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_shim::protos::api::{
+    CreateTaskRequest, DeleteRequest, Empty as NoAnswer, KillRequest, StartRequest, StateRequest,
+    Status, WaitRequest,
+};
+use containerd_shim::protos::protobuf::Message as _;
+use containerd_shim::protos::shim::events::ForwardRequest;
+use containerd_shim::protos::shim::oci::Options;
+use containerd_shim::protos::shim_async::{Client, Events, TaskClient, create_events};
+use godwit_protos::control::{
+    AcquireRequest, AcquireResponse, ClaimRequest, ClaimResponse, Control, Empty, SettleRequest,
+    create_control,
+};
+use godwit_protos::path::CONTROL_SOCKET;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
+use ttrpc::Code;
+use ttrpc::r#async::{Server, TtrpcContext};
+
+const ID: &str = "c1";
+const EVENTS: &str = "/run/events.sock";
+const SOCKET: &str = "unix:///run/shim.sock";
+
+const RUNTIME: &str = r#"#!/bin/sh
+log=$4; shift 6; command=$1
+while [ $# -gt 0 ]; do [ "$1" = --pid-file ] && pid_file=$2; last=$1; shift; done
+run() { sleep 300 & echo $! > "$pid_file"; echo "$command" >> ran; }
+fail() { echo "{\"level\":\"error\",\"msg\":\"$1\"}" > "$log"; exit 1; }
+case $command in
+create) run;;
+kill) kill -"$last" "$(cat init.pid)";;
+delete) [ -e init.pid ] && kill -9 "$(cat init.pid)" 2>/dev/null; exit 0;;
+restore)
+  script=$(sed -n 's/^action-script //p' criu.conf)
+  [ -e ignore-script ] && script=true
+  for stage in pre-restore post-restore post-restore; do
+    CRTOOLS_SCRIPT_ACTION=$stage $script || fail "criu failed: type NOTIFY"
+  done
+  run;;
+esac
+"#;
+
+#[derive(Default)]
+struct Containerd(Mutex<Vec<String>>);
+
+#[async_trait]
+impl Events for Containerd {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<NoAnswer> {
+        self.0.lock().unwrap().push(request.envelope().topic().to_owned());
+        Ok(NoAnswer::new())
+    }
+}
+
+/// Answers as told, and remembers the report.
+struct Daemon {
+    start_fresh: bool,
+    may_run: bool,
+    dir: PathBuf,
+    settled: Mutex<Option<SettleRequest>>,
+}
+
+#[async_trait]
+impl Control for Daemon {
+    async fn acquire(&self, _: &TtrpcContext, r: AcquireRequest) -> ttrpc::Result<AcquireResponse> {
+        assert_eq!(r.migrate_from, "edge-a/default/cache");
+        Ok(AcquireResponse {
+            start_fresh: self.start_fresh,
+            session: "s1".to_owned(),
+            image_path: self.dir.display().to_string(),
+            work_path: self.dir.join("work").display().to_string(),
+            ..Default::default()
+        })
+    }
+
+    async fn claim(&self, _: &TtrpcContext, r: ClaimRequest) -> ttrpc::Result<ClaimResponse> {
+        assert_eq!(r.session, "s1");
+        assert!(!self.dir.join("bundle/ran").exists(), "nothing runs before the claim");
+        let reason = "edge-a kept it".to_owned();
+        Ok(ClaimResponse { may_run: self.may_run, reason, ..Default::default() })
+    }
+
+    async fn settle(&self, _: &TtrpcContext, r: SettleRequest) -> ttrpc::Result<Empty> {
+        *self.settled.lock().unwrap() = Some(r);
+        Ok(Empty::new())
+    }
+}
+
+/// A node with a running shim for one container.
+struct Node {
+    dir: TempDir,
+    shim: Child,
+    task: TaskClient,
+    containerd: Arc<Containerd>,
+    _servers: Vec<Server>,
+}
+
+impl Node {
+    async fn new(annotations: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().join("bundle");
+        std::fs::create_dir(&bundle).unwrap();
+        let spec = format!(r#"{{"annotations": {{{annotations}}}, "mounts": []}}"#);
+        std::fs::write(bundle.join("config.json"), spec).unwrap();
+        let runtime = dir.path().join("runtime");
+        std::fs::write(&runtime, RUNTIME).unwrap();
+        std::fs::set_permissions(&runtime, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .unwrap();
+
+        let containerd = Arc::new(Containerd::default());
+        let service = create_events(Arc::clone(&containerd) as Arc<_>);
+        let address = format!("unix://{EVENTS}");
+        let mut events = Server::new().bind(&address).unwrap().register_service(service);
+        events.start().await.unwrap();
+
+        let mut command = Command::new(env!("CARGO_BIN_EXE_containerd-shim-godwit-v1"));
+        command.args(["-namespace", "default", "-id", ID, "-address", "/run/x", "-socket", SOCKET]);
+        command.current_dir(&bundle).env("TTRPC_ADDRESS", EVENTS).stdout(Stdio::piped());
+        let mut shim = command.spawn().unwrap();
+        // It closes its output once it serves.
+        std::io::copy(&mut shim.stdout.take().unwrap(), &mut std::io::sink()).unwrap();
+        let task = TaskClient::new(Client::connect(SOCKET).await.unwrap());
+        Self { dir, shim, task, containerd, _servers: vec![events] }
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.dir.path().join("bundle")
+    }
+
+    async fn with_daemon(&mut self, start_fresh: bool, may_run: bool) -> Arc<Daemon> {
+        std::fs::create_dir_all(Path::new(CONTROL_SOCKET).parent().unwrap()).unwrap();
+        let dir = self.dir.path().to_owned();
+        let daemon = Arc::new(Daemon { start_fresh, may_run, dir, settled: Mutex::default() });
+        let service = create_control(Arc::clone(&daemon) as Arc<_>);
+        let address = format!("unix://{CONTROL_SOCKET}");
+        let mut server = Server::new().bind(&address).unwrap().register_service(service);
+        server.start().await.unwrap();
+        self._servers.push(server);
+        daemon
+    }
+
+    async fn create(&self) -> Result<u32, ttrpc::Error> {
+        let binary_name = self.dir.path().join("runtime").display().to_string();
+        let options = Options { binary_name, ..Default::default() };
+        let mut any = containerd_shim::protos::protobuf::well_known_types::any::Any::new();
+        any.type_url = "containerd.runc.v1.Options".to_owned();
+        any.value = options.write_to_bytes().unwrap();
+        let bundle = self.bundle().display().to_string();
+        let request = CreateTaskRequest {
+            id: ID.to_owned(),
+            bundle,
+            options: Some(any).into(),
+            ..Default::default()
+        };
+        self.task.create(ttrpc::context::Context::default(), &request).await.map(|r| r.pid)
+    }
+
+    async fn start(&self) -> Result<u32, ttrpc::Error> {
+        let request = StartRequest { id: ID.to_owned(), ..Default::default() };
+        self.task.start(ttrpc::context::Context::default(), &request).await.map(|r| r.pid)
+    }
+
+    async fn status(&self) -> (Status, u32) {
+        let request = StateRequest { id: ID.to_owned(), ..Default::default() };
+        let state = self.task.state(ttrpc::context::Context::default(), &request).await.unwrap();
+        (state.status(), state.pid)
+    }
+
+    async fn kill_and_wait(&self) -> u32 {
+        let context = ttrpc::context::Context::default;
+        let kill = KillRequest { id: ID.to_owned(), signal: 9, ..Default::default() };
+        self.task.kill(context(), &kill).await.unwrap();
+        let wait = WaitRequest { id: ID.to_owned(), ..Default::default() };
+        self.task.wait(context(), &wait).await.unwrap().exit_status
+    }
+
+    async fn delete(&self) {
+        let request = DeleteRequest { id: ID.to_owned(), ..Default::default() };
+        self.task.delete(ttrpc::context::Context::default(), &request).await.unwrap();
+    }
+
+    async fn topics(&self, wanted: usize) -> Vec<String> {
+        for _ in 0..100 {
+            if self.containerd.0.lock().unwrap().len() >= wanted {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.containerd.0.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.shim.kill();
+        let _ = self.shim.wait();
+        // What a failed test left running, if the pid is still its own.
+        let pid = std::fs::read_to_string(self.bundle().join("init.pid")).unwrap_or_default();
+        let name =
+            std::fs::read_to_string(format!("/proc/{}/comm", pid.trim())).unwrap_or_default();
+        if name.trim() == "sleep" {
+            let _ = Command::new("kill").args(["-9", pid.trim()]).status();
+        }
+    }
+}
+
+/// Runs a test in a mount namespace with an empty /run; says so where that is not allowed.
+fn on_a_node(test: impl AsyncFnOnce()) {
+    let none = None::<&str>;
+    let isolated = unshare(CloneFlags::CLONE_NEWNS)
+        .and_then(|()| mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))
+        .and_then(|()| mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none));
+    if let Err(error) = isolated {
+        assert!(std::env::var_os("CI").is_none(), "needs root: {error}");
+        eprintln!("skipped: needs root ({error})");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime
+        .block_on(async { tokio::time::timeout(Duration::from_secs(60), test()).await })
+        .unwrap();
+}
+
+fn refusal(error: ttrpc::Error) -> (Code, String) {
+    match error {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+        other => panic!("{other}"),
+    }
+}
+
+const MIGRATE: &str = r#""godwit.io/migrate-from": "edge-a/default/cache""#;
+
+#[test]
+fn an_ordinary_container_needs_no_daemon_and_its_events_come_in_order_and_once() {
+    on_a_node(async || {
+        let node = Node::new("").await;
+        let pid = node.create().await.unwrap();
+        assert_eq!(node.status().await, (Status::CREATED, pid));
+        assert_eq!(refusal(node.create().await.unwrap_err()).0, Code::ALREADY_EXISTS);
+        assert_eq!(node.start().await.unwrap(), pid);
+        assert_eq!(refusal(node.start().await.unwrap_err()).0, Code::FAILED_PRECONDITION);
+        assert_eq!(node.status().await, (Status::RUNNING, pid));
+        assert_eq!(node.kill_and_wait().await, 137);
+        node.delete().await;
+        let expected = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
+        assert_eq!(node.topics(4).await, expected);
+        let address = std::fs::read_to_string(node.bundle().join("godwit-address")).unwrap();
+        assert_eq!(address, SOCKET);
+    });
+}
+
+#[test]
+fn a_migrated_container_runs_after_its_claim_is_granted() {
+    on_a_node(async || {
+        let mut node = Node::new(MIGRATE).await;
+        let daemon = node.with_daemon(false, true).await;
+        assert_eq!(node.create().await.unwrap(), 0);
+        let pid = node.start().await.unwrap();
+        assert_eq!(node.status().await, (Status::RUNNING, pid));
+        let report = daemon.settled.lock().unwrap().take().unwrap();
+        assert_eq!((report.session.as_str(), report.running, report.init_pid), ("s1", true, pid));
+        assert_eq!(std::fs::read_to_string(node.bundle().join("ran")).unwrap(), "restore\n");
+        assert_eq!(node.kill_and_wait().await, 137);
+        node.delete().await;
+    });
+}
+
+#[test]
+fn a_refused_claim_leaves_a_created_container_that_can_be_deleted() {
+    on_a_node(async || {
+        let mut node = Node::new(MIGRATE).await;
+        let daemon = node.with_daemon(false, false).await;
+        node.create().await.unwrap();
+        let (code, text) = refusal(node.start().await.unwrap_err());
+        let expected = "container default/c1 may not run here: edge-a kept it";
+        assert_eq!((code, text.as_str()), (Code::FAILED_PRECONDITION, expected));
+        assert_eq!(node.status().await, (Status::CREATED, 0));
+        assert!(!node.bundle().join("ran").exists());
+        let report = daemon.settled.lock().unwrap().take().unwrap();
+        assert_eq!((report.running, report.reason.as_str()), (false, expected));
+        node.delete().await;
+        assert_eq!(node.topics(2).await, ["/tasks/create", "/tasks/delete"]);
+    });
+}
+
+/// Method: a runtime that restores without running the script, as an old CRIU would.
+#[test]
+fn tasks_that_were_not_held_are_killed() {
+    on_a_node(async || {
+        let mut node = Node::new(MIGRATE).await;
+        let daemon = node.with_daemon(false, true).await;
+        std::fs::write(node.bundle().join("ignore-script"), "").unwrap();
+        node.create().await.unwrap();
+        assert_eq!(refusal(node.start().await.unwrap_err()).0, Code::FAILED_PRECONDITION);
+        assert_eq!(node.status().await, (Status::CREATED, 0));
+        assert!(!daemon.settled.lock().unwrap().take().unwrap().running);
+        let pid = std::fs::read_to_string(node.bundle().join("init.pid")).unwrap();
+        let mut gone = false;
+        for _ in 0..100 {
+            gone = !Path::new("/proc").join(pid.trim()).exists();
+            if gone {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(gone, "the unheld process lives on");
+    });
+}
+
+#[test]
+fn a_spent_annotation_means_an_ordinary_start() {
+    on_a_node(async || {
+        let mut node = Node::new(MIGRATE).await;
+        let _daemon = node.with_daemon(true, false).await;
+        node.create().await.unwrap();
+        let pid = node.start().await.unwrap();
+        assert_eq!(node.status().await, (Status::RUNNING, pid));
+        assert_eq!(std::fs::read_to_string(node.bundle().join("ran")).unwrap(), "create\n");
+        node.kill_and_wait().await;
+        node.delete().await;
+    });
+}
+
+#[test]
+fn without_a_daemon_the_start_says_so_and_can_be_tried_again() {
+    on_a_node(async || {
+        let mut node = Node::new(MIGRATE).await;
+        node.create().await.unwrap();
+        let (code, text) = refusal(node.start().await.unwrap_err());
+        assert_eq!(code, Code::UNAVAILABLE);
+        assert!(
+            text.contains(CONTROL_SOCKET) && text.contains("start godwit-snapshotter"),
+            "{text}"
+        );
+        let _daemon = node.with_daemon(false, true).await;
+        node.start().await.unwrap();
+        node.kill_and_wait().await;
+        node.delete().await;
+    });
+}
+
+#[test]
+fn a_container_that_waits_to_be_restored_can_be_killed() {
+    on_a_node(async || {
+        let node = Node::new(MIGRATE).await;
+        node.create().await.unwrap();
+        assert_eq!(node.kill_and_wait().await, 137);
+        node.delete().await;
+        assert_eq!(node.topics(3).await, ["/tasks/create", "/tasks/exit", "/tasks/delete"]);
+    });
+}
