@@ -1,1 +1,22 @@
-//! placeholder
+//! The node's daemon: what a node holds, whom it asks, and how a container moves.
+//!
+//! One process per node. From the disk up:
+//!
+//! - [`store`]: chunks by digest in packs, snapshots by subject, leases, sweep.
+//! - [`content`]: how a file tree or a memory image becomes objects of the store, and back.
+//! - [`volumes`]: writable volumes by identity, read-only ones by digest.
+//! - [`snapshots`]: containerd's snapshotter service over overlayfs; [`containerd`]: our client of containerd.
+//! - [`peer`]: what daemons ask each other, and fetching from several of them at once.
+//! - [`migrate`]: the procedure itself, both sides, and the journal of who may run a container.
+//! - [`control`]: the socket for shims and for `godwit`; [`config`]: the daemon's file.
+
+pub mod config;
+pub mod containerd;
+pub mod content;
+pub mod control;
+pub mod migrate;
+pub mod node;
+pub mod peer;
+pub mod snapshots;
+pub mod store;
+pub mod volumes;

@@ -1,1 +1,118 @@
-fn main() {}
+//! `godwit-snapshotter`: the node's daemon.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser;
+use godwit_snapshotter::config::Config;
+use godwit_snapshotter::node::Node;
+use godwit_snapshotter::peer::{PING_INTERVAL, SILENCE_MAX};
+use godwit_snapshotter::{config, control, migrate, peer, snapshots};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::Server;
+
+/// The node's daemon: snapshotter for containerd, store, peers and migrations.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file.
+    #[arg(long, default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("GODWIT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+
+    let config = Config::read(&arguments.config)?;
+    fs::create_dir_all(&config.state_dir)
+        .with_context(|| format!("cannot make {}", config.state_dir.display()))?;
+    let snapshots = snapshots::Snapshots::open(&config.state_dir.join("snapshots"))
+        .context("cannot open the snapshots")?;
+    let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
+    migrate::source::recover(&node)?;
+
+    let run_dir = &node.config.run_dir;
+    fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
+    fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700))?;
+    let snapshotter_socket = listen(&run_dir.join("snapshotter.sock"))?;
+    let mut control_server = serve_control(&node)?;
+    control_server.start().await.context("cannot serve the control socket")?;
+
+    tokio::spawn(node.clone().follow_containerd());
+    tokio::spawn(node.clone().sweep_regularly());
+    if let Some(address) = node.config.listen {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on {address}"))?;
+        tokio::spawn(serve_peers(node.clone(), listener));
+    }
+    tracing::info!(node = %node.config.node, "ready");
+    let stop = async {
+        let (Ok(mut term), Ok(mut int)) =
+            (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+        else {
+            return std::future::pending().await;
+        };
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+    };
+    Server::builder()
+        .add_service(snapshots::service(Arc::new(snapshots)))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(snapshotter_socket), stop)
+        .await
+        .context("cannot serve the snapshotter socket")?;
+    control_server.shutdown().await.ok();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// A Unix socket that only root may open. A socket file that a killed daemon left is replaced; that no other daemon
+/// runs on this state was made sure of before.
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error).with_context(|| format!("cannot replace {}", path.display()));
+    }
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+fn serve_control(node: &Arc<Node>) -> anyhow::Result<ttrpc::asynchronous::Server> {
+    let path = node.config.run_dir.join("control.sock");
+    if path.exists() {
+        fs::remove_file(&path).with_context(|| format!("cannot replace {}", path.display()))?;
+    }
+    let service = Arc::new(control::Service::new(node.clone()));
+    let server = ttrpc::asynchronous::Server::new()
+        .bind(&format!("unix://{}", path.display()))
+        .with_context(|| format!("cannot listen on {}", path.display()))?
+        .register_service(godwit_protos::control::create_control(service));
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    Ok(server)
+}
+
+async fn serve_peers(node: Arc<Node>, listener: TcpListener) {
+    let served = Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(16 << 20)
+        .initial_connection_window_size(16 << 20)
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(SILENCE_MAX - PING_INTERVAL))
+        .add_service(peer::server::service(node))
+        .serve_with_incoming(TcpListenerStream::new(listener))
+        .await;
+    if let Err(error) = served {
+        tracing::error!(error = migrate::chain(&error), "peers are no longer served");
+    }
+}

@@ -1,1 +1,401 @@
-fn main() {}
+//! `godwit`: the command line. It asks this node's daemon over its control socket; run it as root.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use godwit_protos::control::{
+    Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest,
+    Empty, ImportVolumeRequest, MigrateRequest, Progress, RemoveVolumeRequest, Snapshot, Volume,
+};
+use serde_json::json;
+use ttrpc::asynchronous::Client;
+use ttrpc::context::{Context, with_duration};
+
+/// Longest wait for an answer; a migration of a large container takes its time.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Moves running containers between nodes.
+#[derive(Parser)]
+#[command(name = "godwit", version)]
+struct Arguments {
+    /// The daemon's control socket.
+    #[arg(long, global = true, default_value = godwit_protos::path::CONTROL_SOCKET)]
+    socket: PathBuf,
+    /// containerd's namespace.
+    #[arg(short, long, global = true, default_value = "default")]
+    namespace: String,
+    /// Form of the output.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
+    output: Output,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// For programs; docs/protocol.md explains the fields.
+    Json,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Move a running container from one node to another.
+    Migrate(Migrate),
+    /// What is cached of containers and volumes on this node.
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Volumes on this node.
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// The nodes that this node knows, and how they answer.
+    Peers,
+    /// This node: versions, what the store holds, who owns which container.
+    Status,
+    /// Follow every migration that this node takes part in.
+    Watch,
+    /// Free what no snapshot, volume or migration needs any more.
+    Sweep,
+}
+
+#[derive(Args)]
+struct Migrate {
+    /// The container.
+    name: String,
+    /// Node that runs it.
+    #[arg(long)]
+    from: String,
+    /// Node that is to run it.
+    #[arg(long)]
+    to: String,
+    /// Whom the destination asks.
+    #[arg(long, value_enum, default_value_t = Mode::Cooperative)]
+    mode: Mode,
+    /// Rounds of pre-copy at most; 0 lets the change between rounds decide.
+    #[arg(long, default_value_t = 0)]
+    max_rounds: u32,
+    /// Whether the container's writable layer moves too.
+    #[arg(long, value_enum, default_value_t = YesNo::Yes)]
+    writable_layer: YesNo,
+    /// Network namespace to join at the destination, if not the one of the same path.
+    #[arg(long)]
+    netns: Option<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Mode {
+    /// Neighbours first, the source for the rest.
+    Cooperative,
+    /// The source alone.
+    Traditional,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum YesNo {
+    Yes,
+    No,
+}
+
+#[derive(Subcommand)]
+enum SnapshotCommand {
+    /// List cached snapshots.
+    #[command(alias = "ls")]
+    List,
+    /// Take a snapshot of a running container's memory, layer and volumes, without stopping it.
+    Create {
+        /// The container.
+        name: String,
+    },
+    /// Delete a cached snapshot.
+    #[command(alias = "rm")]
+    Delete {
+        /// Its number.
+        id: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum VolumeCommand {
+    /// Make an empty writable volume.
+    Create {
+        /// Its id: letters, digits, '_', '.' and '-'.
+        id: String,
+    },
+    /// Read a directory and print the digest by which it can be mounted read-only, here or anywhere.
+    Import {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// List volumes.
+    #[command(alias = "list")]
+    Ls,
+    /// Remove a volume.
+    Rm {
+        /// A volume id or sha256:...
+        id: String,
+    },
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    match run(Arguments::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A reader that went away is no error of ours.
+            let broken = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            if broken == Some(std::io::ErrorKind::BrokenPipe) {
+                return ExitCode::SUCCESS;
+            }
+            eprintln!("godwit: {}", words(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The chain of an error; of an RPC only what the daemon said.
+fn words(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .map(|cause| match cause.downcast_ref::<ttrpc::Error>() {
+            Some(ttrpc::Error::RpcStatus(status)) => status.message().to_owned(),
+            _ => cause.to_string(),
+        })
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+fn deadline() -> Context {
+    with_duration(PATIENCE)
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let socket = arguments.socket.display();
+    let client = Client::connect(&format!("unix://{socket}")).await.with_context(|| {
+        format!("no daemon at {socket}; is godwit-snapshotter running, and are you root?")
+    })?;
+    let client = ControlClient::new(client);
+    let out = Out { json: arguments.output == Output::Json };
+    match arguments.command {
+        Command::Migrate(asked) => migrate(&client, &arguments.namespace, asked, &out).await,
+        Command::Snapshot(command) => snapshot(&client, &arguments.namespace, command, &out).await,
+        Command::Volume(command) => volume(&client, command, &out).await,
+        Command::Peers => peers(&client, &out).await,
+        Command::Status => status(&client, &out).await,
+        Command::Watch => {
+            let mut events = client.watch(deadline(), &Empty::new()).await?;
+            while let Some(event) = events.recv().await? {
+                out.event(&event)?;
+            }
+            Ok(())
+        }
+        Command::Sweep => {
+            let done = client.sweep(deadline(), &Empty::new()).await?;
+            let (freed, kept) = (done.freed_bytes, done.kept_objects);
+            out.object(
+                &json!({"freed_bytes": freed, "kept_objects": kept}),
+                &format!("freed {freed} bytes, {kept} objects kept"),
+            )
+        }
+    }
+}
+
+fn container(namespace: &str, id: String) -> Container {
+    let mut container = Container::new();
+    container.namespace = namespace.to_owned();
+    container.id = id;
+    container
+}
+
+async fn migrate(
+    client: &ControlClient,
+    namespace: &str,
+    asked: Migrate,
+    out: &Out,
+) -> anyhow::Result<()> {
+    let mut request = MigrateRequest::new();
+    request.container = Some(container(namespace, asked.name.clone())).into();
+    request.from = asked.from;
+    request.to = asked.to;
+    request.mode = match asked.mode {
+        Mode::Cooperative => "cooperative",
+        Mode::Traditional => "traditional",
+    }
+    .to_owned();
+    request.max_rounds = asked.max_rounds;
+    request.without_writable_layer = asked.writable_layer == YesNo::No;
+    request.netns = asked.netns.unwrap_or_default();
+    let mut events = client.migrate(deadline(), &request).await?;
+    let bar = out.bar();
+    while let Some(event) = events.recv().await? {
+        match event.step.as_str() {
+            "done" => {
+                bar.finish_and_clear();
+                return out.raw(&event.report_json, &event.text);
+            }
+            "failed" => {
+                bar.finish_and_clear();
+                bail!(
+                    "{}: {}; it runs on at its source, nothing is left at the destination",
+                    asked.name,
+                    event.text
+                );
+            }
+            step => bar.set_message(format!("{step}: {}", event.text)),
+        }
+    }
+    bail!("the daemon hung up; `godwit status` on both nodes tells who runs {}", asked.name)
+}
+
+async fn snapshot(
+    client: &ControlClient,
+    namespace: &str,
+    command: SnapshotCommand,
+    out: &Out,
+) -> anyhow::Result<()> {
+    let listed = match command {
+        SnapshotCommand::List => client.list_snapshots(deadline(), &Empty::new()).await?,
+        SnapshotCommand::Create { name } => {
+            let mut request = CreateSnapshotRequest::new();
+            request.container = Some(container(namespace, name)).into();
+            client.create_snapshot(deadline(), &request).await?
+        }
+        SnapshotCommand::Delete { id } => {
+            let mut request = DeleteSnapshotRequest::new();
+            request.id = id;
+            client.delete_snapshot(deadline(), &request).await?;
+            return Ok(());
+        }
+    };
+    let line = |one: &Snapshot| {
+        json!({"id": one.id, "subject": one.subject, "sequence": one.sequence, "taken_at_unix_ms": one.taken_at_unix_ms,
+            "manifest": one.manifest, "size_bytes": one.size_bytes, "node": one.node, "pinned": one.pinned})
+    };
+    let columns = ["id", "subject", "sequence", "size_bytes", "node", "manifest"];
+    out.table(&listed.snapshots.iter().map(line).collect::<Vec<_>>(), &columns)
+}
+
+async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> anyhow::Result<()> {
+    let line = |one: &Volume| json!({"id": one.id, "path": one.path, "read_only": one.read_only});
+    match command {
+        VolumeCommand::Create { id } => {
+            let mut request = CreateVolumeRequest::new();
+            request.id = id;
+            let made = client.create_volume(deadline(), &request).await?;
+            out.object(&line(&made), &made.id)
+        }
+        VolumeCommand::Import { directory } => {
+            let mut request = ImportVolumeRequest::new();
+            let path = std::path::absolute(&directory)?;
+            request.directory = path.to_string_lossy().into_owned();
+            let made = client.import_volume(deadline(), &request).await?;
+            out.object(&line(&made), &made.id)
+        }
+        VolumeCommand::Ls => {
+            let listed = client.list_volumes(deadline(), &Empty::new()).await?;
+            let lines: Vec<_> = listed.volumes.iter().map(line).collect();
+            out.table(&lines, &["id", "read_only", "path"])
+        }
+        VolumeCommand::Rm { id } => {
+            let mut request = RemoveVolumeRequest::new();
+            request.id = id;
+            client.remove_volume(deadline(), &request).await?;
+            Ok(())
+        }
+    }
+}
+
+async fn peers(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
+    let listed = client.list_peers(deadline(), &Empty::new()).await?;
+    let line = |one: &godwit_protos::control::Peer| {
+        json!({"name": one.name, "address": one.address, "reachable": one.reachable,
+            "round_trip_ms": (one.round_trip_ms * 100.0).round() / 100.0, "load": one.load, "detail": one.detail})
+    };
+    let columns = ["name", "address", "reachable", "round_trip_ms", "load", "detail"];
+    out.table(&listed.peers.iter().map(line).collect::<Vec<_>>(), &columns)
+}
+
+async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
+    let status = client.status(deadline(), &Empty::new()).await?;
+    let ownership = status.ownership.iter().map(|one| {
+        let container = format!("{}/{}", one.container.namespace, one.container.id);
+        json!({"container": container, "state": one.state, "epoch": one.epoch, "peer": one.peer})
+    });
+    let ownership: Vec<_> = ownership.collect();
+    let object = json!({"node": status.node, "version": status.version, "criu_version": status.criu_version,
+        "listen": status.listen, "store_bytes": status.store_bytes, "objects": status.objects, "ownership": ownership});
+    if out.json {
+        return out.object(&object, "");
+    }
+    let criu = if status.criu_version.is_empty() { "not installed" } else { &status.criu_version };
+    let listen = if status.listen.is_empty() { "nowhere: no peers" } else { &status.listen };
+    let (bytes, objects) = (status.store_bytes, status.objects);
+    out.object(
+        &object,
+        &format!(
+            "node {}, godwit {}, CRIU {criu}\nlistening on {listen}\nstore: {objects} objects, {bytes} bytes",
+            status.node, status.version
+        ),
+    )?;
+    out.table(&ownership, &["container", "state", "epoch", "peer"])
+}
+
+/// Where results go: tables and sentences for people, JSON for programs.
+struct Out {
+    json: bool,
+}
+
+impl Out {
+    fn raw(&self, json: &str, text: &str) -> anyhow::Result<()> {
+        let text = if self.json { json } else { text };
+        Ok(writeln!(std::io::stdout(), "{text}")?)
+    }
+
+    fn object(&self, object: &serde_json::Value, text: &str) -> anyhow::Result<()> {
+        self.raw(&object.to_string(), text)
+    }
+
+    fn event(&self, event: &Progress) -> anyhow::Result<()> {
+        let object = json!({"migration": event.migration, "step": event.step, "text": event.text});
+        self.object(&object, &format!("{} {}: {}", event.migration, event.step, event.text))
+    }
+
+    fn table(&self, lines: &[serde_json::Value], columns: &[&str]) -> anyhow::Result<()> {
+        if self.json {
+            return self.raw(&serde_json::Value::from(lines).to_string(), "");
+        }
+        let cell = |value: &serde_json::Value| match value {
+            serde_json::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let rows: Vec<Vec<String>> = lines
+            .iter()
+            .map(|line| columns.iter().map(|key| cell(&line[*key])).collect())
+            .collect();
+        let head: Vec<String> =
+            columns.iter().map(|key| key.to_uppercase().replace('_', " ")).collect();
+        let widths: Vec<usize> = (0..columns.len())
+            .map(|at| rows.iter().chain([&head]).map(|row| row[at].len()).max().unwrap_or(0))
+            .collect();
+        let mut stdout = std::io::stdout().lock();
+        for row in std::iter::once(&head).chain(&rows) {
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+            writeln!(stdout, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+        }
+        Ok(())
+    }
+
+    /// A line that shows what is going on, on a terminal; nothing elsewhere.
+    fn bar(&self) -> indicatif::ProgressBar {
+        if self.json || !std::io::stderr().is_terminal() {
+            return indicatif::ProgressBar::hidden();
+        }
+        let bar = indicatif::ProgressBar::new_spinner();
+        bar.enable_steady_tick(Duration::from_millis(100));
+        bar
+    }
+}

@@ -1,0 +1,217 @@
+//! The daemon's configuration file, `/etc/godwit/godwit.toml`; docs/configuration.md lists every key.
+//!
+//! Unknown keys are errors: a misspelt key would otherwise be a setting that silently does not hold.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Where the file is looked for unless `--config` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/godwit/godwit.toml";
+
+/// Everything that the daemon can be told.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This node's name: what other nodes' `peers` and the migrate-from annotation call it.
+    pub node: String,
+    /// Address of the peer service, for example `10.0.0.1:7946`. Absent: this node has no peers.
+    pub listen: Option<SocketAddr>,
+    /// Required to listen on a network address: peers are neither authenticated nor encrypted yet.
+    #[serde(default)]
+    pub insecure: bool,
+    /// Store, volumes and journal; must be on a file system that can be an overlay's upper directory.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Sockets: `control.sock` and `snapshotter.sock`.
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// containerd's socket.
+    #[serde(default = "default_containerd_socket")]
+    pub containerd_socket: PathBuf,
+    /// containerd's state directory, below which the bundles of running containers lie.
+    #[serde(default = "default_containerd_state")]
+    pub containerd_state: PathBuf,
+    /// The other nodes of the site.
+    #[serde(default)]
+    pub peers: Vec<Peer>,
+    /// What a migration may bring to this node.
+    #[serde(default)]
+    pub admit: Admit,
+    /// Snapshots kept per subject.
+    #[serde(default = "default_keep_last")]
+    pub keep_last: usize,
+}
+
+/// Another node.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Peer {
+    /// Its name.
+    pub name: String,
+    /// `HOST:PORT` of its peer service.
+    pub address: String,
+}
+
+/// What `godwit migrate` may create on this node. The source describes its container; this says what of it may run.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admit {
+    /// Host paths, with everything below them, that a container may bind-mount.
+    pub bind_sources: Vec<PathBuf>,
+    /// Capabilities that a container may hold.
+    pub capabilities: Vec<String>,
+}
+
+impl Default for Admit {
+    /// No host paths, and the capabilities that containerd gives an unprivileged container.
+    fn default() -> Self {
+        let capabilities = [
+            "CAP_CHOWN",
+            "CAP_DAC_OVERRIDE",
+            "CAP_FSETID",
+            "CAP_FOWNER",
+            "CAP_MKNOD",
+            "CAP_NET_RAW",
+            "CAP_SETGID",
+            "CAP_SETUID",
+            "CAP_SETFCAP",
+            "CAP_SETPCAP",
+            "CAP_NET_BIND_SERVICE",
+            "CAP_SYS_CHROOT",
+            "CAP_KILL",
+            "CAP_AUDIT_WRITE",
+        ];
+        Self { bind_sources: Vec::new(), capabilities: capabilities.map(str::to_owned).to_vec() }
+    }
+}
+
+/// Why the daemon cannot use its configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not of the documented form.
+    #[error("{} is not a valid configuration", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and reason.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// Peers could reach the daemon, and nothing would tell friend from foe.
+    #[error(
+        "refusing to listen on {0}: peers are not authenticated yet; on a trusted network, say `insecure = true`"
+    )]
+    Insecure(SocketAddr),
+    /// Two peers of one name, or a peer of this node's name.
+    #[error("peer name {0:?} is not unique")]
+    PeerName(String),
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/godwit".into()
+}
+
+fn default_run_dir() -> PathBuf {
+    "/run/godwit".into()
+}
+
+fn default_containerd_socket() -> PathBuf {
+    "/run/containerd/containerd.sock".into()
+}
+
+fn default_containerd_state() -> PathBuf {
+    "/run/containerd".into()
+}
+
+fn default_keep_last() -> usize {
+    2
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// Errors: [`ConfigError`]; nothing was started.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        if let Some(listen) = self.listen.filter(|listen| !listen.ip().is_loopback())
+            && !self.insecure
+        {
+            return Err(ConfigError::Insecure(listen));
+        }
+        let mut names = BTreeMap::from([(self.node.as_str(), ())]);
+        for peer in &self.peers {
+            if names.insert(&peer.name, ()).is_some() {
+                return Err(ConfigError::PeerName(peer.name.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The peer of this name.
+    pub fn peer(&self, name: &str) -> Option<&Peer> {
+        self.peers.iter().find(|peer| peer.name == name)
+    }
+}
+
+impl Peer {
+    /// The first address that the name resolves to. Errors: the resolver's.
+    pub fn resolve(&self) -> std::io::Result<SocketAddr> {
+        self.address.to_socket_addrs()?.next().ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Config::read(file.path())
+    }
+
+    #[test]
+    fn a_network_address_needs_insecure_in_so_many_words() {
+        let refused = read("node = 'a'\nlisten = '10.0.0.1:1'");
+        assert!(matches!(refused, Err(ConfigError::Insecure(_))));
+        assert!(read("node = 'a'\nlisten = '10.0.0.1:1'\ninsecure = true").is_ok());
+        assert!(read("node = 'a'\nlisten = '127.0.0.1:1'").is_ok());
+        assert!(read("node = 'a'").is_ok());
+    }
+
+    #[test]
+    fn a_misspelt_key_is_an_error() {
+        assert!(matches!(
+            read("node = 'a'\nlissten = '127.0.0.1:1'"),
+            Err(ConfigError::Parse { .. })
+        ));
+    }
+
+    #[test]
+    fn two_peers_of_one_name_are_refused() {
+        let twice = "node = 'a'\n[[peers]]\nname = 'a'\naddress = 'x:1'";
+        assert!(matches!(read(twice), Err(ConfigError::PeerName(_))));
+    }
+}

@@ -1,0 +1,73 @@
+//! Leases: what keeps containerd's garbage collection away from things nothing refers to yet.
+
+use std::time::{Duration, SystemTime};
+
+use containerd_client::services::v1::leases_client::LeasesClient;
+use containerd_client::services::v1::{CreateRequest, DeleteRequest};
+use prost_types::Timestamp;
+
+use super::{Client, ClientError, optional, present};
+
+/// A lease that its daemon did not release is void after this time.
+const LEASE_EXPIRY: Duration = Duration::from_secs(24 * 3600);
+
+/// Holds what is created through [`Lease::client`] until it is released or dropped.
+#[derive(Debug)]
+pub struct Lease {
+    client: Client,
+    namespace: String,
+    id: String,
+    is_released: bool,
+}
+
+impl Client {
+    /// A new lease in `namespace`. It expires after a day if the node goes down in between.
+    pub async fn lease(&self, namespace: &str) -> Result<Lease, ClientError> {
+        let expiry = Timestamp::from(SystemTime::now() + LEASE_EXPIRY).to_string();
+        let labels = [("containerd.io/gc.expire".to_owned(), expiry)].into();
+        // containerd picks the id.
+        let request = self.request(namespace, CreateRequest { id: String::new(), labels })?;
+        let answer = LeasesClient::new(self.channel.clone()).create(request).await;
+        let answer = answer.map_err(|status| self.failed("create", "a lease", &status))?;
+        let id = present(answer.into_inner().lease, || "new lease".to_owned())?.id;
+        let client = Self { lease: Some(id.as_str().into()), ..self.clone() };
+        Ok(Lease { client, namespace: namespace.to_owned(), id, is_released: false })
+    }
+
+    async fn delete_lease(&self, namespace: &str, id: &str) -> Result<(), ClientError> {
+        let request = self.request(namespace, DeleteRequest { id: id.to_owned(), sync: false })?;
+        let answer = LeasesClient::new(self.channel.clone()).delete(request).await;
+        let answer = answer.map_err(|status| self.failed("delete", format!("lease {id}"), &status));
+        optional(answer).map(drop)
+    }
+}
+
+impl Lease {
+    /// The client through which to create what the lease is to hold.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Lets go: what nothing refers to by now will be collected.
+    pub async fn release(mut self) -> Result<(), ClientError> {
+        self.is_released = true;
+        self.client.delete_lease(&self.namespace, &self.id).await
+    }
+}
+
+impl Drop for Lease {
+    /// A cancelled migration must not hold its blobs for a day.
+    fn drop(&mut self) {
+        if self.is_released {
+            return;
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (client, namespace, id) =
+            (self.client.clone(), self.namespace.clone(), self.id.clone());
+        runtime.spawn(async move {
+            if let Err(error) = client.delete_lease(&namespace, &id).await {
+                tracing::warn!(lease = id, %error, "cannot delete a lease; it expires by itself");
+            }
+        });
+    }
+}

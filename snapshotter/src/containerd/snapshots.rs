@@ -1,0 +1,214 @@
+//! Snapshots, through containerd: it keeps names of its own for what snapshotters hold.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use containerd_client::services::v1::snapshots as api;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use tonic::transport::Channel;
+
+use super::{Client, ClientError, Mount, optional};
+
+/// The directory that changes below `mounts` go to, in containerd's mount namespace; `None` if they
+/// are read-only.
+pub fn upper_dir(mounts: &[Mount]) -> Option<PathBuf> {
+    let [mount] = mounts else { return None };
+    match mount.r#type.as_str() {
+        "overlay" => {
+            let upper = |option: &String| option.strip_prefix("upperdir=").map(PathBuf::from);
+            mount.options.iter().find_map(upper)
+        }
+        // A parentless snapshot is its own upper directory.
+        "bind" => {
+            let read_only = mount.options.iter().any(|option| option == "ro");
+            (!read_only).then(|| PathBuf::from(&mount.source))
+        }
+        _ => None,
+    }
+}
+
+fn snapshot_of(snapshotter: &str, key: &str) -> String {
+    format!("snapshot {key:?} of {snapshotter}")
+}
+
+impl Client {
+    fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel.clone())
+    }
+
+    /// Makes an active snapshot of the committed `parent` (an image's chain ID), or of nothing.
+    ///
+    /// Errors: [`ClientError::AlreadyExists`]; [`ClientError::NotFound`] without the parent.
+    pub async fn prepare(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+        parent: Option<&str>,
+    ) -> Result<Vec<Mount>, ClientError> {
+        self.prepare_labelled(namespace, snapshotter, key, parent, HashMap::new()).await
+    }
+
+    pub(super) async fn prepare_labelled(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+        parent: Option<&str>,
+        labels: HashMap<String, String>,
+    ) -> Result<Vec<Mount>, ClientError> {
+        let message = api::PrepareSnapshotRequest {
+            snapshotter: snapshotter.to_owned(),
+            key: key.to_owned(),
+            parent: parent.unwrap_or_default().to_owned(),
+            labels,
+        };
+        let answer = self.snapshots().prepare(self.work_request(namespace, message)?).await;
+        let object = || match parent {
+            Some(parent) => format!("{} on {parent}", snapshot_of(snapshotter, key)),
+            None => snapshot_of(snapshotter, key),
+        };
+        let answer = answer.map_err(|status| self.failed("prepare", object(), &status))?;
+        Ok(answer.into_inner().mounts)
+    }
+
+    /// What to mount to see a view or an active snapshot. Errors: [`ClientError::NotFound`].
+    pub async fn mounts(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+    ) -> Result<Vec<Mount>, ClientError> {
+        let message =
+            api::MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        let answer = self.snapshots().mounts(self.request(namespace, message)?).await;
+        let object = || snapshot_of(snapshotter, key);
+        let answer = answer.map_err(|status| self.failed("get mounts of", object(), &status))?;
+        Ok(answer.into_inner().mounts)
+    }
+
+    /// Whether there is a snapshot of that key or name.
+    pub async fn has_snapshot(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+    ) -> Result<bool, ClientError> {
+        let message =
+            api::StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        let answer = self.snapshots().stat(self.request(namespace, message)?).await;
+        let object = || snapshot_of(snapshotter, key);
+        let answer = answer.map_err(|status| self.failed("look up", object(), &status));
+        Ok(optional(answer)?.is_some())
+    }
+
+    pub(super) async fn commit_labelled(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        (name, key): (&str, &str),
+        labels: HashMap<String, String>,
+    ) -> Result<(), ClientError> {
+        let message = api::CommitSnapshotRequest {
+            snapshotter: snapshotter.to_owned(),
+            name: name.to_owned(),
+            key: key.to_owned(),
+            labels,
+        };
+        let answer = self.snapshots().commit(self.work_request(namespace, message)?).await;
+        let object = || snapshot_of(snapshotter, name);
+        answer.map(drop).map_err(|status| self.failed("commit", object(), &status))
+    }
+
+    /// Errors: [`ClientError::NotFound`]; containerd's own "failed precondition" if it has
+    /// children.
+    pub async fn remove_snapshot(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+    ) -> Result<(), ClientError> {
+        let message =
+            api::RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        let answer = self.snapshots().remove(self.work_request(namespace, message)?).await;
+        let object = || snapshot_of(snapshotter, key);
+        answer.map(drop).map_err(|status| self.failed("remove", object(), &status))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshots::{Snapshots, service};
+    use std::path::Path;
+    use std::sync::Arc;
+    use tokio::net::UnixListener;
+    use tokio::sync::oneshot;
+    use tokio::task::JoinHandle;
+    use tokio_stream::wrappers::UnixListenerStream;
+
+    fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
+        let (r#type, source) = (kind.to_owned(), source.to_owned());
+        Mount { r#type, source, target: String::new(), options }
+    }
+
+    #[test]
+    fn changes_go_to_the_upper_directory_or_the_bound_one() {
+        let overlay = mount("overlay", "overlay", &["workdir=/w", "upperdir=/u", "lowerdir=/a:/b"]);
+        assert_eq!(upper_dir(&[overlay]), Some(PathBuf::from("/u")));
+        let view = mount("overlay", "overlay", &["lowerdir=/a:/b"]);
+        assert_eq!(upper_dir(std::slice::from_ref(&view)), None);
+        assert_eq!(upper_dir(&[mount("bind", "/s", &["rw", "rbind"])]), Some(PathBuf::from("/s")));
+        assert_eq!(upper_dir(&[mount("bind", "/s", &["ro", "rbind"])]), None);
+        assert_eq!(upper_dir(&[]), None);
+        assert_eq!(upper_dir(&[view.clone(), view]), None);
+    }
+
+    /// Serves the state below `dir` until told to stop.
+    fn serve(dir: &Path) -> (oneshot::Sender<()>, JoinHandle<()>) {
+        let snapshots = Arc::new(Snapshots::open(&dir.join("state")).unwrap());
+        let socket = dir.join("socket");
+        let _ = std::fs::remove_file(&socket);
+        let connections = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
+        let server = tonic::transport::Server::builder().add_service(service(snapshots));
+        let (stop, stopped) = oneshot::channel();
+        let stopped = async move { drop(stopped.await) };
+        let served = server.serve_with_incoming_shutdown(connections, stopped);
+        (stop, tokio::spawn(async move { drop(served.await) }))
+    }
+
+    /// Method: containerd speaks the same service to us as we to containerd, so our own snapshotter
+    /// stands in for it, over a real socket.
+    #[tokio::test]
+    async fn client_and_snapshotter_understand_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let client = Client::connect(&dir.path().join("socket"));
+        let away = client.mounts("default", "godwit", "x").await.unwrap_err();
+        assert!(matches!(away, ClientError::Unavailable { .. }), "{away}");
+
+        let (stop, server) = serve(dir.path());
+        let mounts = client.prepare("default", "godwit", "x", None).await.unwrap();
+        assert_eq!(upper_dir(&mounts), Some(dir.path().join("state/fs/1/fs")));
+        let twice = client.prepare("default", "godwit", "x", None).await.unwrap_err();
+        assert!(matches!(twice, ClientError::AlreadyExists(_)), "{twice}");
+        let orphan = client.prepare("default", "godwit", "y", Some("none")).await.unwrap_err();
+        assert!(matches!(orphan, ClientError::NotFound(_)), "{orphan}");
+        client.commit_labelled("default", "godwit", ("a", "x"), HashMap::new()).await.unwrap();
+        assert!(client.has_snapshot("default", "godwit", "a").await.unwrap());
+        assert!(!client.has_snapshot("default", "godwit", "x").await.unwrap());
+        client.prepare("default", "godwit", "y", Some("a")).await.unwrap();
+        let parent = client.remove_snapshot("default", "godwit", "a").await.unwrap_err();
+        assert_eq!(
+            parent.to_string(),
+            "containerd failed to remove snapshot \"a\" of godwit: snapshot \"a\" has children \
+             (FailedPrecondition)"
+        );
+
+        drop(stop);
+        server.await.unwrap();
+        let (_stop, _server) = serve(dir.path());
+        client.remove_snapshot("default", "godwit", "y").await.unwrap();
+        client.remove_snapshot("default", "godwit", "a").await.unwrap();
+    }
+}

@@ -1,0 +1,396 @@
+//! Reading a directory into a [`Tree`].
+//!
+//! The directory may belong to a running container that changes it meanwhile: every step goes by a file
+//! descriptor of the directory above and follows no symbolic link, names that vanish are left out, and a file
+//! may be torn. That is enough for pre-copy; at the cut the container is frozen and the result is exact.
+//!
+//! A file that did not change since the capture before is not read again: its device, inode, size, modification
+//! and change time are as they were, its change time was already past when it was read (two writes within one
+//! clock tick look alike), and no process has it mapped shared and writable (stores to such a mapping need not
+//! touch the times). Only file systems that keep these promises count: ext4, XFS and btrfs.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fastcdc::v2020::StreamCDC;
+use godwit_protos::Digest;
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::unistd::{Whence, lseek};
+use rayon::prelude::*;
+use serde_bytes::ByteBuf;
+
+use super::object::{
+    Attributes, Content, Directory, Entry, Node, Object as _, Piece, Pieces, Tree,
+};
+use super::{ContentError, Sink, on};
+
+/// Directories below each other that are followed.
+pub const DEPTH_MAX: usize = 200;
+
+/// Bounds of a chunk of a file, in bytes: FastCDC (Xia et al., USENIX ATC 2016) between them.
+const CHUNK_BYTES: (usize, usize, usize) = (16 << 10, 64 << 10, 256 << 10);
+
+/// Pieces that stand in the directory entry itself; a file with more gets [`Pieces`] objects.
+const PIECES_INLINE_MAX: usize = 32;
+
+/// Chunks that are hashed at once, on all processors.
+const CHUNKS_PER_BATCH: usize = 64;
+
+/// Entries or pieces per object, at most; on average a quarter of it.
+const LIST_MAX: usize = 1024;
+
+/// A change time younger than this may hide a second change in the same clock tick (10 ms at most).
+const CLOCK_TICK: Duration = Duration::from_millis(20);
+
+/// Extended attributes by which overlayfs ties an upper layer to this very host.
+const OVERLAY_LOCAL: [&[u8]; 5] = [
+    b"trusted.overlay.origin",
+    b"trusted.overlay.impure",
+    b"trusted.overlay.nlink",
+    b"trusted.overlay.upper",
+    b"trusted.overlay.uuid",
+];
+
+/// What a capture knows from the one before, so that it need not read what did not change.
+#[derive(Debug, Default)]
+pub struct Unchanged {
+    files: HashMap<(u64, u64), Seen>,
+}
+
+#[derive(Debug, Clone)]
+struct Seen {
+    size: i64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+    content: Content,
+}
+
+/// A finished capture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Captured {
+    /// The [`Tree`] object.
+    pub tree: Digest,
+    /// Sum of the sizes of the regular files, in bytes.
+    pub bytes: u64,
+}
+
+/// Reads the directory at `root` into `sink`.
+///
+/// - `unchanged` is that of the capture before of the same directory, and is brought up to date.
+/// - `mapped` holds inode numbers that some process has mapped shared and writable.
+/// - Errors: [`ContentError::File`] with the path, [`ContentError::TooDeep`], or the sink's.
+pub fn capture(
+    root: &Path,
+    sink: &mut dyn Sink,
+    unchanged: &mut Unchanged,
+    mapped: &HashSet<u64>,
+) -> Result<Captured, ContentError> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let directory =
+        nix::fcntl::open(root, flags, Mode::empty()).map_err(on("open directory", root))?;
+    let stat = fstat(&directory).map_err(on("stat", root))?;
+    let mut reader = Reader {
+        sink,
+        known: std::mem::take(&mut unchanged.files),
+        seen: HashMap::new(),
+        mapped,
+        linked: HashMap::new(),
+        trusts_times: keeps_times(&directory, root)?,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
+        bytes: 0,
+        path: root.to_owned(),
+        names: Vec::new(),
+    };
+    let attributes = reader.attributes(&directory, c".", &stat)?;
+    let root = reader.directory(directory)?;
+    let (bytes, seen) = (reader.bytes, std::mem::take(&mut reader.seen));
+    let tree = sink.put(&Tree { attributes, root, bytes }.encode())?;
+    unchanged.files = seen;
+    Ok(Captured { tree, bytes })
+}
+
+/// Whether the file system of `directory` updates a file's change time with every change.
+fn keeps_times(directory: &OwnedFd, path: &Path) -> Result<bool, ContentError> {
+    use nix::sys::statfs;
+    let kind =
+        statfs::fstatfs(directory).map_err(on("stat file system of", path))?.filesystem_type();
+    // ext4's magic number is that of ext2 and ext3 too.
+    Ok([statfs::EXT4_SUPER_MAGIC, statfs::XFS_SUPER_MAGIC, statfs::BTRFS_SUPER_MAGIC]
+        .contains(&kind))
+}
+
+struct Reader<'a> {
+    sink: &'a mut dyn Sink,
+    known: HashMap<(u64, u64), Seen>,
+    seen: HashMap<(u64, u64), Seen>,
+    mapped: &'a HashSet<u64>,
+    /// Path of the first name of each file with several names.
+    linked: HashMap<(u64, u64), Vec<ByteBuf>>,
+    trusts_times: bool,
+    started: Duration,
+    bytes: u64,
+    /// Where we are, for messages.
+    path: PathBuf,
+    /// Where we are, as components below the root.
+    names: Vec<ByteBuf>,
+}
+
+impl Reader<'_> {
+    fn directory(&mut self, directory: OwnedFd) -> Result<Digest, ContentError> {
+        if self.names.len() >= DEPTH_MAX {
+            return Err(ContentError::TooDeep(self.path.clone()));
+        }
+        let mut names = Vec::<CString>::new();
+        let listing = directory.try_clone().map_err(on("open", &self.path))?;
+        for entry in Dir::from_fd(listing).map_err(on("list", &self.path))?.iter() {
+            let entry = entry.map_err(on("list", &self.path))?;
+            if ![c".", c".."].contains(&entry.file_name()) {
+                names.push(entry.file_name().to_owned());
+            }
+        }
+        names.sort_unstable();
+        let mut entries = Vec::with_capacity(names.len());
+        for name in names {
+            let component = OsStr::from_bytes(name.to_bytes());
+            self.path.push(component);
+            self.names.push(ByteBuf::from(name.to_bytes()));
+            let entry = self.entry(&directory, &name);
+            self.path.pop();
+            self.names.pop();
+            match entry {
+                Ok(entry) => entries.push(entry),
+                // The container removed it after we had listed it.
+                Err(ContentError::File { source, .. })
+                    if [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP]
+                        .iter()
+                        .any(|errno| source.raw_os_error() == Some(*errno as i32)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.put_entries(entries)
+    }
+
+    /// Large directories are cut where a name's hash says so, so that an insertion moves no other cut.
+    fn put_entries(&mut self, entries: Vec<Entry>) -> Result<Digest, ContentError> {
+        if entries.len() <= LIST_MAX / 2 {
+            return self.sink.put(&Directory::Entries(entries).encode());
+        }
+        let cut = |entry: &Entry| Digest::of(&entry.name).as_bytes()[0] == 0;
+        let mut parts = Vec::new();
+        for part in cut_where(entries, cut) {
+            parts.push(self.sink.put(&Directory::Entries(part).encode())?);
+        }
+        self.sink.put(&Directory::Parts(parts).encode())
+    }
+
+    fn entry(&mut self, parent: &OwnedFd, name: &CStr) -> Result<Entry, ContentError> {
+        use nix::libc::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK};
+        let path = self.path.clone();
+        let stat =
+            fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(on("stat", &path))?;
+        let device = (
+            u32::try_from(nix::sys::stat::major(stat.st_rdev)).unwrap_or(u32::MAX),
+            u32::try_from(nix::sys::stat::minor(stat.st_rdev)).unwrap_or(u32::MAX),
+        );
+        let entry_name = ByteBuf::from(name.to_bytes());
+        let node = match stat.st_mode & S_IFMT {
+            S_IFREG => {
+                if stat.st_nlink > 1 {
+                    let inode = (stat.st_dev, stat.st_ino);
+                    if let Some(first) = self.linked.get(&inode) {
+                        let node = Node::HardLink(first.clone());
+                        return Ok(Entry { name: entry_name, attributes: None, node });
+                    }
+                    self.linked.insert(inode, self.names.clone());
+                }
+                let (bytes, content) = self.file(parent, name)?;
+                Node::File(bytes, content)
+            }
+            S_IFDIR => {
+                let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+                let directory = openat(parent, name, flags | OFlag::O_CLOEXEC, Mode::empty())
+                    .map_err(on("open directory", &path))?;
+                Node::Directory(self.directory(directory)?)
+            }
+            S_IFLNK => {
+                let target = readlinkat(parent, name).map_err(on("read link", &path))?;
+                Node::Symlink(ByteBuf::from(target.as_bytes()))
+            }
+            S_IFCHR => Node::CharDevice(device.0, device.1),
+            S_IFBLK => Node::BlockDevice(device.0, device.1),
+            S_IFIFO => Node::Fifo,
+            S_IFSOCK => Node::Socket,
+            _ => return Err(on("name the type of", &path)(Errno::EINVAL)),
+        };
+        let attributes = Some(self.attributes(parent, name, &stat)?);
+        Ok(Entry { name: entry_name, attributes, node })
+    }
+
+    fn attributes(
+        &self,
+        parent: &OwnedFd,
+        name: &CStr,
+        stat: &FileStat,
+    ) -> Result<Attributes, ContentError> {
+        // Through the descriptor, since links and devices cannot be opened; the last name is not followed.
+        let at = PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()))
+            .join(OsStr::from_bytes(name.to_bytes()));
+        let mut xattrs = Vec::new();
+        for key in xattr::list(&at).map_err(on("list attributes of", &self.path))? {
+            if OVERLAY_LOCAL.contains(&key.as_bytes()) {
+                continue;
+            }
+            if let Some(value) =
+                xattr::get(&at, &key).map_err(on("read attributes of", &self.path))?
+            {
+                xattrs.push((ByteBuf::from(key.as_bytes()), ByteBuf::from(value)));
+            }
+        }
+        xattrs.sort_unstable();
+        Ok(Attributes {
+            mode: stat.st_mode & 0o7777,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            modified: (stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+            xattrs,
+        })
+    }
+
+    fn file(&mut self, parent: &OwnedFd, name: &CStr) -> Result<(u64, Content), ContentError> {
+        let path = self.path.clone();
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let file = openat(parent, name, flags, Mode::empty()).map_err(on("open", &path))?;
+        let stat = fstat(&file).map_err(on("stat", &path))?;
+        let inode = (stat.st_dev, stat.st_ino);
+        let times = ((stat.st_mtime, stat.st_mtime_nsec), (stat.st_ctime, stat.st_ctime_nsec));
+        let trusted = self.trusts_times && !self.mapped.contains(&stat.st_ino);
+        if let Some(seen) = self.known.get(&inode).filter(|seen| {
+            trusted && (seen.size, (seen.modified, seen.changed)) == (stat.st_size, times)
+        }) {
+            let seen = seen.clone();
+            let content = seen.content.clone();
+            self.seen.insert(inode, seen);
+            let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+            self.bytes += bytes;
+            return Ok((bytes, content));
+        }
+        let pieces = self.pieces(File::from(file), &path)?;
+        let bytes = pieces.iter().map(|piece| piece.bytes).sum();
+        self.bytes += bytes;
+        let content = self.put_pieces(pieces)?;
+        let changed = Duration::new(
+            u64::try_from(stat.st_ctime).unwrap_or(0),
+            u32::try_from(stat.st_ctime_nsec).unwrap_or(0),
+        );
+        let whole = i64::try_from(bytes) == Ok(stat.st_size);
+        if trusted && whole && changed + CLOCK_TICK < self.started {
+            let (modified, changed) = times;
+            let seen = Seen { size: stat.st_size, modified, changed, content: content.clone() };
+            self.seen.insert(inode, seen);
+        }
+        Ok((bytes, content))
+    }
+
+    fn put_pieces(&mut self, pieces: Vec<Piece>) -> Result<Content, ContentError> {
+        if pieces.len() <= PIECES_INLINE_MAX {
+            return Ok(Content::Pieces(pieces));
+        }
+        let cut = |piece: &Piece| piece.chunk.is_some_and(|chunk| chunk.as_bytes()[0] == 0);
+        let mut blocks = Vec::new();
+        for block in cut_where(pieces, cut) {
+            blocks.push(self.sink.put(&Pieces(block).encode())?);
+        }
+        Ok(Content::Blocks(blocks))
+    }
+
+    /// Data and holes as the file system tells them (`lseek(2)`, `SEEK_DATA`).
+    fn pieces(&mut self, mut file: File, path: &Path) -> Result<Vec<Piece>, ContentError> {
+        let end = file.seek(SeekFrom::End(0)).map_err(on("seek in", path))?;
+        let mut pieces = Vec::new();
+        let mut at = 0;
+        while at < end {
+            let offset = i64::try_from(at).unwrap_or(i64::MAX);
+            let data = match lseek(file.as_fd(), offset, Whence::SeekData) {
+                Ok(data) => u64::try_from(data).unwrap_or(end).min(end),
+                Err(Errno::ENXIO) => end,
+                Err(errno) => return Err(on("seek data in", path)(errno)),
+            };
+            if data > at {
+                pieces.push(Piece { bytes: data - at, chunk: None });
+                at = data;
+                continue;
+            }
+            let hole = lseek(file.as_fd(), offset, Whence::SeekHole)
+                .map_err(on("seek a hole in", path))?;
+            let hole = u64::try_from(hole).unwrap_or(end).min(end);
+            file.seek(SeekFrom::Start(at)).map_err(on("seek in", path))?;
+            let read = self.chunks((&file).take(hole - at), path, &mut pieces)?;
+            at += read;
+            if at < hole {
+                // Truncated while we read.
+                break;
+            }
+        }
+        Ok(pieces)
+    }
+
+    fn chunks(
+        &mut self,
+        data: impl Read,
+        path: &Path,
+        pieces: &mut Vec<Piece>,
+    ) -> Result<u64, ContentError> {
+        let (min, mean, max) = CHUNK_BYTES;
+        let mut chunks = StreamCDC::new(data, min, mean, max);
+        let mut read = 0;
+        loop {
+            let batch: Vec<Vec<u8>> = chunks
+                .by_ref()
+                .take(CHUNKS_PER_BATCH)
+                .map(|chunk| chunk.map(|chunk| chunk.data))
+                .collect::<Result<_, _>>()
+                .map_err(|error| on("read", path)(std::io::Error::other(error)))?;
+            if batch.is_empty() {
+                return Ok(read);
+            }
+            let digests: Vec<Digest> = batch.par_iter().map(|chunk| Digest::of(chunk)).collect();
+            for (chunk, digest) in batch.iter().zip(digests) {
+                self.sink.put_hashed(digest, chunk)?;
+                let bytes = chunk.len() as u64;
+                pieces.push(Piece { bytes, chunk: Some(digest) });
+                read += bytes;
+            }
+        }
+    }
+}
+
+/// Cuts a list after each element for which `cut` holds, and where a part would exceed [`LIST_MAX`].
+fn cut_where<T>(list: Vec<T>, cut: impl Fn(&T) -> bool) -> Vec<Vec<T>> {
+    let mut parts = vec![Vec::new()];
+    for element in list {
+        let ends = cut(&element);
+        let part: &mut Vec<T> = match parts.last_mut() {
+            Some(part) if part.len() < LIST_MAX => part,
+            _ => {
+                parts.push(Vec::new());
+                let last = parts.len() - 1;
+                &mut parts[last]
+            }
+        };
+        part.push(element);
+        if ends {
+            parts.push(Vec::new());
+        }
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}

@@ -1,0 +1,528 @@
+//! The objects that trees and memory images are made of: their types, canonical bytes and children.
+//!
+//! ```text
+//! Tree ── Directory ─┬─ Directory ...             Memory ─┬─ Tree        CRIU's images without pages
+//!                    ├─ Chunk ...                         └─ Pages ─┬─ Chunk   one page, 4 KiB
+//!                    └─ Pieces ── Chunk ...                         └─ ...     256 pages, 1 MiB
+//! ```
+//!
+//! Every box is an object of the store, named by the SHA-256 of its bytes, so a tree is a Merkle tree: two
+//! versions share what is equal, and a new version costs the path from what changed up to its root.
+//! The bytes are postcard's (<https://postcard.jamesmunns.com/wire-format>) behind one version byte;
+//! docs/formats.md has them, and the tests pin them. Decoding takes bytes from peers: it returns errors and
+//! checks every rule that the writers keep.
+
+use godwit_protos::Digest;
+use serde::{Deserialize, Serialize};
+
+/// Version byte in front of every object but chunks.
+const VERSION: u8 = 1;
+
+/// Bytes of a memory page, on every architecture that Godwit runs on.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Pages per [`Pages`] object.
+pub const PAGES_PER_BLOCK: usize = 256;
+
+/// Largest object, in bytes. The store and the peer protocol refuse more.
+pub const OBJECT_BYTES_MAX: usize = 4 << 20;
+
+/// Longest name of a directory entry, in bytes (`NAME_MAX` of Linux).
+const NAME_BYTES_MAX: usize = 255;
+
+/// What an object is. The digest alone does not tell; whoever refers to an object knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Kind {
+    /// A run of bytes: part of a file, or a page.
+    Chunk = 0,
+    /// A list of [`Piece`]s: part of a large file.
+    Pieces = 1,
+    /// A [`Directory`].
+    Directory = 2,
+    /// A [`Tree`].
+    Tree = 3,
+    /// A [`Pages`] block.
+    Pages = 4,
+    /// A [`Memory`] image.
+    Memory = 5,
+}
+
+impl Kind {
+    /// Whether objects of this kind refer to no others.
+    pub fn is_leaf(self) -> bool {
+        self == Self::Chunk
+    }
+}
+
+impl TryFrom<u8> for Kind {
+    type Error = ObjectError;
+
+    fn try_from(byte: u8) -> Result<Self, ObjectError> {
+        [Self::Chunk, Self::Pieces, Self::Directory, Self::Tree, Self::Pages, Self::Memory]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
+            .ok_or(ObjectError::Kind(byte))
+    }
+}
+
+/// Why bytes are not an object of the expected kind.
+#[derive(Debug, thiserror::Error)]
+pub enum ObjectError {
+    /// No kind has this number.
+    #[error("there is no object kind {0}")]
+    Kind(u8),
+    /// Written by a newer Godwit, or no object at all.
+    #[error("object version {0:?} is not {VERSION}")]
+    Version(Option<u8>),
+    /// Not postcard's bytes of that type, or bytes left over.
+    #[error("not a {kind:?} object")]
+    Encoding {
+        /// The kind that was expected.
+        kind: Kind,
+        /// postcard's reason.
+        #[source]
+        source: postcard::Error,
+    },
+    /// Well-formed, but no writer of ours writes it.
+    #[error("a {kind:?} object breaks a rule: {rule}")]
+    Rule {
+        /// The kind of the object.
+        kind: Kind,
+        /// The rule in words.
+        rule: &'static str,
+    },
+}
+
+/// Mode, owner, modification time and extended attributes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attributes {
+    /// Permission bits with set-user-id, set-group-id and sticky; no file type.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time: seconds since the epoch and nanoseconds.
+    pub modified: (i64, u32),
+    /// Extended attributes, sorted by name.
+    pub xattrs: Vec<(serde_bytes::ByteBuf, serde_bytes::ByteBuf)>,
+}
+
+/// Part of a file: a chunk, or a hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// The chunk that holds them; `None` is a hole.
+    #[serde(with = "optional_digest")]
+    pub chunk: Option<Digest>,
+}
+
+/// Where a file's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Content {
+    /// In these pieces.
+    Pieces(Vec<Piece>),
+    /// In the pieces of these [`Kind::Pieces`] objects, in order.
+    #[serde(with = "digests")]
+    Blocks(Vec<Digest>),
+}
+
+/// What a directory entry is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Node {
+    /// A regular file: size in bytes, content.
+    File(u64, Content),
+    /// Another name of the regular file at this path (components from the root of the tree), which comes
+    /// earlier in the order of the tree.
+    HardLink(Vec<serde_bytes::ByteBuf>),
+    /// A directory.
+    Directory(#[serde(with = "digest")] Digest),
+    /// A symbolic link with its target.
+    Symlink(serde_bytes::ByteBuf),
+    /// A character device, major and minor; 0 and 0 is overlayfs' whiteout.
+    CharDevice(u32, u32),
+    /// A block device, major and minor.
+    BlockDevice(u32, u32),
+    /// A named pipe.
+    Fifo,
+    /// A Unix socket's name.
+    Socket,
+}
+
+/// One name in a directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The name: any bytes but `/` and NUL.
+    pub name: serde_bytes::ByteBuf,
+    /// Attributes; those of a hard link are its file's and stay empty here.
+    pub attributes: Option<Attributes>,
+    /// What it is.
+    pub node: Node,
+}
+
+/// A directory, or part of a large one: entries sorted by name, or the parts in order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Directory {
+    /// All entries.
+    Entries(Vec<Entry>),
+    /// The entries of these [`Directory::Entries`] objects, in order.
+    #[serde(with = "digests")]
+    Parts(Vec<Digest>),
+}
+
+/// A file tree.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tree {
+    /// Attributes of the root directory.
+    pub attributes: Attributes,
+    /// The root directory.
+    #[serde(with = "digest")]
+    pub root: Digest,
+    /// Sum of the sizes of the regular files, in bytes.
+    pub bytes: u64,
+}
+
+/// 256 pages of one address space, aligned to their size.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// Slots (0 to 255) of the pages that are here, ascending.
+    #[serde(with = "serde_bytes")]
+    pub slots: Vec<u8>,
+    /// Their contents, in the same order.
+    #[serde(with = "digests")]
+    pub pages: Vec<Digest>,
+}
+
+/// One address space of a memory image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Map {
+    /// CRIU's name for its page map, for example `pagemap-1`.
+    pub name: String,
+    /// Block number (address / 1 MiB) of each [`Pages`] object, ascending.
+    pub numbers: Vec<u64>,
+    /// The [`Pages`] objects, in the same order.
+    #[serde(with = "digests")]
+    pub blocks: Vec<Digest>,
+}
+
+/// A memory image: what CRIU dumps, or, before a dump, the pages that it would dump.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// The image directory without its pages, as a [`Tree`]; absent while the container runs.
+    #[serde(with = "optional_digest")]
+    pub images: Option<Digest>,
+    /// Address spaces, sorted by name.
+    pub maps: Vec<Map>,
+    /// Number of pages.
+    pub pages: u64,
+}
+
+/// An object other than a chunk.
+pub trait Object: Serialize + serde::de::DeserializeOwned {
+    /// Its kind.
+    const KIND: Kind;
+
+    /// Checks what the type does not. Errors: the rule in words.
+    fn check(&self) -> Result<(), &'static str>;
+
+    /// Canonical bytes.
+    fn encode(&self) -> Vec<u8> {
+        // postcard fails only on types without a known length; none of ours is one.
+        #[expect(clippy::expect_used, reason = "our own invariant")]
+        postcard::to_extend(self, vec![VERSION]).expect("every sequence has a known length")
+    }
+
+    /// Reads an object back.
+    ///
+    /// Errors: [`ObjectError`] for anything that [`Object::encode`] would not have written; never a panic.
+    fn decode(bytes: &[u8]) -> Result<Self, ObjectError> {
+        let Some((&VERSION, body)) = bytes.split_first() else {
+            return Err(ObjectError::Version(bytes.first().copied()));
+        };
+        let kind = Self::KIND;
+        let (object, rest): (Self, &[u8]) = postcard::take_from_bytes(body)
+            .map_err(|source| ObjectError::Encoding { kind, source })?;
+        if !rest.is_empty() {
+            return Err(ObjectError::Rule { kind, rule: "no bytes after the object" });
+        }
+        object.check().map_err(|rule| ObjectError::Rule { kind, rule })?;
+        Ok(object)
+    }
+}
+
+/// The pieces of a [`Kind::Pieces`] object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pieces(pub Vec<Piece>);
+
+impl Object for Pieces {
+    const KIND: Kind = Kind::Pieces;
+
+    fn check(&self) -> Result<(), &'static str> {
+        check_pieces(&self.0)
+    }
+}
+
+impl Object for Directory {
+    const KIND: Kind = Kind::Directory;
+
+    fn check(&self) -> Result<(), &'static str> {
+        let Self::Entries(entries) = self else { return Ok(()) };
+        if !entries.is_sorted_by(|one, next| one.name < next.name) {
+            return Err("names ascend and none comes twice");
+        }
+        entries.iter().try_for_each(Entry::check)
+    }
+}
+
+impl Object for Tree {
+    const KIND: Kind = Kind::Tree;
+
+    fn check(&self) -> Result<(), &'static str> {
+        Ok(())
+    }
+}
+
+impl Object for Pages {
+    const KIND: Kind = Kind::Pages;
+
+    fn check(&self) -> Result<(), &'static str> {
+        if self.slots.len() != self.pages.len() || self.slots.is_empty() {
+            return Err("as many slots as pages, and at least one");
+        }
+        if !self.slots.is_sorted_by(|one, next| one < next) {
+            return Err("slots ascend");
+        }
+        Ok(())
+    }
+}
+
+impl Object for Memory {
+    const KIND: Kind = Kind::Memory;
+
+    fn check(&self) -> Result<(), &'static str> {
+        if !self.maps.is_sorted_by(|one, next| one.name < next.name) {
+            return Err("maps ascend by name and none comes twice");
+        }
+        for map in &self.maps {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+            if !map.name.starts_with("pagemap-") || !map.name.bytes().all(plain) {
+                return Err("a map is named pagemap-ID");
+            }
+            if map.numbers.len() != map.blocks.len() {
+                return Err("as many numbers as blocks");
+            }
+            if !map.numbers.is_sorted_by(|one, next| one < next) {
+                return Err("block numbers ascend");
+            }
+            if map.numbers.last().is_some_and(|last| *last >= 1 << 44) {
+                return Err("addresses have 64 bits");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Entry {
+    fn check(&self) -> Result<(), &'static str> {
+        if !is_entry_name(&self.name) {
+            return Err("a name is 1 to 255 bytes without '/' and NUL, and neither '.' nor '..'");
+        }
+        if self.attributes.is_none() != matches!(self.node, Node::HardLink(_)) {
+            return Err("everything but a hard link has attributes");
+        }
+        match &self.node {
+            Node::File(bytes, Content::Pieces(pieces)) => {
+                check_pieces(pieces)?;
+                let sum = pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.bytes));
+                if sum == Some(*bytes) { Ok(()) } else { Err("pieces add up to the file's size") }
+            }
+            Node::HardLink(path) => {
+                if !path.is_empty() && path.iter().all(|name| is_entry_name(name)) {
+                    Ok(())
+                } else {
+                    Err("a hard link's path consists of names")
+                }
+            }
+            Node::Symlink(target) => {
+                let plain = !target.is_empty() && target.len() < 4096 && !target.contains(&0);
+                if plain { Ok(()) } else { Err("a link's target is 1 to 4095 bytes without NUL") }
+            }
+            Node::File(_, Content::Blocks(_))
+            | Node::Directory(_)
+            | Node::CharDevice(..)
+            | Node::BlockDevice(..)
+            | Node::Fifo
+            | Node::Socket => Ok(()),
+        }
+    }
+}
+
+fn is_entry_name(name: &[u8]) -> bool {
+    !name.is_empty()
+        && name.len() <= NAME_BYTES_MAX
+        && !name.contains(&b'/')
+        && !name.contains(&0)
+        && name != b"."
+        && name != b".."
+}
+
+fn check_pieces(pieces: &[Piece]) -> Result<(), &'static str> {
+    let fits = |piece: &Piece| {
+        piece.bytes > 0 && (piece.chunk.is_none() || piece.bytes <= OBJECT_BYTES_MAX as u64)
+    };
+    if pieces.iter().all(fits) { Ok(()) } else { Err("a piece has bytes, a chunk at most 4 MiB") }
+}
+
+/// What an object refers to, in order.
+///
+/// Errors: [`ObjectError`] when `bytes` are no object of this kind.
+pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectError> {
+    let chunks = |pieces: &[Piece]| -> Vec<(Kind, Digest)> {
+        pieces.iter().filter_map(|piece| piece.chunk).map(|chunk| (Kind::Chunk, chunk)).collect()
+    };
+    let all = |kind, digests: Vec<Digest>| digests.into_iter().map(|one| (kind, one)).collect();
+    Ok(match kind {
+        Kind::Chunk => Vec::new(),
+        Kind::Pieces => chunks(&Pieces::decode(bytes)?.0),
+        Kind::Pages => all(Kind::Chunk, Pages::decode(bytes)?.pages),
+        Kind::Tree => vec![(Kind::Directory, Tree::decode(bytes)?.root)],
+        Kind::Directory => match Directory::decode(bytes)? {
+            Directory::Parts(parts) => all(Kind::Directory, parts),
+            Directory::Entries(entries) => entries
+                .into_iter()
+                .flat_map(|entry| match entry.node {
+                    Node::File(_, Content::Pieces(pieces)) => chunks(&pieces),
+                    Node::File(_, Content::Blocks(blocks)) => all(Kind::Pieces, blocks),
+                    Node::Directory(directory) => vec![(Kind::Directory, directory)],
+                    Node::HardLink(_)
+                    | Node::Symlink(_)
+                    | Node::CharDevice(..)
+                    | Node::BlockDevice(..)
+                    | Node::Fifo
+                    | Node::Socket => Vec::new(),
+                })
+                .collect(),
+        },
+        Kind::Memory => {
+            let memory = Memory::decode(bytes)?;
+            let images = memory.images.map(|images| (Kind::Tree, images));
+            let blocks = memory.maps.into_iter().flat_map(|map| map.blocks);
+            images.into_iter().chain(blocks.map(|block| (Kind::Pages, block))).collect()
+        }
+    })
+}
+
+/// A digest as 32 raw bytes.
+mod digest {
+    use super::Digest;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(digest: &Digest, to: S) -> Result<S::Ok, S::Error> {
+        digest.as_bytes().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Digest, D::Error> {
+        <[u8; 32]>::deserialize(from).map(Digest::from_bytes)
+    }
+}
+
+/// A digest that may be absent.
+mod optional_digest {
+    use super::Digest;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(one: &Option<Digest>, to: S) -> Result<S::Ok, S::Error> {
+        one.map(|digest| *digest.as_bytes()).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<Digest>, D::Error> {
+        Ok(Option::<[u8; 32]>::deserialize(from)?.map(Digest::from_bytes))
+    }
+}
+
+/// Digests side by side in one byte string.
+mod digests {
+    use super::Digest;
+    use serde::de::Error as _;
+    use serde::{Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(all: &[Digest], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bytes(&all.iter().flat_map(|one| *one.as_bytes()).collect::<Vec<u8>>())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Digest>, D::Error> {
+        let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
+        let (digests, rest) = bytes.as_chunks::<32>();
+        if !rest.is_empty() {
+            return Err(D::Error::custom("digests have 32 bytes each"));
+        }
+        Ok(digests.iter().map(|one| Digest::from_bytes(*one)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn attributes() -> Attributes {
+        Attributes { mode: 0o644, uid: 1, gid: 2, modified: (3, 4), xattrs: Vec::new() }
+    }
+
+    #[test]
+    fn the_bytes_of_a_directory_are_these() {
+        let entry = Entry {
+            name: serde_bytes::ByteBuf::from(b"a".to_vec()),
+            attributes: Some(attributes()),
+            node: Node::Fifo,
+        };
+        let bytes = Directory::Entries(vec![entry]).encode();
+        assert_eq!(bytes, [1, 0, 1, 1, b'a', 1, 0xa4, 3, 1, 2, 6, 4, 0, 6]);
+        assert!(Directory::decode(&bytes).is_ok());
+    }
+
+    #[test]
+    fn the_bytes_of_a_pages_block_are_these() {
+        let pages = Pages { slots: vec![7], pages: vec![Digest::from_bytes([9; 32])] };
+        let mut expected = vec![1, 1, 7, 32];
+        expected.extend([9; 32]);
+        assert_eq!(pages.encode(), expected);
+    }
+
+    #[test]
+    fn names_that_would_leave_the_tree_are_refused() {
+        for name in [&b""[..], b".", b"..", b"a/b", b"a\0", &[b'x'; 256]] {
+            let name = serde_bytes::ByteBuf::from(name.to_vec());
+            let entry = Entry { name, attributes: Some(attributes()), node: Node::Fifo };
+            let bytes = Directory::Entries(vec![entry]).encode();
+            assert!(matches!(Directory::decode(&bytes), Err(ObjectError::Rule { .. })));
+        }
+    }
+
+    #[test]
+    fn a_file_whose_pieces_do_not_add_up_is_refused() {
+        let pieces = Content::Pieces(vec![Piece { bytes: 5, chunk: None }]);
+        let name = serde_bytes::ByteBuf::from(b"f".to_vec());
+        let entry = Entry { name, attributes: Some(attributes()), node: Node::File(6, pieces) };
+        assert!(Directory::decode(&Directory::Entries(vec![entry]).encode()).is_err());
+    }
+
+    #[test]
+    fn an_unknown_version_is_named() {
+        let error = Tree::decode(&[9, 1, 2]).unwrap_err();
+        assert_eq!(error.to_string(), "object version Some(9) is not 1");
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_of_a_peer_never_panic(bytes: Vec<u8>, kind in 0u8..6) {
+            let mut bytes = bytes;
+            bytes.insert(0, VERSION);
+            let _ = children(Kind::try_from(kind).unwrap(), &bytes);
+        }
+    }
+}

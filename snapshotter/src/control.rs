@@ -1,0 +1,458 @@
+//! The control socket: what shims and `godwit` ask of this node's daemon.
+//!
+//! ttrpc on a Unix socket below the run directory, mode 0600 in a directory of mode 0700: it is root's. Each call is
+//! translated here and answered by the module whose business it is.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use godwit_protos::control::{
+    AcquireRequest, AcquireResponse, ClaimRequest, ClaimResponse, Container, Control,
+    CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty, ImportVolumeRequest,
+    ListPeersResponse, ListSnapshotsResponse, ListVolumesResponse, MigrateRequest, OwnershipEntry,
+    Peer, PlanResponse, Progress, RemoveVolumeRequest, ResolveVolumesRequest,
+    ResolveVolumesResponse, SettleRequest, Snapshot, StatusResponse, SweepResponse, Volume,
+};
+use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation, peer};
+use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
+use ttrpc::{Code, Error, get_status};
+
+use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
+use crate::migrate::{MigrationError, Next, chain, describe, request, source};
+use crate::node::Node;
+use crate::peer::{Connection, server};
+use crate::store::SnapshotId;
+use crate::volumes::VolumeError;
+
+/// How long a peer has to answer `godwit peers`.
+const PEER_MAX: Duration = Duration::from_secs(2);
+
+/// The control service of a node.
+#[derive(Debug)]
+pub struct Service {
+    node: Arc<Node>,
+}
+
+impl Service {
+    /// The service, to be registered with `godwit_protos::control::create_control`.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Node) -> Result<T, VolumeError> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        let node = self.node.clone();
+        let done = tokio::task::spawn_blocking(move || work(&node)).await;
+        done.map_err(|_cause| rpc(Code::CANCELLED, "the daemon is stopping"))?
+            .map_err(|error| volume_error(&error))
+    }
+}
+
+fn rpc(code: Code, text: impl Into<String>) -> Error {
+    Error::RpcStatus(get_status(code, text.into()))
+}
+
+fn invalid(error: impl std::fmt::Display) -> Error {
+    rpc(Code::INVALID_ARGUMENT, error.to_string())
+}
+
+fn volume_error(error: &VolumeError) -> Error {
+    let code = match error {
+        VolumeError::Unknown(_) | VolumeError::NoContent(_) => Code::NOT_FOUND,
+        VolumeError::Exists(_) => Code::ALREADY_EXISTS,
+        VolumeError::Moved { .. } | VolumeError::ReadOnly(_) => Code::FAILED_PRECONDITION,
+        VolumeError::Journal(_)
+        | VolumeError::Content(_)
+        | VolumeError::Store(_)
+        | VolumeError::Sweep(_) => Code::INTERNAL,
+    };
+    rpc(code, chain(error))
+}
+
+fn migration_error(error: &MigrationError) -> Error {
+    let code = match error.next() {
+        Next::Retry => Code::UNAVAILABLE,
+        Next::GiveUp => Code::FAILED_PRECONDITION,
+    };
+    rpc(code, error.chain())
+}
+
+fn container(asked: &Container) -> ttrpc::Result<ContainerRef> {
+    ContainerRef::new(&asked.namespace, &asked.id).map_err(invalid)
+}
+
+/// The settings of a migration from the annotations of the container's own specification.
+fn settings(bundle: &Path) -> Result<Settings, String> {
+    let path = bundle.join("config.json");
+    let spec = oci_spec::runtime::Spec::load(&path)
+        .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let bad = |key: &str, value: &str| format!("annotation {key} cannot be {value:?}");
+    let mut settings = Settings::default();
+    if let Some(value) = annotations.get(annotation::MODE) {
+        settings.cooperative = match value.as_str() {
+            "cooperative" => true,
+            "traditional" => false,
+            other => return Err(bad(annotation::MODE, other)),
+        };
+    }
+    if let Some(value) = annotations.get(annotation::MAX_ROUNDS) {
+        settings.max_rounds = value.parse().map_err(|_cause| bad(annotation::MAX_ROUNDS, value))?;
+    }
+    if let Some(value) = annotations.get(annotation::WRITABLE_LAYER) {
+        settings.writable_layer = match value.as_str() {
+            "yes" => true,
+            "no" => false,
+            other => return Err(bad(annotation::WRITABLE_LAYER, other)),
+        };
+    }
+    Ok(settings)
+}
+
+#[async_trait]
+impl Control for Service {
+    async fn resolve_volumes(
+        &self,
+        _context: &TtrpcContext,
+        asked: ResolveVolumesRequest,
+    ) -> ttrpc::Result<ResolveVolumesResponse> {
+        let mounts: Vec<(VolumeSource, bool)> = asked
+            .mounts
+            .iter()
+            .map(|mount| mount.volume.parse().map(|source| (source, mount.read_only)))
+            .collect::<Result<_, _>>()
+            .map_err(invalid)?;
+        let paths = self
+            .blocking(move |node| {
+                let path = |(source, read_only): &(VolumeSource, bool)| {
+                    node.volumes.path(source, *read_only)
+                };
+                mounts.iter().map(path).collect::<Result<Vec<PathBuf>, _>>()
+            })
+            .await?;
+        let mut answer = ResolveVolumesResponse::new();
+        answer.paths = paths.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+        Ok(answer)
+    }
+
+    async fn acquire(
+        &self,
+        _context: &TtrpcContext,
+        asked: AcquireRequest,
+    ) -> ttrpc::Result<AcquireResponse> {
+        let volumes = asked.volumes.iter().map(|mount| mount.volume.parse());
+        let upper = (!asked.rootfs_upper.is_empty()).then(|| PathBuf::from(&asked.rootfs_upper));
+        let wanted = Acquire {
+            container: container(&asked.container)?,
+            from: asked.migrate_from.parse::<MigrateFrom>().map_err(invalid)?,
+            upper_dir: upper,
+            volumes: volumes.collect::<Result<_, _>>().map_err(invalid)?,
+            settings: settings(Path::new(&asked.bundle)).map_err(invalid)?,
+        };
+        let mut answer = AcquireResponse::new();
+        match destination::acquire(&self.node, wanted).await {
+            Ok(Acquired::StartFresh) => answer.start_fresh = true,
+            Ok(Acquired::Restore { session, image_path, work_path }) => {
+                answer.session = session;
+                answer.image_path = image_path.to_string_lossy().into_owned();
+                answer.work_path = work_path.to_string_lossy().into_owned();
+            }
+            Err(error) => return Err(migration_error(&error)),
+        }
+        Ok(answer)
+    }
+
+    async fn claim(
+        &self,
+        _context: &TtrpcContext,
+        asked: ClaimRequest,
+    ) -> ttrpc::Result<ClaimResponse> {
+        let mut answer = ClaimResponse::new();
+        match destination::claim(&self.node, &asked.session).await {
+            Ok(()) => answer.may_run = true,
+            Err(reason) => answer.reason = reason,
+        }
+        Ok(answer)
+    }
+
+    async fn settle(&self, _context: &TtrpcContext, asked: SettleRequest) -> ttrpc::Result<Empty> {
+        let settlement = Settlement { running: asked.running, reason: asked.reason };
+        destination::settle(&self.node, &asked.session, settlement).await;
+        Ok(Empty::new())
+    }
+
+    async fn migrate(
+        &self,
+        _context: &TtrpcContext,
+        asked: MigrateRequest,
+        answer: ServerStreamSender<Progress>,
+    ) -> ttrpc::Result<()> {
+        let wanted = container(&asked.container)?;
+        if asked.from == asked.to {
+            return Err(invalid(format!("source and destination are both {}", asked.to)));
+        }
+        let here = &self.node.config;
+        for name in [&asked.from, &asked.to] {
+            if *name != here.node && here.peer(name).is_none() {
+                let error = crate::peer::PeerError::Unknown(name.clone());
+                return Err(rpc(Code::NOT_FOUND, error.to_string()));
+            }
+        }
+        let mut message = peer::MigrateRequest {
+            container: Some(peer::Container {
+                namespace: wanted.namespace().to_owned(),
+                id: wanted.id().to_owned(),
+            }),
+            from: asked.from,
+            mode: asked.mode,
+            max_rounds: asked.max_rounds,
+            without_writable_layer: asked.without_writable_layer,
+            netns: asked.netns,
+        };
+        let mut events = if asked.to == here.node {
+            let from = std::mem::take(&mut message.from);
+            let settings = server::settings(&message).map_err(invalid)?;
+            let netns = (!message.netns.is_empty()).then_some(message.netns);
+            let from = MigrateFrom { node: from, container: wanted };
+            server::follow(&self.node, request::Request { from, settings, netns })
+        } else {
+            let destination = Connection::open(here, &asked.to, PEER_MAX).await;
+            let destination = destination.map_err(|error| rpc(Code::UNAVAILABLE, chain(&error)))?;
+            let events = destination.client().migrate(message).await;
+            let events = events.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
+            events.into_inner().boxed()
+        };
+        while let Some(event) = events.next().await {
+            let event = event.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
+            answer.send(&progress(event)).await?;
+        }
+        Ok(())
+    }
+
+    async fn plan(
+        &self,
+        _context: &TtrpcContext,
+        _asked: MigrateRequest,
+    ) -> ttrpc::Result<PlanResponse> {
+        Err(rpc(Code::UNIMPLEMENTED, "plans are not served in this version"))
+    }
+
+    async fn watch(
+        &self,
+        _context: &TtrpcContext,
+        _asked: Empty,
+        answer: ServerStreamSender<Progress>,
+    ) -> ttrpc::Result<()> {
+        let mut events = self.node.events.subscribe();
+        loop {
+            match events.recv().await {
+                Ok(event) => answer.send(&progress(event)).await?,
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => return Ok(()),
+            }
+        }
+    }
+
+    async fn status(
+        &self,
+        _context: &TtrpcContext,
+        _asked: Empty,
+    ) -> ttrpc::Result<StatusResponse> {
+        let (usage, entries) =
+            self.blocking(|node| Ok((node.store.usage()?, node.journal.containers()?))).await?;
+        let mut answer = StatusResponse::new();
+        answer.node = self.node.config.node.clone();
+        answer.version = env!("CARGO_PKG_VERSION").to_owned();
+        answer.criu_version = self.node.criu_version.clone();
+        answer.listen = self.node.config.listen.map_or_else(String::new, |at| at.to_string());
+        answer.store_bytes = usage.bytes;
+        answer.objects = usage.objects;
+        answer.ownership = entries
+            .into_iter()
+            .map(|(container, entry)| {
+                let mut line = OwnershipEntry::new();
+                let mut named = Container::new();
+                named.namespace = container.namespace().to_owned();
+                named.id = container.id().to_owned();
+                line.container = Some(named).into();
+                line.state = entry.ownership.word().to_owned();
+                line.epoch = entry.epoch().0;
+                line.peer = entry.ownership.peer().unwrap_or_default().to_owned();
+                line
+            })
+            .collect();
+        Ok(answer)
+    }
+
+    async fn list_peers(
+        &self,
+        _context: &TtrpcContext,
+        _asked: Empty,
+    ) -> ttrpc::Result<ListPeersResponse> {
+        let config = &self.node.config;
+        let ask = config.peers.iter().map(|configured| async {
+            let mut line = Peer::new();
+            line.name = configured.name.clone();
+            line.address = configured.address.clone();
+            match Connection::open(config, &configured.name, PEER_MAX).await {
+                Ok(connection) => {
+                    line.reachable = true;
+                    line.round_trip_ms = connection.round_trip.as_secs_f64() * 1e3;
+                    line.load = connection.hello.load;
+                    line.detail = format!("protocol {}", connection.hello.version);
+                }
+                Err(error) => line.detail = chain(&error),
+            }
+            line
+        });
+        let mut answer = ListPeersResponse::new();
+        answer.peers = futures::future::join_all(ask).await;
+        Ok(answer)
+    }
+
+    async fn list_snapshots(
+        &self,
+        _context: &TtrpcContext,
+        _asked: Empty,
+    ) -> ttrpc::Result<ListSnapshotsResponse> {
+        let snapshots = self.blocking(|node| Ok(node.store.all_snapshots()?)).await?;
+        let mut answer = ListSnapshotsResponse::new();
+        answer.snapshots = snapshots.into_iter().map(|(id, one)| snapshot(id, &one)).collect();
+        Ok(answer)
+    }
+
+    async fn create_snapshot(
+        &self,
+        _context: &TtrpcContext,
+        asked: CreateSnapshotRequest,
+    ) -> ttrpc::Result<ListSnapshotsResponse> {
+        let wanted = container(&asked.container)?;
+        let taken = source::take_snapshots(&self.node, &wanted).await;
+        let taken = taken.map_err(|error| migration_error(&error))?;
+        let mut answer = ListSnapshotsResponse::new();
+        answer.snapshots = taken.iter().map(|(id, one)| snapshot(*id, one)).collect();
+        Ok(answer)
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _context: &TtrpcContext,
+        asked: DeleteSnapshotRequest,
+    ) -> ttrpc::Result<Empty> {
+        let id = asked.id.parse().map(SnapshotId);
+        let id =
+            id.map_err(|_cause| invalid(format!("{:?} is not a snapshot's number", asked.id)))?;
+        self.blocking(move |node| Ok(node.store.remove_snapshot(id)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn create_volume(
+        &self,
+        _context: &TtrpcContext,
+        asked: CreateVolumeRequest,
+    ) -> ttrpc::Result<Volume> {
+        let id: godwit_protos::VolumeId = asked.id.parse().map_err(invalid)?;
+        let path = self.blocking(move |node| node.volumes.create(&id)).await?;
+        let mut answer = Volume::new();
+        answer.id = asked.id;
+        answer.path = path.to_string_lossy().into_owned();
+        Ok(answer)
+    }
+
+    async fn import_volume(
+        &self,
+        _context: &TtrpcContext,
+        asked: ImportVolumeRequest,
+    ) -> ttrpc::Result<Volume> {
+        let directory = PathBuf::from(asked.directory);
+        if !directory.is_absolute() {
+            return Err(invalid(format!("{} is not an absolute path", directory.display())));
+        }
+        let (digest, path) = self
+            .blocking(move |node| {
+                let digest = node.volumes.import(&directory)?;
+                let path = node.volumes.path(&VolumeSource::Content(digest), true)?;
+                Ok((digest, path))
+            })
+            .await?;
+        let mut answer = Volume::new();
+        answer.id = digest.to_string();
+        answer.path = path.to_string_lossy().into_owned();
+        answer.read_only = true;
+        Ok(answer)
+    }
+
+    async fn list_volumes(
+        &self,
+        _context: &TtrpcContext,
+        _asked: Empty,
+    ) -> ttrpc::Result<ListVolumesResponse> {
+        let volumes = self.blocking(|node| node.volumes.list()).await?;
+        let mut answer = ListVolumesResponse::new();
+        answer.volumes = volumes
+            .into_iter()
+            .map(|listed| {
+                let mut line = Volume::new();
+                line.id = listed.name;
+                line.path = listed.path.to_string_lossy().into_owned();
+                line.read_only = listed.read_only;
+                line
+            })
+            .collect();
+        Ok(answer)
+    }
+
+    async fn remove_volume(
+        &self,
+        _context: &TtrpcContext,
+        asked: RemoveVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let wanted: VolumeSource = asked.id.parse().map_err(invalid)?;
+        if let Some(user) = describe::volume_user(&self.node, &wanted, None)
+            .await
+            .map_err(|error| migration_error(&error))?
+        {
+            let text = format!("volume {wanted} is in use by container {user}");
+            return Err(rpc(Code::FAILED_PRECONDITION, text));
+        }
+        self.blocking(move |node| node.volumes.remove(&wanted)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn sweep(&self, _context: &TtrpcContext, _asked: Empty) -> ttrpc::Result<SweepResponse> {
+        let report = self.blocking(Node::sweep).await?;
+        let mut answer = SweepResponse::new();
+        answer.freed_bytes = report.bytes_freed;
+        answer.kept_objects = report.objects_kept;
+        Ok(answer)
+    }
+}
+
+fn snapshot(id: SnapshotId, taken: &crate::store::Snapshot) -> Snapshot {
+    let mut line = Snapshot::new();
+    line.id = id.0.to_string();
+    line.subject = taken.subject.to_string();
+    line.sequence = taken.sequence;
+    line.taken_at_unix_ms = taken.taken_at_unix_ms;
+    line.manifest = taken.root.to_string();
+    line.size_bytes = taken.size_bytes;
+    line.node = taken.node.clone();
+    line.pinned = taken.is_pinned;
+    line
+}
+
+fn progress(event: peer::Progress) -> Progress {
+    let mut line = Progress::new();
+    line.migration = event.migration;
+    line.step = event.step;
+    line.text = event.text;
+    line.done_bytes = event.done_bytes;
+    line.total_bytes = event.total_bytes;
+    line.report_json = event.report_json;
+    line
+}

@@ -1,0 +1,231 @@
+//! What a container consists of: the source's answer to "what would I have to bring?".
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use godwit_protos::peer::{DescribeResponse, VolumeMount};
+use godwit_protos::{ContainerRef, Subject, VolumeId, VolumeSource, annotation};
+use oci_spec::runtime::Spec;
+
+use super::MigrationError;
+use super::ownership::Ownership;
+use super::shim::Shim;
+use crate::containerd::{Container, Descriptor, TaskStatus, upper_dir};
+use crate::node::Node;
+
+/// A container as its node knows it.
+#[derive(Debug)]
+pub struct Described {
+    /// containerd's record.
+    pub record: Container,
+    /// The image's name and target, if it was made from one.
+    pub image: Option<(String, Descriptor)>,
+    /// Its specification as text and parsed.
+    pub spec_json: String,
+    /// All volumes that it mounts.
+    pub volumes: Vec<VolumeMount>,
+    /// The writable ones, with the directories they lie in.
+    pub writable_volumes: Vec<(VolumeId, PathBuf)>,
+    /// Its memory as a subject.
+    pub memory: Subject,
+    /// Directory of its writable layer, if its root file system has one of its own.
+    pub upper_dir: Option<PathBuf>,
+    /// What it does.
+    pub status: TaskStatus,
+    /// Its shim.
+    pub shim: Shim,
+    /// Inodes that its processes have mapped shared and writable.
+    pub mapped_inodes: HashSet<u64>,
+    /// What will not come along, in words for the user.
+    pub warnings: Vec<String>,
+    pids: Vec<u32>,
+}
+
+/// Looks a container up in containerd and at its shim.
+///
+/// Errors: [`MigrationError`] that names what is missing.
+pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described, MigrationError> {
+    let (namespace, id) = (container.namespace(), container.id());
+    let record = match node.containerd.container(namespace, id).await {
+        Err(crate::containerd::ClientError::NotFound(_)) => {
+            return Err(MigrationError::NoContainer(container.clone(), node.config.node.clone()));
+        }
+        other => other?,
+    };
+    let task = node.containerd.task(namespace, id).await?;
+    let status = task.map_or(TaskStatus::Stopped, |task| task.status);
+    if !matches!(status, TaskStatus::Running | TaskStatus::Paused) {
+        let status = format!("{status:?}").to_lowercase();
+        return Err(MigrationError::NotRunning { container: container.clone(), status });
+    }
+    let shim = Shim::find(&node.config, container)?;
+    let at_shim = shim.describe(id).await?;
+    let pids = node.containerd.pids(namespace, id).await?;
+    let mounts =
+        node.containerd.mounts(namespace, &record.snapshotter, &record.snapshot_key).await?;
+    let target = node.containerd.image(namespace, &record.image).await?;
+    let spec_json = String::from_utf8_lossy(&record.spec).into_owned();
+    let spec: Spec = serde_json::from_str(&spec_json)
+        .map_err(|error| MigrationError::Spec(super::spec::SpecError::Parse(error)))?;
+    let (volumes, writable_volumes) = volumes(node, &spec)?;
+    let mut warnings = Vec::new();
+    if !at_shim.execs.is_empty() {
+        let execs = at_shim.execs.join(", ");
+        warnings.push(format!("processes added by exec do not move: {execs}"));
+    }
+    Ok(Described {
+        image: target.map(|target| (record.image.clone(), target)),
+        memory: memory_subject(container, &record.image, &spec),
+        upper_dir: upper_dir(&mounts),
+        mapped_inodes: mapped_inodes(&pids),
+        record,
+        spec_json,
+        volumes,
+        writable_volumes,
+        status,
+        shim,
+        warnings,
+        pids,
+    })
+}
+
+fn memory_subject(container: &ContainerRef, image: &str, spec: &Spec) -> Subject {
+    let annotated = |key: &str| spec.annotations().as_ref().and_then(|all| all.get(key)).cloned();
+    let named = |text: String, instead: &str| {
+        // A subject's text form parts by '|'.
+        let text = text.replace('|', "_");
+        if text.is_empty() { instead.to_owned() } else { text }
+    };
+    Subject::Memory {
+        namespace: container.namespace().to_owned(),
+        service: named(annotated(annotation::SERVICE).unwrap_or_else(|| image.to_owned()), "none"),
+        user: named(annotated(annotation::USER).unwrap_or_default(), container.id()),
+    }
+}
+
+type Volumes = (Vec<VolumeMount>, Vec<(VolumeId, PathBuf)>);
+
+fn volumes(node: &Node, spec: &Spec) -> Result<Volumes, MigrationError> {
+    let (mut all, mut writable) = (Vec::new(), Vec::new());
+    for mount in spec.mounts().iter().flatten() {
+        if mount.typ().as_deref() != Some("godwit") {
+            continue;
+        }
+        let source = mount.source().as_deref().unwrap_or(std::path::Path::new(""));
+        let volume: VolumeSource = source.to_string_lossy().parse()?;
+        let options = mount.options().as_deref().unwrap_or_default();
+        let read_only = options.iter().any(|option| option == "ro");
+        let path = node.volumes.path(&volume, read_only)?;
+        all.push(VolumeMount {
+            volume: volume.to_string(),
+            destination: mount.destination().to_string_lossy().into_owned(),
+            read_only,
+        });
+        if let VolumeSource::Writable(id) = volume {
+            writable.push((id, path));
+        }
+    }
+    Ok((all, writable))
+}
+
+/// Inodes that these processes have mapped shared and writable: their times may not tell of stores (proc(5), "maps").
+pub fn mapped_inodes(pids: &[u32]) -> HashSet<u64> {
+    let mut inodes = HashSet::new();
+    for pid in pids {
+        // A process that has ended maps nothing.
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        for line in maps.lines() {
+            let mut fields = line.split_ascii_whitespace();
+            let permissions = fields.nth(1).unwrap_or_default().as_bytes();
+            if let [_, b'w', _, b's'] = permissions
+                && let Some(inode) = fields.nth(2).and_then(|inode| inode.parse().ok())
+            {
+                inodes.insert(inode);
+            }
+        }
+    }
+    inodes
+}
+
+impl Described {
+    /// Whether this node can give the container away now. Errors: [`MigrationError`] with what stands in the way.
+    pub async fn check_movable(
+        &self,
+        node: &Node,
+        container: &ContainerRef,
+    ) -> Result<(), MigrationError> {
+        if self.status == TaskStatus::Paused {
+            let status = "paused".to_owned();
+            return Err(MigrationError::NotRunning { container: container.clone(), status });
+        }
+        let entry = node.journal.container(container)?;
+        if let Some(Ownership::Offered(_, to) | Ownership::Released(_, to)) =
+            entry.map(|entry| entry.ownership)
+        {
+            return Err(MigrationError::Busy { container: container.clone(), to });
+        }
+        for (id, _) in &self.writable_volumes {
+            let volume = VolumeSource::Writable(id.clone());
+            if let Some(other) = volume_user(node, &volume, Some(container)).await? {
+                return Err(MigrationError::SharedVolume { volume: id.clone(), other });
+            }
+        }
+        Ok(())
+    }
+
+    /// The answer to a peer.
+    pub fn response(&self, node: &Node) -> DescribeResponse {
+        let pages: u64 = self.pids.iter().map(|pid| resident_pages(*pid)).sum();
+        let target = self.image.as_ref().map(|(_, target)| target);
+        DescribeResponse {
+            image: self.record.image.clone(),
+            image_media_type: target.map_or_else(String::new, |target| target.media_type.clone()),
+            image_digest: target.map_or_else(String::new, |target| target.digest.to_string()),
+            image_size: target.map_or(0, |target| i64::try_from(target.size_bytes).unwrap_or(0)),
+            runtime: self.record.runtime.name.clone(),
+            snapshotter: self.record.snapshotter.clone(),
+            labels: self.record.labels.clone(),
+            spec_json: self.spec_json.clone(),
+            volumes: self.volumes.clone(),
+            memory_subject: self.memory.to_string(),
+            layer_subject: String::new(),
+            status: format!("{:?}", self.status).to_lowercase(),
+            memory_bytes: pages * crate::content::object::PAGE_BYTES as u64,
+            criu_version: node.criu_version.clone(),
+            warnings: self.warnings.clone(),
+        }
+    }
+}
+
+/// Resident pages of a process (proc(5), "statm", second field).
+fn resident_pages(pid: u32) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    statm.split_ascii_whitespace().nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0)
+}
+
+/// A container on this node, other than `besides`, with a task that mounts `volume`.
+pub async fn volume_user(
+    node: &Node,
+    volume: &VolumeSource,
+    besides: Option<&ContainerRef>,
+) -> Result<Option<String>, MigrationError> {
+    let name = volume.to_string();
+    for namespace in node.containerd.namespaces().await? {
+        for other in node.containerd.list_containers(&namespace).await? {
+            let this = (namespace.as_str(), other.id.as_str());
+            if besides.is_some_and(|besides| this == (besides.namespace(), besides.id())) {
+                continue;
+            }
+            let Ok(spec) = serde_json::from_slice::<Spec>(&other.spec) else { continue };
+            let mounts = spec.mounts().as_deref().unwrap_or_default();
+            let uses = mounts.iter().any(|mount| {
+                mount.typ().as_deref() == Some("godwit")
+                    && mount.source().as_deref().and_then(|source| source.to_str()) == Some(&name)
+            });
+            if uses && node.containerd.task(&namespace, &other.id).await?.is_some() {
+                return Ok(Some(format!("{namespace}/{}", other.id)));
+            }
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,392 @@
+//! What must survive the daemon: who owns a container, and which volumes are here.
+//!
+//! One embedded database, `node.redb`. Every change is one transaction, durable (fsynced by redb) before the
+//! function returns: the caller acts only afterwards.
+//!
+//! Releasing is two steps on disk: 1. journal `Released`, 2. write the fence that shims read. On open: a fence is
+//! written for each `Released` entry and removed where there is none, so a crash between the two heals.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use godwit_protos::{ContainerRef, VolumeId};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use super::ownership::{Epoch, Event, Ownership};
+
+/// Key: `NAMESPACE/ID`. Value: [`Entry`] as JSON.
+const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers_v1");
+
+/// Key: volume id. Value: [`VolumeEntry`] as JSON.
+const VOLUMES: TableDefinition<&str, &[u8]> = TableDefinition::new("volumes_v1");
+
+/// What is journalled of a container.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Who may run it.
+    pub ownership: Ownership,
+    /// At a destination: the session and the annotation that brought it here.
+    pub session: Option<String>,
+    /// Value of the migrate-from annotation, spent once the ownership is ours.
+    pub migrate_from: Option<String>,
+    /// At a destination: whether the tasks have run.
+    pub resumed: bool,
+}
+
+/// What is journalled of a writable volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeEntry {
+    /// The node that it moved to, if it did; its data are then gone from here.
+    pub moved_to: Option<String>,
+}
+
+/// Why the journal could not be read or written. The daemon must not act on what it wanted to journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The database refused.
+    #[error("journal {} failed; check the disk, the file is not touched", path.display())]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// redb's reason.
+        #[source]
+        source: Box<redb::Error>,
+    },
+    /// An entry that this version cannot read.
+    #[error("journal entry {key:?} is not readable by this version")]
+    Entry {
+        /// Its key.
+        key: String,
+        /// The reason.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The fence could not be written or removed.
+    #[error("cannot update fence {}", path.display())]
+    Fence {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The state does not allow the event.
+    #[error("{container} is {state}: it cannot take {event:?}")]
+    OutOfPhase {
+        /// The container.
+        container: ContainerRef,
+        /// The state, in words.
+        state: String,
+        /// What was asked.
+        event: Event,
+    },
+}
+
+/// The journal of one node. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Journal {
+    database: Arc<Database>,
+    path: PathBuf,
+    fences: PathBuf,
+}
+
+impl Journal {
+    /// Opens or creates the journal at `path`, with the fences below `fences`.
+    ///
+    /// Errors: [`JournalError`], also when another daemon has it open.
+    pub fn open(path: &Path, fences: &Path) -> Result<Self, JournalError> {
+        let failed = |source: redb::Error| JournalError::Database {
+            path: path.to_owned(),
+            source: Box::new(source),
+        };
+        let database = Database::create(path).map_err(|error| failed(error.into()))?;
+        let journal =
+            Self { database: Arc::new(database), path: path.to_owned(), fences: fences.to_owned() };
+        journal.write(|_| Ok(()))?;
+        journal.restore_fences()?;
+        Ok(journal)
+    }
+
+    fn failed(&self, source: impl Into<redb::Error>) -> JournalError {
+        JournalError::Database { path: self.path.clone(), source: Box::new(source.into()) }
+    }
+
+    fn write<T>(
+        &self,
+        change: impl FnOnce(&redb::WriteTransaction) -> Result<T, JournalError>,
+    ) -> Result<T, JournalError> {
+        let transaction = self.database.begin_write().map_err(|error| self.failed(error))?;
+        transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
+        transaction.open_table(VOLUMES).map_err(|error| self.failed(error))?;
+        let done = change(&transaction)?;
+        transaction.commit().map_err(|error| self.failed(error))?;
+        Ok(done)
+    }
+
+    /// The entry of a container, if this node ever gave or took it.
+    pub fn container(&self, container: &ContainerRef) -> Result<Option<Entry>, JournalError> {
+        Ok(self.containers()?.into_iter().find(|(one, _)| one == container).map(|(_, entry)| entry))
+    }
+
+    /// Every entry.
+    pub fn containers(&self) -> Result<Vec<(ContainerRef, Entry)>, JournalError> {
+        let read = self.database.begin_read().map_err(|error| self.failed(error))?;
+        let table = read.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
+        let mut entries = Vec::new();
+        for row in table.iter().map_err(|error| self.failed(error))? {
+            let (key, value) = row.map_err(|error| self.failed(error))?;
+            let entry = parse(key.value(), value.value())?;
+            if let Some((namespace, id)) = key.value().split_once('/')
+                && let Ok(container) = ContainerRef::new(namespace, id)
+            {
+                entries.push((container, entry));
+            }
+        }
+        Ok(entries)
+    }
+
+    /// Takes `event`, changes the rest of the entry by `change`, and returns the new entry once it is durable.
+    ///
+    /// Errors: [`JournalError::OutOfPhase`] when the state does not allow it; nothing changed then.
+    pub fn apply(
+        &self,
+        container: &ContainerRef,
+        event: &Event,
+        change: impl FnOnce(&mut Entry),
+    ) -> Result<Entry, JournalError> {
+        let key = container.to_string();
+        let entry = self.write(|transaction| {
+            let mut table =
+                transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
+            let before = table
+                .get(key.as_str())
+                .map_err(|error| self.failed(error))?
+                .map(|value| parse(&key, value.value()))
+                .transpose()?;
+            let ownership = before.as_ref().map(|entry: &Entry| &entry.ownership);
+            let after =
+                Ownership::on(ownership, event).ok_or_else(|| JournalError::OutOfPhase {
+                    container: container.clone(),
+                    state: ownership.map_or("not known here", Ownership::word).to_owned(),
+                    event: event.clone(),
+                })?;
+            let mut entry = before.unwrap_or(Entry {
+                ownership: after.clone(),
+                session: None,
+                migrate_from: None,
+                resumed: false,
+            });
+            entry.ownership = after;
+            change(&mut entry);
+            put(&mut table, &key, &entry).map_err(|error| self.failed(error))?;
+            Ok(entry)
+        })?;
+        self.set_fence(container, &entry.ownership)?;
+        Ok(entry)
+    }
+
+    /// Notes that the tasks of a container that came here have run.
+    pub fn mark_resumed(&self, container: &ContainerRef) -> Result<(), JournalError> {
+        let key = container.to_string();
+        self.write(|transaction| {
+            let mut table =
+                transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
+            let value = table.get(key.as_str()).map_err(|error| self.failed(error))?;
+            let Some(mut entry) =
+                value.map(|value| parse::<Entry>(&key, value.value())).transpose()?
+            else {
+                return Ok(());
+            };
+            entry.resumed = true;
+            put(&mut table, &key, &entry).map_err(|error| self.failed(error))
+        })
+    }
+
+    /// Forgets a container that was deleted: a new one of its name starts without history.
+    pub fn forget(&self, container: &ContainerRef) -> Result<(), JournalError> {
+        let key = container.to_string();
+        self.write(|transaction| {
+            let mut table =
+                transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
+            table.remove(key.as_str()).map(drop).map_err(|error| self.failed(error))
+        })?;
+        self.remove_fence(container)
+    }
+
+    /// The entry of a volume.
+    pub fn volume(&self, id: &VolumeId) -> Result<Option<VolumeEntry>, JournalError> {
+        let read = self.database.begin_read().map_err(|error| self.failed(error))?;
+        let table = read.open_table(VOLUMES).map_err(|error| self.failed(error))?;
+        let value = table.get(id.as_str()).map_err(|error| self.failed(error))?;
+        value.map(|value| parse(id.as_str(), value.value())).transpose()
+    }
+
+    /// Writes the entry of a volume, or removes it.
+    pub fn set_volume(
+        &self,
+        id: &VolumeId,
+        entry: Option<&VolumeEntry>,
+    ) -> Result<(), JournalError> {
+        self.write(|transaction| {
+            let mut table = transaction.open_table(VOLUMES).map_err(|error| self.failed(error))?;
+            match entry {
+                Some(entry) => put(&mut table, id.as_str(), entry),
+                None => table.remove(id.as_str()).map(drop),
+            }
+            .map_err(|error| self.failed(error))
+        })
+    }
+
+    /// Every volume.
+    pub fn volumes(&self) -> Result<Vec<(VolumeId, VolumeEntry)>, JournalError> {
+        let read = self.database.begin_read().map_err(|error| self.failed(error))?;
+        let table = read.open_table(VOLUMES).map_err(|error| self.failed(error))?;
+        let mut entries = Vec::new();
+        for row in table.iter().map_err(|error| self.failed(error))? {
+            let (key, value) = row.map_err(|error| self.failed(error))?;
+            if let Ok(id) = key.value().parse() {
+                entries.push((id, parse(key.value(), value.value())?));
+            }
+        }
+        Ok(entries)
+    }
+
+    fn fence(&self, container: &ContainerRef) -> PathBuf {
+        self.fences.join(container.namespace()).join(container.id())
+    }
+
+    fn set_fence(
+        &self,
+        container: &ContainerRef,
+        ownership: &Ownership,
+    ) -> Result<(), JournalError> {
+        let Ownership::Released(epoch, to) = ownership else { return self.remove_fence(container) };
+        let path = self.fence(container);
+        let node = to.split('/').next().unwrap_or(to);
+        let write = || {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            let partial = path.with_extension("tmp~");
+            fs::write(&partial, format!("moved to {node}, epoch {}", epoch.0))?;
+            fs::File::open(&partial)?.sync_all()?;
+            fs::rename(&partial, &path)?;
+            path.parent().map_or(Ok(()), |parent| fs::File::open(parent)?.sync_all())
+        };
+        write().map_err(|source| JournalError::Fence { path: path.clone(), source })
+    }
+
+    fn remove_fence(&self, container: &ContainerRef) -> Result<(), JournalError> {
+        let path = self.fence(container);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(JournalError::Fence { path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn restore_fences(&self) -> Result<(), JournalError> {
+        for (container, entry) in self.containers()? {
+            self.set_fence(&container, &entry.ownership)?;
+        }
+        Ok(())
+    }
+}
+
+impl Entry {
+    /// Whether the tasks of this container came here by this annotation and were let run: the annotation is spent.
+    pub fn has_spent(&self, migrate_from: &str) -> bool {
+        matches!(self.ownership, Ownership::Owner(_))
+            && self.resumed
+            && self.migrate_from.as_deref() == Some(migrate_from)
+    }
+
+    /// The fence of the next offer.
+    pub fn epoch(&self) -> Epoch {
+        self.ownership.epoch()
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, JournalError> {
+    serde_json::from_slice(value)
+        .map_err(|source| JournalError::Entry { key: key.to_owned(), source })
+}
+
+fn put<T: Serialize>(
+    table: &mut redb::Table<'_, &'static str, &'static [u8]>,
+    key: &str,
+    value: &T,
+) -> Result<(), redb::StorageError> {
+    let bytes = serde_json::to_vec(value).unwrap_or_default();
+    table.insert(key, bytes.as_slice()).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn container() -> ContainerRef {
+        ContainerRef::new("default", "cache").unwrap()
+    }
+
+    fn open(dir: &Path) -> Journal {
+        Journal::open(&dir.join("node.redb"), &dir.join("fences")).unwrap()
+    }
+
+    #[test]
+    fn a_release_is_fenced_and_survives_reopening() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = open(dir.path());
+        journal.apply(&container(), &Event::Offer("edge-b/default/cache".into()), |_| {}).unwrap();
+        journal.apply(&container(), &Event::Release(Epoch(1)), |_| {}).unwrap();
+        let fence = dir.path().join("fences/default/cache");
+        assert_eq!(fs::read_to_string(&fence).unwrap(), "moved to edge-b, epoch 1");
+        drop(journal);
+        // A crash between journal and fence.
+        fs::remove_file(&fence).unwrap();
+        let journal = open(dir.path());
+        assert!(fence.exists());
+        let entry = journal.container(&container()).unwrap().unwrap();
+        assert_eq!(entry.ownership, Ownership::Released(Epoch(1), "edge-b/default/cache".into()));
+        journal.forget(&container()).unwrap();
+        assert!(!fence.exists());
+        assert_eq!(journal.container(&container()).unwrap(), None);
+    }
+
+    #[test]
+    fn an_event_out_of_phase_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = open(dir.path());
+        let refused = journal.apply(&container(), &Event::Release(Epoch(1)), |_| {});
+        assert!(matches!(refused, Err(JournalError::OutOfPhase { .. })));
+        assert_eq!(journal.containers().unwrap(), []);
+    }
+
+    #[test]
+    fn an_annotation_is_spent_only_by_tasks_that_ran() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = open(dir.path());
+        let from = "edge-a/default/cache";
+        journal
+            .apply(&container(), &Event::Claim(Epoch(4), "edge-a".into()), |entry| {
+                entry.migrate_from = Some(from.into());
+            })
+            .unwrap();
+        let entry = journal.apply(&container(), &Event::Granted(Epoch(4)), |_| {}).unwrap();
+        assert!(!entry.has_spent(from));
+        journal.mark_resumed(&container()).unwrap();
+        assert!(journal.container(&container()).unwrap().unwrap().has_spent(from));
+    }
+
+    #[test]
+    fn a_second_daemon_on_the_same_journal_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = open(dir.path());
+        let second = Journal::open(&dir.path().join("node.redb"), &dir.path().join("fences"));
+        assert!(matches!(second, Err(JournalError::Database { .. })));
+    }
+}

@@ -1,0 +1,180 @@
+//! What a restore needs, laid out as plain files at the destination.
+//!
+//! ```text
+//! STATE/stage/SESSION/volume-ID     a volume, patched each round, then renamed into place
+//! STATE/stage/SESSION/base          the memory as of the last round, in the form of a CRIU parent image
+//! STATE/stage/SESSION/images        CRIU's images of the cut; pages that are in base are not written again
+//! STATE/stage/SESSION/work          CRIU's logs
+//! ```
+//!
+//! The writable layer is patched in the container's own upper directory, which nothing mounts before the restore. On
+//! open of the daemon everything below `stage` is removed: sessions live in memory.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
+
+use godwit_protos::peer::ObjectBatch;
+use godwit_protos::{Digest, Subject, VolumeId};
+
+use super::MigrationError;
+use super::destination::{Installed, Parsed, clear};
+use crate::content::encoding::Codec;
+use crate::content::materialize::materialize;
+use crate::content::{Source as _, memory, on};
+use crate::node::Node;
+use crate::store::{Lease, Store};
+use crate::volumes::Volumes;
+
+/// The staged state of one session.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    store: Store,
+    directory: PathBuf,
+    upper_dir: Option<PathBuf>,
+    volumes: Vec<(VolumeId, Digest)>,
+    layer: Option<Digest>,
+    memory: Option<Digest>,
+    installed: Installed,
+}
+
+impl Layout {
+    /// Makes the directories of a session. What lies in `upper_dir` is left of an earlier attempt and is removed.
+    pub fn begin(
+        node: &Node,
+        session: &str,
+        upper_dir: Option<PathBuf>,
+    ) -> Result<Self, MigrationError> {
+        let directory = node.config.state_dir.join("stage").join(session);
+        for name in ["base", "images", "work"] {
+            let path = directory.join(name);
+            fs::create_dir_all(&path).map_err(on("make directory", &path))?;
+        }
+        if let Some(upper) = &upper_dir {
+            clear(upper).map_err(on("clear", upper))?;
+        }
+        Ok(Self {
+            store: node.store.clone(),
+            directory,
+            upper_dir,
+            volumes: Vec::new(),
+            layer: None,
+            memory: None,
+            installed: Vec::new(),
+        })
+    }
+
+    /// CRIU's image directory.
+    pub fn images(&self) -> PathBuf {
+        self.directory.join("images")
+    }
+
+    /// Directory for CRIU's logs.
+    pub fn work(&self) -> PathBuf {
+        self.directory.join("work")
+    }
+
+    fn base(&self) -> PathBuf {
+        self.directory.join("base")
+    }
+
+    /// Brings volumes and writable layer to these versions; of memory it notes the version.
+    pub fn stage(&mut self, manifests: &Parsed) -> Result<(), MigrationError> {
+        for (subject, root, _) in manifests {
+            match subject {
+                Subject::Memory { .. } => self.memory = Some(*root),
+                Subject::Layer(_) => {
+                    let Some(upper) = &self.upper_dir else { continue };
+                    materialize(&self.store, root, self.layer.as_ref(), upper)?;
+                    self.layer = Some(*root);
+                }
+                Subject::Volume(id) => {
+                    let path = self.directory.join(format!("volume-{id}"));
+                    let known = self.volumes.iter().position(|(known, _)| known == id);
+                    if known.is_none() {
+                        fs::create_dir(&path).map_err(on("make directory", &path))?;
+                    }
+                    let base = known.map(|index| self.volumes[index].1);
+                    materialize(&self.store, root, base.as_ref(), &path)?;
+                    match known {
+                        Some(index) => self.volumes[index].1 = *root,
+                        None => self.volumes.push((id.clone(), *root)),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the memory of the last round as a parent image.
+    pub fn stage_memory(&mut self) -> Result<(), MigrationError> {
+        if let Some(memory) = &self.memory {
+            memory::stage_base(&self.store, memory, &self.base())?;
+        }
+        Ok(())
+    }
+
+    /// Brings everything to the cut and puts the volumes into place.
+    pub fn finish(&mut self, manifests: &Parsed, volumes: &Volumes) -> Result<(), MigrationError> {
+        let base = self.memory;
+        let cut = manifests.iter().find(|(subject, ..)| matches!(subject, Subject::Memory { .. }));
+        let (_, cut, _) = cut.ok_or(MigrationError::Protocol("the cut has no memory"))?;
+        memory::stage_images(&self.store, cut, base.as_ref(), &self.base(), &self.images())?;
+        self.stage(manifests)?;
+        for (id, _) in &self.volumes {
+            let staged = self.directory.join(format!("volume-{id}"));
+            volumes.install(id, &staged)?;
+            self.installed.push(id.clone());
+        }
+        Ok(())
+    }
+
+    /// Removes all that was staged or put into place, for a container that will not run here.
+    pub fn discard(&mut self, volumes: &Volumes) {
+        for id in std::mem::take(&mut self.installed) {
+            if let Err(error) = volumes.uninstall(&id) {
+                tracing::warn!(volume = %id, %error, "cannot remove");
+            }
+        }
+        if let Some(upper) = &self.upper_dir {
+            let _ = clear(upper);
+        }
+        self.remove_staged();
+    }
+
+    /// Removes the staged files, keeping what is in place. CRIU's logs go too unless the restore failed.
+    pub fn remove_staged(&self) {
+        if let Err(error) = criu_wrapper::leftovers::unmount_below(&self.directory) {
+            tracing::warn!(%error, "CRIU left mounts that cannot be removed; staged files stay");
+            return;
+        }
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Keeps the objects of a stop-and-copy stream: each is decoded, checked against its digest, and stored.
+pub fn keep_stream(
+    store: &Store,
+    lease: &Lease,
+    batches: &Receiver<ObjectBatch>,
+) -> Result<(), MigrationError> {
+    let (mut writer, mut codec) = (store.writer(lease), Codec::default());
+    for batch in batches {
+        for object in &batch.objects {
+            let digest = Digest::try_from(&object.digest[..])?;
+            let base = match &object.base[..] {
+                [] => Vec::new(),
+                base => store.object(&Digest::try_from(base)?)?,
+            };
+            let size = u64::from(object.size_bytes);
+            let data = codec.decode(&digest, object.encoding, size, &object.data, &base).map_err(
+                |error| MigrationError::Refused {
+                    code: "damaged".to_owned(),
+                    detail: format!("object {digest} of the stop-and-copy stream: {error}"),
+                },
+            )?;
+            writer.put_hashed(digest, &data).map_err(MigrationError::from)?;
+        }
+    }
+    Ok(writer.flush()?)
+}

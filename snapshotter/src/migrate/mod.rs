@@ -1,0 +1,294 @@
+//! The procedure: a running container moves from one node to another.
+//!
+//! The destination drives. [`destination`] holds one session per container that comes here: it asks neighbours and
+//! source for what this node lacks while the container runs, has the source make the cut, lays everything out, and
+//! hands over to the shim, which restores the tasks, holds them, and asks [`destination::Sessions::claim`] for the right
+//! to let them run. [`source`] is the other side. [`request`] starts it all: it creates the container here with the
+//! migrate-from annotation, under a specification derived by [`spec`].
+//!
+//! What is promised on failure is in [`ownership`] (never two runners) and [`source`] (frozen, not killed, until the
+//! destination runs); docs/failure-model.md has the table.
+
+pub mod describe;
+pub mod destination;
+pub mod image;
+pub mod journal;
+pub mod layout;
+pub mod ownership;
+pub mod report;
+pub mod request;
+pub mod rounds;
+pub mod shim;
+pub mod source;
+pub mod spec;
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use godwit_protos::{ContainerRef, Digest, ParseDigestError, ParseNameError, Subject, VolumeId};
+
+use crate::containerd::ClientError;
+use crate::content::ContentError;
+use crate::content::object::Kind;
+use crate::node::Node;
+use crate::peer::PeerError;
+use crate::peer::fetch::FetchError;
+use crate::store::{Snapshot, Store, StoreError};
+use crate::volumes::VolumeError;
+
+/// Why a migration failed. Until the release the container runs on at its source.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// No such container.
+    #[error("container {0} is not on node {1}")]
+    NoContainer(ContainerRef, String),
+    /// It is not running, so there is nothing to move while it runs.
+    #[error("container {container} is {status}, not running")]
+    NotRunning {
+        /// Which.
+        container: ContainerRef,
+        /// What it is instead.
+        status: String,
+    },
+    /// It runs under another runtime.
+    #[error("container {0} does not run under io.containerd.runc.godwit.v1")]
+    NoShim(ContainerRef),
+    /// It is being moved already.
+    #[error("container {container} is already on its way to {to}")]
+    Busy {
+        /// Which.
+        container: ContainerRef,
+        /// Where to.
+        to: String,
+    },
+    /// A name that is taken at the destination.
+    #[error("container {0} exists on this node already; delete it first")]
+    Exists(ContainerRef),
+    /// Moving one of two users of a volume would tear it from the other.
+    #[error("volume {volume} is also mounted by container {other}")]
+    SharedVolume {
+        /// Which volume.
+        volume: VolumeId,
+        /// By whom.
+        other: String,
+    },
+    /// The container was made from an image that containerd no longer knows.
+    #[error("image {0:?} of the container is not in the source's containerd")]
+    NoImage(String),
+    /// A blob of an image that nobody delivers.
+    #[error("blob {0} of the image is nowhere to be had")]
+    NoBlob(Digest),
+    /// The two nodes cannot have the same container.
+    #[error("{0}")]
+    Incompatible(String),
+    /// The shim refused; for a dump, with CRIU's reason.
+    #[error("cannot {what}: {reason}")]
+    Shim {
+        /// What was asked.
+        what: &'static str,
+        /// Its words.
+        reason: String,
+    },
+    /// The source refused.
+    #[error("the source refused ({code}): {detail}")]
+    Refused {
+        /// docs/protocol.md's code.
+        code: String,
+        /// Its words.
+        detail: String,
+    },
+    /// The other side ended the migration.
+    #[error("aborted by the destination: {0}")]
+    Aborted(String),
+    /// The other side was silent.
+    #[error("no word from the other node for {} s", patience.as_secs())]
+    Silent {
+        /// How long.
+        patience: Duration,
+    },
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(String),
+    /// The other side does not keep to the protocol.
+    #[error("protocol violation: {0}")]
+    Protocol(&'static str),
+    /// The restore failed here, before any task ran.
+    #[error("restore failed: {0}")]
+    Restore(String),
+    /// Nobody asked for the restored container in time.
+    #[error("the shim did not go on with the restore within {} s", .0.as_secs())]
+    Unclaimed(Duration),
+    /// The daemon is stopping.
+    #[error("interrupted")]
+    Interrupted,
+    /// A specification that this node does not admit.
+    #[error(transparent)]
+    Spec(#[from] spec::SpecError),
+    /// A name of a wrong form.
+    #[error(transparent)]
+    Name(#[from] ParseNameError),
+    /// A digest of a wrong form.
+    #[error(transparent)]
+    Digest(#[from] ParseDigestError),
+    /// A peer cannot be talked to.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// Content could not be fetched.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// Content could not be read or laid out.
+    #[error(transparent)]
+    Content(#[from] ContentError),
+    /// A volume stands in the way.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// The journal failed: nothing was acted on.
+    #[error(transparent)]
+    Journal(#[from] journal::JournalError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// containerd failed.
+    #[error(transparent)]
+    Containerd(#[from] ClientError),
+}
+
+/// What a failure asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// The same request may succeed later: a node or link was gone, or the disk full.
+    Retry,
+    /// The request itself must change.
+    GiveUp,
+}
+
+impl MigrationError {
+    /// What to do next. Whatever it is, before the release the source thaws.
+    pub fn next(&self) -> Next {
+        match self {
+            Self::Silent { .. }
+            | Self::Broken(_)
+            | Self::Interrupted
+            | Self::Unclaimed(_)
+            | Self::Peer(PeerError::Unreachable { .. } | PeerError::Slow { .. })
+            | Self::Fetch(FetchError::SourceFailed { .. } | FetchError::Interrupted)
+            | Self::Busy { .. } => Next::Retry,
+            other if other.is_disk_full() => Next::Retry,
+            _ => Next::GiveUp,
+        }
+    }
+
+    fn is_disk_full(&self) -> bool {
+        match self {
+            Self::Content(error) | Self::Fetch(FetchError::Content(error)) => error.is_disk_full(),
+            Self::Volume(VolumeError::Content(error)) => error.is_disk_full(),
+            Self::Store(error) => matches!(error, StoreError::Full { .. }),
+            _ => false,
+        }
+    }
+
+    /// The protocol's code.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoContainer(..) => "no-container",
+            Self::NotRunning { .. } => "not-running",
+            Self::NoShim(_) => "wrong-runtime",
+            Self::Busy { .. } => "busy",
+            Self::SharedVolume { .. } => "shared-volume",
+            Self::Shim { .. } => "criu",
+            Self::Volume(_) => "volume",
+            Self::Spec(_) | Self::Name(_) | Self::Digest(_) => "invalid",
+            error if error.is_disk_full() => "disk-full",
+            _ => "failed",
+        }
+    }
+
+    /// The error with all its causes in one line.
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+}
+
+/// An error with all its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        // Transparent variants repeat their source.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// A snapshot taken now.
+fn snapshot(
+    subject: &Subject,
+    kind: Kind,
+    root: Digest,
+    size_bytes: u64,
+    sequence: u64,
+    node: &str,
+) -> Snapshot {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Snapshot {
+        subject: subject.clone(),
+        sequence,
+        taken_at_unix_ms: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
+        root,
+        root_kind: kind as u8,
+        size_bytes,
+        node: node.to_owned(),
+        is_pinned: false,
+    }
+}
+
+/// Records snapshots durably and retires the oldest beyond `keep` of each subject.
+fn keep_snapshots(store: &Store, snapshots: Vec<Snapshot>, keep: usize) -> Result<(), StoreError> {
+    store.sync()?;
+    for snapshot in snapshots {
+        store.record(&snapshot)?;
+        store.keep_last(&snapshot.subject, keep)?;
+    }
+    Ok(())
+}
+
+/// Removes task, container and root file system of a container that runs elsewhere, or never will run here.
+async fn remove_container(node: &Node, container: &ContainerRef) {
+    let (namespace, id) = (container.namespace(), container.id());
+    let record = node.containerd.container(namespace, id).await;
+    // The exit of the killed tasks may still be on its way.
+    for attempt in 0..50u32 {
+        match node.containerd.delete_task(namespace, id).await {
+            Ok(_) | Err(ClientError::NotFound(_)) => break,
+            Err(error) if attempt == 49 => {
+                tracing::warn!(%container, %error, "cannot delete the task");
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+    let removed = async {
+        let record = match record {
+            Err(ClientError::NotFound(_)) => return Ok(()),
+            record => record?,
+        };
+        node.containerd.delete_container(namespace, id).await?;
+        if record.snapshot_key.is_empty() {
+            return Ok(());
+        }
+        match node
+            .containerd
+            .remove_snapshot(namespace, &record.snapshotter, &record.snapshot_key)
+            .await
+        {
+            Err(ClientError::NotFound(_)) => Ok(()),
+            other => other,
+        }
+    };
+    if let Err(error) = removed.await {
+        tracing::warn!(%container, %error, "cannot remove the container");
+    }
+}

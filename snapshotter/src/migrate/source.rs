@@ -1,0 +1,693 @@
+//! The source's side of a migration: snapshots while the container runs, then the cut, then letting go.
+//!
+//! ```text
+//!  Begin ─► Round ... ─► Stop ─► Release ─► Settled
+//!           running      │ journal Offered, freeze,      │ running: end the tasks, keep the snapshots
+//!                        │ dump and read the trees,      │ never resumed: journal Owner, thaw
+//!                        │ send the difference
+//!                        └─ frozen from here; Abort, silence or any error thaws
+//! ```
+//!
+//! The stream is the session. Until `Released` is journalled its end, an abort and every error lead to a thaw and to
+//! `Owner`. After it nothing here may run the container, except the destination's journalled word that its tasks never
+//! ran; if the stream breaks then, [`settle_later`] asks the destination until it answers. On restart [`recover`] does the same
+//! for what the journal holds.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use godwit_protos::peer::{
+    Begin, Begun, FromSource, Manifest, ObjectBatch, OwnershipRequest, Refusal, Released,
+    RoundDone, Stopped, ToSource, from_source, to_source,
+};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject, VolumeId};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt as _;
+use tonic::{Status, Streaming};
+
+use super::MigrationError;
+use super::describe::{Described, describe};
+use super::journal::Entry;
+use super::ownership::{Epoch, Event, Ownership};
+use crate::content::capture::{Captured, Unchanged, capture};
+use crate::content::encoding::{Codec, Encoding};
+use crate::content::memory::{self, Previous};
+use crate::content::object::Kind;
+use crate::content::{ContentError, Source as _, difference::difference};
+use crate::node::Node;
+use crate::peer::{BATCH_BYTES, Connection};
+use crate::store::{Lease, Snapshot, SnapshotId, Store};
+
+/// How long a frozen container waits for the destination's next word before it is thawed.
+const FROZEN_MAX: Duration = Duration::from_secs(300);
+
+/// How long a session may be idle while the container runs.
+const IDLE_MAX: Duration = Duration::from_secs(3600);
+
+/// Messages on their way to the destination.
+const QUEUE: usize = 4;
+
+/// What goes to the destination.
+pub type Outbound = mpsc::Sender<Result<FromSource, Status>>;
+
+/// Serves one hand-off until it is settled.
+pub async fn hand_off(node: Arc<Node>, mut inbound: Streaming<ToSource>, outbound: Outbound) {
+    let refuse = |error: &MigrationError| {
+        let refusal = Refusal { code: error.code().to_owned(), detail: error.chain() };
+        Ok(FromSource { message: Some(from_source::Message::Refusal(refusal)) })
+    };
+    let begin = match next(&mut inbound, IDLE_MAX).await {
+        Ok(to_source::Message::Begin(begin)) => begin,
+        _ => return,
+    };
+    let mut session = match Session::begin(node, begin, outbound.clone()).await {
+        Ok(session) => session,
+        Err(error) => {
+            let _ = outbound.send(refuse(&error)).await;
+            return;
+        }
+    };
+    let outcome = session.run(&mut inbound).await;
+    if let Err(error) = outcome {
+        tracing::warn!(container = %session.container, error = error.chain(), "hand-off ended");
+        session.abort().await;
+        let _ = outbound.send(refuse(&error)).await;
+    }
+}
+
+async fn next(
+    inbound: &mut Streaming<ToSource>,
+    patience: Duration,
+) -> Result<to_source::Message, MigrationError> {
+    match tokio::time::timeout(patience, inbound.next()).await {
+        Err(_) => Err(MigrationError::Silent { patience }),
+        Ok(Some(Ok(ToSource { message: Some(message) }))) => Ok(message),
+        Ok(Some(Ok(ToSource { message: None }))) => {
+            Err(MigrationError::Protocol("an empty message"))
+        }
+        Ok(Some(Err(status))) => Err(MigrationError::Broken(status.message().to_owned())),
+        Ok(None) => Err(MigrationError::Broken("the destination hung up".to_owned())),
+    }
+}
+
+/// A file tree among the subjects, with what its captures remember.
+struct TreeSubject {
+    subject: Subject,
+    path: PathBuf,
+    unchanged: Unchanged,
+    last: Option<Captured>,
+}
+
+struct Session {
+    node: Arc<Node>,
+    container: ContainerRef,
+    /// The destination's node, and what the container is called there.
+    destination: String,
+    offered_as: MigrateFrom,
+    remove_source: bool,
+    described: Described,
+    trees: Vec<TreeSubject>,
+    memory_last: Option<memory::Captured>,
+    directory: PathBuf,
+    lease: Arc<Lease>,
+    outbound: Outbound,
+    /// Set from the journal's `Offered` on.
+    offered: Option<Epoch>,
+}
+
+/// What a capture of every subject found.
+struct Cut {
+    trees: Vec<TreeSubject>,
+    memory: memory::Captured,
+    manifests: Vec<Manifest>,
+}
+
+impl Session {
+    async fn begin(
+        node: Arc<Node>,
+        begin: Begin,
+        outbound: Outbound,
+    ) -> Result<Self, MigrationError> {
+        let asked = begin.container.unwrap_or_default();
+        let container = ContainerRef::new(&asked.namespace, &asked.id)?;
+        if node.config.peer(&begin.destination).is_none() {
+            return Err(crate::peer::PeerError::Unknown(begin.destination).into());
+        }
+        let asked = begin.r#as.unwrap_or_default();
+        let offered_as = MigrateFrom {
+            node: begin.destination.clone(),
+            container: ContainerRef::new(&asked.namespace, &asked.id)?,
+        };
+        let described = describe(&node, &container).await?;
+        described.check_movable(&node, &container).await?;
+        let mut trees = Vec::new();
+        for (id, path) in &described.writable_volumes {
+            trees.push(TreeSubject::new(Subject::Volume(id.clone()), path.clone()));
+        }
+        match &described.upper_dir {
+            Some(upper) if !begin.without_writable_layer => {
+                trees.push(TreeSubject::new(Subject::Layer(container.clone()), upper.clone()));
+            }
+            _ => {}
+        }
+        let directory = node.config.state_dir.join("dump").join(sanitize(&begin.migration));
+        let lease = Arc::new(node.store.lease("migration", IDLE_MAX));
+        Ok(Self {
+            destination: begin.destination,
+            offered_as,
+            remove_source: begin.remove_source,
+            memory_last: None,
+            offered: None,
+            node,
+            container,
+            described,
+            trees,
+            directory,
+            lease,
+            outbound,
+        })
+    }
+
+    async fn send(&self, message: from_source::Message) -> Result<(), MigrationError> {
+        let sent = self.outbound.send(Ok(FromSource { message: Some(message) })).await;
+        sent.map_err(|_cause| MigrationError::Broken("the destination hung up".to_owned()))
+    }
+
+    async fn run(&mut self, inbound: &mut Streaming<ToSource>) -> Result<(), MigrationError> {
+        let epoch = self.epoch()?;
+        self.send(from_source::Message::Begun(Begun { epoch: epoch.0 })).await?;
+        loop {
+            match next(inbound, IDLE_MAX).await? {
+                to_source::Message::Round(round) => self.round(round.number).await?,
+                to_source::Message::Stop(_) => break,
+                to_source::Message::Abort(abort) => {
+                    return Err(MigrationError::Aborted(abort.reason));
+                }
+                _ => return Err(MigrationError::Protocol("expected a round, a stop or an abort")),
+            }
+        }
+        self.stop().await?;
+        let epoch = match next(inbound, FROZEN_MAX).await? {
+            to_source::Message::Release(release) => Epoch(release.epoch),
+            to_source::Message::Abort(abort) => return Err(MigrationError::Aborted(abort.reason)),
+            _ => return Err(MigrationError::Protocol("expected a release or an abort")),
+        };
+        let (container, to) = (self.container.clone(), self.destination.clone());
+        self.node.journal.apply(&container, &Event::Release(epoch), |_| {})?;
+        // The point of no return: from here on only the destination's word lets the tasks run here again.
+        self.offered = None;
+        tracing::info!(%container, %to, epoch = epoch.0, "released");
+        let told = self.send(from_source::Message::Released(Released { epoch: epoch.0 })).await;
+        let settled = match told {
+            Ok(()) => next(inbound, FROZEN_MAX).await,
+            Err(error) => Err(error),
+        };
+        let verdict = match settled {
+            Ok(to_source::Message::Settled(settled)) => Some(settled.running),
+            _ => None,
+        };
+        let remembered = Remembered::of(self);
+        match verdict {
+            Some(true) => remembered.let_go(&self.node).await,
+            Some(false) => take_back(&self.node, &container, epoch).await,
+            None => {
+                let node = self.node.clone();
+                tokio::spawn(
+                    async move { settle_later(&node, &container, Some(remembered)).await },
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn epoch(&self) -> Result<Epoch, MigrationError> {
+        let entry = self.node.journal.container(&self.container)?;
+        Ok(Epoch(entry.map_or(0, |entry| entry.epoch().0) + 1))
+    }
+
+    async fn round(&mut self, number: u32) -> Result<(), MigrationError> {
+        let begun = Instant::now();
+        let pids =
+            self.node.containerd.pids(self.container.namespace(), self.container.id()).await?;
+        let trees = std::mem::take(&mut self.trees);
+        let capture = Capture::of(self);
+        let cut = blocking(move || capture.live(trees, &pids)).await?;
+        self.trees = cut.trees;
+        self.memory_last = Some(cut.memory);
+        let elapsed_us = micros(begun.elapsed());
+        let manifests = cut.manifests;
+        self.send(from_source::Message::RoundDone(RoundDone { number, manifests, elapsed_us }))
+            .await
+    }
+
+    /// Freezes the container, makes the cut and sends what the destination lacks.
+    async fn stop(&mut self) -> Result<(), MigrationError> {
+        let container = self.container.clone();
+        let offer = Event::Offer(self.offered_as.to_string());
+        let epoch = self.node.journal.apply(&container, &offer, |_| {})?.epoch();
+        self.offered = Some(epoch);
+
+        let begun = Instant::now();
+        self.described.shim.freeze(container.id()).await?;
+        let freeze_us = micros(begun.elapsed());
+
+        let begun = Instant::now();
+        let (images, work) = (self.directory.join("images"), self.directory.join("work"));
+        for directory in [&images, &work] {
+            let made = tokio::fs::create_dir_all(directory).await;
+            made.map_err(crate::content::on("make directory", directory))?;
+        }
+        let base: Vec<_> = self.trees.iter().map(|tree| tree.last.map(|last| last.tree)).collect();
+        let memory_base = self.memory_last.clone();
+        let trees = std::mem::take(&mut self.trees);
+        let capture = Capture::of(self);
+        let mapped = self.described.mapped_inodes.clone();
+        let reading = tokio::task::spawn_blocking(move || capture.trees(trees, &mapped));
+        let dumped = self.described.shim.dump(container.id(), &images, &work).await;
+        let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
+        dumped?;
+        self.trees = trees?;
+        let dump_us = micros(begun.elapsed());
+
+        let begun = Instant::now();
+        let capture = Capture::of(self);
+        let previous = memory_base.clone();
+        let captured = blocking(move || capture.dump(&images, previous)).await?;
+        let memory_manifest =
+            self.manifest(&self.described.memory, captured.digest, captured.bytes)?;
+        self.memory_last = Some(captured.clone());
+        let mut manifests = Vec::new();
+        let mut pairs = vec![(Kind::Memory, captured.digest, memory_base.map(|base| base.digest))];
+        for (tree, base) in self.trees.iter().zip(base) {
+            let Some(last) = tree.last else { continue };
+            manifests.push(self.manifest(&tree.subject, last.tree, last.bytes)?);
+            pairs.push((Kind::Tree, last.tree, base));
+        }
+        manifests.push(memory_manifest);
+        self.send_difference(pairs).await?;
+        let difference_us = micros(begun.elapsed());
+        let stopped = Stopped { epoch: epoch.0, manifests, freeze_us, dump_us, difference_us };
+        self.send(from_source::Message::Stopped(stopped)).await
+    }
+
+    fn manifest(
+        &self,
+        subject: &Subject,
+        digest: Digest,
+        size_bytes: u64,
+    ) -> Result<Manifest, MigrationError> {
+        let newest =
+            self.node.store.snapshots(subject)?.first().map_or(0, |(_, newest)| newest.sequence);
+        let digest = digest.as_bytes().to_vec().into();
+        let (subject, sequence) = (subject.to_string(), newest + 1);
+        Ok(Manifest { subject, digest, size_bytes, changed_bytes: 0, sequence })
+    }
+
+    async fn send_difference(
+        &self,
+        pairs: Vec<(Kind, Digest, Option<Digest>)>,
+    ) -> Result<(), MigrationError> {
+        let (send, mut receive) = mpsc::channel(QUEUE);
+        let store = self.node.store.clone();
+        let reading = tokio::task::spawn_blocking(move || stream_difference(&store, &pairs, &send));
+        while let Some(batch) = receive.recv().await {
+            self.send(from_source::Message::Objects(batch)).await?;
+        }
+        Ok(reading.await.map_err(|_cause| MigrationError::Interrupted)??)
+    }
+
+    /// Back to running here. Only before the release.
+    async fn abort(&mut self) {
+        let Some(epoch) = self.offered.take() else { return };
+        take_offer_back(&self.node, &self.container, epoch).await;
+        let _ = tokio::fs::remove_dir_all(&self.directory).await;
+    }
+}
+
+/// Thaws a container whose offer came to nothing: 1. thaw, 2. journal. A crash between the two thaws again.
+async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
+    match super::shim::Shim::find(&node.config, container) {
+        Ok(shim) => {
+            if let Err(error) = shim.thaw(container.id()).await {
+                tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
+            }
+        }
+        Err(error) => tracing::warn!(%container, error = error.chain(), "no shim to thaw"),
+    }
+    if let Err(error) = node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
+        tracing::error!(%container, %error, "cannot journal the abort");
+    }
+}
+
+/// Runs a released container here again: the destination has journalled that it never ran it.
+async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
+    if let Err(error) = node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
+        tracing::error!(%container, %error, "cannot journal the return; the container stays frozen");
+        return;
+    }
+    tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
+    let thawed =
+        async { super::shim::Shim::find(&node.config, container)?.thaw(container.id()).await };
+    if let Err(error) = thawed.await {
+        tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
+    }
+}
+
+/// Asks the destination how the restore of a released container ended, until it answers.
+async fn settle_later(node: &Node, container: &ContainerRef, remembered: Option<Remembered>) {
+    let mut pause = Duration::from_millis(200);
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(30));
+        let entry = match node.journal.container(container) {
+            Ok(Some(Entry { ownership: Ownership::Released(epoch, to), .. })) => (epoch, to),
+            Ok(_) => return,
+            Err(error) => {
+                tracing::error!(%container, %error, "journal");
+                continue;
+            }
+        };
+        let answer = ask_owner(node, &entry.1).await;
+        match answer.as_ref().map(|(state, _)| state.as_str()) {
+            Ok("owner") => {
+                let remembered = match remembered {
+                    Some(remembered) => remembered,
+                    None => Remembered::after_restart(container),
+                };
+                return remembered.let_go(node).await;
+            }
+            Ok("returned") => return take_back(node, container, entry.0).await,
+            Ok(state) => tracing::info!(%container, state, "waiting for the destination"),
+            Err(error) => {
+                tracing::warn!(%container, error = error.chain(), "waiting for the destination");
+            }
+        }
+    }
+}
+
+/// What another node's journal says of a container.
+pub(super) async fn ask_owner(node: &Node, there: &str) -> Result<(String, Epoch), MigrationError> {
+    let MigrateFrom { node: peer, container } = there.parse()?;
+    let connection = Connection::open(&node.config, &peer, Duration::from_secs(5)).await?;
+    let asked = OwnershipRequest {
+        container: Some(godwit_protos::peer::Container {
+            namespace: container.namespace().to_owned(),
+            id: container.id().to_owned(),
+        }),
+    };
+    let answer = connection.client().ownership(asked).await;
+    let answer = answer.map_err(|status| connection.refused(status))?.into_inner();
+    Ok((answer.state, Epoch(answer.epoch)))
+}
+
+/// Goes on after a restart with what the journal holds: an offer is taken back, a release is settled.
+pub fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
+    for (container, entry) in node.journal.containers()? {
+        let node = node.clone();
+        match entry.ownership {
+            Ownership::Offered(epoch, _) => {
+                tokio::spawn(async move { take_offer_back(&node, &container, epoch).await });
+            }
+            Ownership::Released(..) => {
+                tokio::spawn(async move { settle_later(&node, &container, None).await });
+            }
+            Ownership::Owner(_) | Ownership::Claiming(..) | Ownership::Returned(..) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Takes a snapshot of every subject of a running container, without freezing it, and records them.
+///
+/// Such snapshots serve as bases for a migration; they are not consistent with each other.
+pub async fn take_snapshots(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
+    let described = describe(node, container).await?;
+    let pids = node.containerd.pids(container.namespace(), container.id()).await?;
+    let lease = Arc::new(node.store.lease("snapshot", IDLE_MAX));
+    let mut trees = Vec::new();
+    for (id, path) in &described.writable_volumes {
+        trees.push(TreeSubject::new(Subject::Volume(id.clone()), path.clone()));
+    }
+    if let Some(upper) = &described.upper_dir {
+        trees.push(TreeSubject::new(Subject::Layer(container.clone()), upper.clone()));
+    }
+    let (store, keep, name) = (node.store.clone(), node.config.keep_last, node.config.node.clone());
+    let memory = described.memory;
+    blocking(move || {
+        let capture = Capture { store: store.clone(), lease, memory, memory_last: None };
+        let cut = capture.live(trees, &pids)?;
+        store.sync()?;
+        let mut taken = Vec::new();
+        for manifest in cut.manifests {
+            let subject: Subject = manifest.subject.parse()?;
+            let root = Digest::try_from(&manifest.digest[..])?;
+            let newest =
+                store.snapshots(&subject)?.first().map_or(0, |(_, newest)| newest.sequence);
+            let kind = super::destination::kind_of(&subject);
+            let bytes = manifest.size_bytes;
+            let snapshot = super::snapshot(&subject, kind, root, bytes, newest + 1, &name);
+            let id = store.record(&snapshot)?;
+            store.keep_last(&subject, keep)?;
+            taken.push((id, snapshot));
+        }
+        Ok(taken)
+    })
+    .await
+}
+
+/// What remains to be done once the container runs elsewhere.
+struct Remembered {
+    container: ContainerRef,
+    destination: String,
+    remove_source: bool,
+    volumes: Vec<VolumeId>,
+    snapshots: Vec<Snapshot>,
+    directory: Option<PathBuf>,
+    lease: Option<Arc<Lease>>,
+}
+
+impl Remembered {
+    fn of(session: &Session) -> Self {
+        let mut snapshots = Vec::new();
+        let mut add = |subject: &Subject, kind: Kind, root: Digest, bytes: u64| {
+            if let Ok(manifest) = session.manifest(subject, root, bytes) {
+                let node = &session.node.config.node;
+                snapshots.push(super::snapshot(
+                    subject,
+                    kind,
+                    root,
+                    bytes,
+                    manifest.sequence,
+                    node,
+                ));
+            }
+        };
+        if let Some(memory) = &session.memory_last {
+            add(&session.described.memory, Kind::Memory, memory.digest, memory.bytes);
+        }
+        for tree in &session.trees {
+            if let Some(last) = tree.last {
+                add(&tree.subject, Kind::Tree, last.tree, last.bytes);
+            }
+        }
+        let volumes = session.described.writable_volumes.iter().map(|(id, _)| id.clone());
+        Self {
+            container: session.container.clone(),
+            destination: session.destination.clone(),
+            remove_source: session.remove_source,
+            volumes: volumes.collect(),
+            snapshots,
+            directory: Some(session.directory.clone()),
+            lease: Some(session.lease.clone()),
+        }
+    }
+
+    /// After a restart the session is gone; the container stays for its owner to delete, fenced.
+    fn after_restart(container: &ContainerRef) -> Self {
+        Self {
+            container: container.clone(),
+            destination: String::new(),
+            remove_source: false,
+            volumes: Vec::new(),
+            snapshots: Vec::new(),
+            directory: None,
+            lease: None,
+        }
+    }
+
+    /// Ends the tasks, keeps the snapshots, gives the volumes away. Each step is safe to leave undone: a snapshot less
+    /// makes the next migration slower, and a volume that stays is fenced with its container.
+    async fn let_go(self, node: &Node) {
+        let container = &self.container;
+        let ended = async {
+            super::shim::Shim::find(&node.config, container)?.let_go(container.id()).await
+        };
+        if let Err(error) = ended.await {
+            tracing::error!(%container, error = error.chain(), "cannot end the tasks that moved away");
+        }
+        let (store, snapshots, keep) = (node.store.clone(), self.snapshots, node.config.keep_last);
+        let kept =
+            tokio::task::spawn_blocking(move || super::keep_snapshots(&store, snapshots, keep));
+        if let Ok(Err(error)) = kept.await {
+            tracing::warn!(%container, %error, "cannot keep the snapshots");
+        }
+        if self.remove_source {
+            super::remove_container(node, container).await;
+        }
+        let (volumes, ids, to) = (node.volumes.clone(), self.volumes, self.destination);
+        let given = tokio::task::spawn_blocking(move || {
+            ids.iter().try_for_each(|id| volumes.give_away(id, &to))
+        });
+        if let Ok(Err(error)) = given.await {
+            tracing::warn!(%container, %error, "cannot remove a volume that moved away");
+        }
+        if let Some(directory) = self.directory {
+            let _ = tokio::fs::remove_dir_all(directory).await;
+        }
+        drop(self.lease);
+    }
+}
+
+impl TreeSubject {
+    fn new(subject: Subject, path: PathBuf) -> Self {
+        Self { subject, path, unchanged: Unchanged::default(), last: None }
+    }
+}
+
+/// What capturing needs, apart from the session, so that it can run on another thread.
+struct Capture {
+    store: Store,
+    lease: Arc<Lease>,
+    memory: Subject,
+    memory_last: Option<memory::Captured>,
+}
+
+impl Capture {
+    fn of(session: &Session) -> Self {
+        Self {
+            store: session.node.store.clone(),
+            lease: session.lease.clone(),
+            memory: session.described.memory.clone(),
+            memory_last: session.memory_last.clone(),
+        }
+    }
+
+    fn live(self, trees: Vec<TreeSubject>, pids: &[u32]) -> Result<Cut, MigrationError> {
+        let before: Vec<_> = trees.iter().map(|tree| tree.last.map(|last| last.tree)).collect();
+        let mapped = super::describe::mapped_inodes(pids);
+        let trees = self.trees(trees, &mapped)?;
+        let mut writer = self.store.writer(&self.lease);
+        let previous =
+            Previous::load(&self.store, self.memory_last.as_ref().map(|last| last.digest))?;
+        let memory = memory::capture_live(pids, &mut writer, &previous)?;
+        writer.flush()?;
+        let mut manifests = Vec::new();
+        for (tree, before) in trees.iter().zip(before) {
+            let Some(last) = tree.last else { continue };
+            manifests.push(Manifest {
+                subject: tree.subject.to_string(),
+                digest: last.tree.as_bytes().to_vec().into(),
+                size_bytes: last.bytes,
+                changed_bytes: changed_bytes(&self.store, last.tree, before)?,
+                sequence: 0,
+            });
+        }
+        manifests.push(Manifest {
+            subject: self.memory.to_string(),
+            digest: memory.digest.as_bytes().to_vec().into(),
+            size_bytes: memory.bytes,
+            changed_bytes: memory.changed_bytes,
+            sequence: 0,
+        });
+        Ok(Cut { trees, memory, manifests })
+    }
+
+    fn trees(
+        &self,
+        mut trees: Vec<TreeSubject>,
+        mapped: &HashSet<u64>,
+    ) -> Result<Vec<TreeSubject>, MigrationError> {
+        let mut writer = self.store.writer(&self.lease);
+        for tree in &mut trees {
+            let captured = capture(&tree.path, &mut writer, &mut tree.unchanged, mapped)?;
+            tree.last = Some(captured);
+        }
+        writer.flush()?;
+        Ok(trees)
+    }
+
+    fn dump(
+        &self,
+        images: &Path,
+        previous: Option<memory::Captured>,
+    ) -> Result<memory::Captured, MigrationError> {
+        let mut writer = self.store.writer(&self.lease);
+        let previous = Previous::load(&self.store, previous.map(|previous| previous.digest))?;
+        let captured = memory::capture_dump(images, &mut writer, &previous)?;
+        writer.flush()?;
+        Ok(captured)
+    }
+}
+
+fn changed_bytes(store: &Store, new: Digest, before: Option<Digest>) -> Result<u64, ContentError> {
+    let mut bytes = 0;
+    difference(store, Kind::Tree, new, before, &mut |changed| {
+        bytes += store.object(&changed.digest)?.len() as u64;
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
+/// Encodes the difference of each pair into batches. Ends early when the receiver is gone.
+fn stream_difference(
+    store: &Store,
+    pairs: &[(Kind, Digest, Option<Digest>)],
+    send: &mpsc::Sender<ObjectBatch>,
+) -> Result<(), ContentError> {
+    let (mut codec, mut batch, mut bytes) = (Codec::default(), ObjectBatch::default(), 0);
+    for (kind, new, base) in pairs {
+        difference(store, *kind, *new, *base, &mut |changed| {
+            let Some(stored) = store.get_stored(&changed.digest)? else {
+                return Err(ContentError::Missing(changed.digest));
+            };
+            let mut object = crate::peer::server::stored_object(changed.digest, stored);
+            if let Some(base) = changed.base {
+                let (data, base_data) = (store.object(&changed.digest)?, store.object(&base)?);
+                if let Some(patch) = codec.patch(&data, &base_data, object.data.len()) {
+                    object.encoding = Encoding::Patch as u32;
+                    object.base = base.as_bytes().to_vec().into();
+                    object.data = patch.into();
+                }
+            }
+            bytes += object.data.len();
+            batch.objects.push(object);
+            if bytes >= BATCH_BYTES {
+                bytes = 0;
+                let _ = send.blocking_send(std::mem::take(&mut batch));
+            }
+            Ok(())
+        })?;
+    }
+    let _ = send.blocking_send(batch);
+    Ok(())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MigrationError> + Send + 'static,
+) -> Result<T, MigrationError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_cause| MigrationError::Interrupted)?
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A migration's identifier comes from a peer and becomes a directory name.
+fn sanitize(text: &str) -> String {
+    text.chars().filter(char::is_ascii_alphanumeric).take(64).collect()
+}

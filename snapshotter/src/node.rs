@@ -1,0 +1,244 @@
+//! What all parts of one daemon share.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use godwit_protos::peer::Progress;
+use tokio::sync::broadcast;
+
+use crate::config::Config;
+use crate::containerd::{Client, EventKind};
+use crate::content::object::{self, Kind, ObjectError};
+use crate::content::on;
+use crate::migrate::MigrationError;
+use crate::migrate::destination::Sessions;
+use crate::migrate::journal::Journal;
+use crate::migrate::ownership::Ownership;
+use crate::migrate::report::Report;
+use crate::store::{Options, Store, SweepReport};
+use crate::volumes::{VolumeError, Volumes};
+
+/// Events that a slow watcher may lag behind before it misses some.
+const EVENTS: usize = 1024;
+
+/// How often unreferenced objects are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
+
+/// One node's daemon.
+#[derive(Debug)]
+pub struct Node {
+    /// Its configuration.
+    pub config: Config,
+    /// Objects and snapshots.
+    pub store: Store,
+    /// Who owns which container.
+    pub journal: Journal,
+    /// Volumes.
+    pub volumes: Volumes,
+    /// containerd.
+    pub containerd: Client,
+    /// Containers that are coming here.
+    pub sessions: Sessions,
+    /// What happens, for whoever watches.
+    pub events: Events,
+    /// What `criu --version` says; empty when there is no CRIU.
+    pub criu_version: String,
+    ids: AtomicU64,
+}
+
+/// Why a daemon cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A directory cannot be made.
+    #[error(transparent)]
+    Content(#[from] crate::content::ContentError),
+    /// The store cannot be opened.
+    #[error("cannot open the store")]
+    Store(#[from] crate::store::OpenError),
+    /// The journal cannot be opened.
+    #[error("cannot open the journal")]
+    Journal(#[from] crate::migrate::journal::JournalError),
+    /// The volumes cannot be opened.
+    #[error("cannot open the volumes")]
+    Volumes(#[from] VolumeError),
+}
+
+impl Node {
+    /// Opens everything below the state directory.
+    ///
+    /// On open: staged files and dumps of sessions that died are removed, unmounting first what CRIU left in
+    /// them; the parts' own rules do the rest.
+    ///
+    /// Caller: inside a tokio runtime. Errors: [`OpenError`]; nothing is emptied to make it work.
+    pub fn open(config: Config, fences: &Path) -> Result<Arc<Self>, OpenError> {
+        let state = &config.state_dir;
+        fs::create_dir_all(state).map_err(on("make directory", state))?;
+        let store = Store::open(&state.join("store"), Options::default())?;
+        let journal = Journal::open(&state.join("node.redb"), fences)?;
+        let volumes = Volumes::open(state, journal.clone(), store.clone())?;
+        for name in ["stage", "dump"] {
+            let path = state.join(name);
+            if path.exists() {
+                criu_wrapper::leftovers::unmount_below(&path)
+                    .map_err(on("unmount below", &path))?;
+                fs::remove_dir_all(&path).map_err(on("remove", &path))?;
+            }
+        }
+        let criu = criu_wrapper::version::Version::of("criu");
+        let criu_version = criu.as_ref().map_or_else(|_| String::new(), ToString::to_string);
+        if let Err(error) = criu {
+            tracing::warn!(%error, "CRIU cannot be used: containers can neither leave nor come");
+        }
+        let containerd = Client::connect(&config.containerd_socket);
+        let (sessions, events) = (Sessions::default(), Events::default());
+        let ids = AtomicU64::new(0);
+        Ok(Arc::new(Self {
+            config,
+            store,
+            journal,
+            volumes,
+            containerd,
+            sessions,
+            events,
+            criu_version,
+            ids,
+        }))
+    }
+
+    /// An identifier that is new on this node, and in practice anywhere.
+    pub fn new_id(&self) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let number = self.ids.fetch_add(1, Ordering::Relaxed);
+        format!("{now:x}{:x}{number:x}", std::process::id())
+    }
+
+    /// Frees what no snapshot, read-only volume or lease refers to.
+    ///
+    /// Errors: [`VolumeError`] for a list of volumes that cannot be read, or the store's; nothing is removed then.
+    pub fn sweep(&self) -> Result<SweepReport, VolumeError> {
+        let contents = self.volumes.contents()?;
+        let roots: Vec<(u8, _)> =
+            contents.into_iter().map(|digest| (Kind::Tree as u8, digest)).collect();
+        let children = |kind: u8, bytes: &[u8]| -> Result<Vec<_>, ObjectError> {
+            let all = object::children(Kind::try_from(kind)?, bytes)?;
+            Ok(all.into_iter().map(|(kind, digest)| (kind as u8, digest)).collect())
+        };
+        let is_leaf = |kind: u8| kind == Kind::Chunk as u8;
+        self.store
+            .sweep(&children, is_leaf, &roots)
+            .map_err(|error| VolumeError::Sweep(Box::new(error)))
+    }
+
+    /// Follows containerd: what is deleted there is forgotten here. Runs until the daemon ends.
+    pub async fn follow_containerd(self: Arc<Self>) {
+        loop {
+            if let Err(error) = self.clone().follow_once().await {
+                tracing::warn!(error = error.chain(), "lost containerd; trying again");
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    async fn follow_once(self: Arc<Self>) -> Result<(), MigrationError> {
+        use futures::StreamExt as _;
+        let filter = r#"topic=="/containers/delete""#;
+        let mut events = self.containerd.subscribe(&[filter]).await?;
+        // Subscribed first, so that no deletion falls between the two.
+        self.forget_deleted().await?;
+        while let Some(event) = events.next().await {
+            if let EventKind::ContainerDeleted { id } = event?.kind {
+                tracing::debug!(id, "container deleted");
+                self.forget_deleted().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets journalled containers that containerd no longer has.
+    async fn forget_deleted(&self) -> Result<(), MigrationError> {
+        for (container, entry) in self.journal.containers()? {
+            // What is being handed over is settled first.
+            if matches!(entry.ownership, Ownership::Offered(..) | Ownership::Claiming(..)) {
+                continue;
+            }
+            let found = self.containerd.container(container.namespace(), container.id()).await;
+            if matches!(found, Err(crate::containerd::ClientError::NotFound(_))) {
+                self.journal.forget(&container)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sweeps from time to time. Runs until the daemon ends.
+    pub async fn sweep_regularly(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(SWEEP_INTERVAL).await;
+            let node = self.clone();
+            match tokio::task::spawn_blocking(move || node.sweep()).await {
+                Ok(Ok(report)) => tracing::info!(?report, "swept"),
+                Ok(Err(error)) => {
+                    tracing::info!(error = crate::migrate::chain(&error), "not swept");
+                }
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Manifests that this node can serve whole: those of its snapshots and of its read-only volumes.
+    pub fn whole_manifests(&self) -> Result<HashSet<godwit_protos::Digest>, VolumeError> {
+        let snapshots = self.store.all_snapshots()?;
+        let roots = snapshots.into_iter().map(|(_, snapshot)| snapshot.root);
+        Ok(roots.chain(self.volumes.contents()?).collect())
+    }
+}
+
+/// What happens in migrations that this node takes part in.
+#[derive(Debug)]
+pub struct Events {
+    sender: broadcast::Sender<Progress>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self { sender: broadcast::channel(EVENTS).0 }
+    }
+}
+
+impl Events {
+    /// Every event from now on.
+    pub fn subscribe(&self) -> broadcast::Receiver<Progress> {
+        self.sender.subscribe()
+    }
+
+    fn send(&self, migration: &str, step: &str, text: String, report_json: String) {
+        tracing::info!(migration, step, text);
+        // Nobody may be watching.
+        let _ = self.sender.send(Progress {
+            migration: migration.to_owned(),
+            step: step.to_owned(),
+            text,
+            report_json,
+            ..Progress::default()
+        });
+    }
+
+    /// A migration reached a step of the procedure.
+    pub fn step(&self, migration: &str, step: &str, text: &str) {
+        self.send(migration, step, text.to_owned(), String::new());
+    }
+
+    /// A migration is over, and this is what it cost.
+    pub fn done(&self, migration: &str, report: &Report) {
+        let json = serde_json::to_string(report).unwrap_or_default();
+        self.send(migration, "done", report.to_string(), json);
+    }
+
+    /// A migration failed; the container runs at its source.
+    pub fn failed(&self, migration: &str, error: &MigrationError) {
+        self.send(migration, "failed", error.chain(), String::new());
+    }
+}

@@ -1,0 +1,349 @@
+//! Answering peers.
+//!
+//! Every request meets a limit before it meets memory, and every answer is a stream whose flow control holds back
+//! a fast reader of a slow disk, and a slow reader of a fast one.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt as _};
+use godwit_protos::peer::peer_server::{Peer, PeerServer};
+use godwit_protos::peer::{
+    BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, FromSource, HelloRequest,
+    HelloResponse, LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch,
+    OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, Snapshot,
+    ToSource,
+};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
+use crate::migrate::destination::Settings;
+use crate::migrate::{MigrationError, describe::describe, request, source};
+use crate::node::Node;
+use crate::store::{Store, Stored};
+
+/// Names in one lookup, at most.
+const LOOKUPS_MAX: usize = 1024;
+
+/// Bytes of a piece of a blob, at most.
+const PIECE_BYTES_MAX: usize = 512 << 10;
+
+/// Messages of one answer that wait for the network.
+const QUEUE: usize = 4;
+
+/// The peer service of a node.
+#[derive(Clone, Debug)]
+pub struct Service {
+    node: Arc<Node>,
+}
+
+/// The service, to be added to a server.
+pub fn service(node: Arc<Node>) -> PeerServer<Service> {
+    PeerServer::new(Service { node })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Pinned<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The gRPC form of an error: its code in front, the chain behind.
+fn status(error: &MigrationError) -> Status {
+    let text = error.chain();
+    match error {
+        MigrationError::NoContainer(..) => Status::not_found(text),
+        MigrationError::NotRunning { .. }
+        | MigrationError::NoShim(_)
+        | MigrationError::Busy { .. }
+        | MigrationError::SharedVolume { .. }
+        | MigrationError::Exists(_) => Status::failed_precondition(text),
+        MigrationError::Name(_) | MigrationError::Digest(_) => Status::invalid_argument(text),
+        _ => Status::internal(text),
+    }
+}
+
+fn named(container: Option<godwit_protos::peer::Container>) -> Result<ContainerRef, Status> {
+    let container = container.unwrap_or_default();
+    ContainerRef::new(&container.namespace, &container.id)
+        .map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+/// A stored object as it is sent, in the form in which it is stored.
+pub fn stored_object(digest: Digest, stored: Stored) -> Object {
+    Object {
+        digest: digest.as_bytes().to_vec().into(),
+        encoding: stored.encoding as u32,
+        base: bytes::Bytes::new(),
+        data: stored.bytes.into(),
+        size_bytes: stored.size,
+    }
+}
+
+#[tonic::async_trait]
+impl Peer for Service {
+    async fn hello(&self, request: Request<HelloRequest>) -> Answer<HelloResponse> {
+        let hello = request.into_inner();
+        let Some(version) = Version::agree(hello.oldest_version, hello.newest_version) else {
+            return Err(Status::failed_precondition(format!(
+                "node {} speaks versions {} to {} of the peer protocol, this node {} to {}",
+                hello.node,
+                hello.oldest_version,
+                hello.newest_version,
+                Version::OLDEST as u32,
+                Version::NEWEST as u32
+            )));
+        };
+        Ok(Response::new(HelloResponse {
+            version,
+            node: self.node.config.node.clone(),
+            features: Vec::new(),
+            load: load(),
+            criu_version: self.node.criu_version.clone(),
+            free_bytes: free_bytes(&self.node.config.state_dir),
+            architecture: std::env::consts::ARCH.to_owned(),
+        }))
+    }
+
+    async fn locate(&self, request: Request<LocateRequest>) -> Answer<LocateResponse> {
+        let asked = request.into_inner();
+        if asked.subjects.len() + asked.manifests.len() + asked.blobs.len() > LOOKUPS_MAX {
+            let text = format!("more than {LOOKUPS_MAX} names in one lookup");
+            return Err(Status::invalid_argument(text));
+        }
+        let mut answer = LocateResponse { load: load(), ..LocateResponse::default() };
+        for blob in asked.blobs {
+            let Ok(digest) = blob.parse() else { continue };
+            let has = self.node.containerd.has_blob(&asked.namespace, digest).await;
+            if matches!(has, Ok(Some(_))) {
+                answer.blobs.push(blob);
+            }
+        }
+        let (node, subjects, manifests) = (self.node.clone(), asked.subjects, asked.manifests);
+        let found = tokio::task::spawn_blocking(move || locate(&node, &subjects, &manifests)).await;
+        let found = found.map_err(|_cause| Status::cancelled("stopping"))?;
+        (answer.snapshots, answer.manifests) =
+            found.map_err(|error| Status::internal(crate::migrate::chain(&error)))?;
+        Ok(Response::new(answer))
+    }
+
+    type FetchObjectsStream = ReceiverStream<Result<ObjectBatch, Status>>;
+
+    async fn fetch_objects(
+        &self,
+        request: Request<FetchObjectsRequest>,
+    ) -> Answer<Self::FetchObjectsStream> {
+        let digests = request.into_inner().digests;
+        if digests.len() > OBJECTS_PER_REQUEST_MAX {
+            let text = format!("more than {OBJECTS_PER_REQUEST_MAX} objects in one request");
+            return Err(Status::invalid_argument(text));
+        }
+        let digests: Vec<Digest> = digests
+            .iter()
+            .map(|digest| Digest::try_from(&digest[..]))
+            .collect::<Result<_, _>>()
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let (send, receive) = mpsc::channel(QUEUE);
+        let store = self.node.store.clone();
+        tokio::task::spawn_blocking(move || send_objects(&store, &digests, &send));
+        Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    type ReadBlobStream = Pinned<BlobPiece>;
+
+    async fn read_blob(&self, request: Request<ReadBlobRequest>) -> Answer<Self::ReadBlobStream> {
+        let asked = request.into_inner();
+        let digest: Digest =
+            asked.digest.parse().map_err(|error: godwit_protos::ParseDigestError| {
+                Status::invalid_argument(error.to_string())
+            })?;
+        let missing = |error: crate::containerd::ClientError| Status::not_found(error.to_string());
+        let containerd = &self.node.containerd;
+        let total = containerd.has_blob(&asked.namespace, digest).await.map_err(missing)?;
+        let total_bytes = total.ok_or_else(|| Status::not_found(format!("no blob {digest}")))?;
+        let pieces =
+            containerd.read_blob(&asked.namespace, digest, asked.offset).await.map_err(missing)?;
+        let pieces = pieces.flat_map(move |piece| {
+            let cut = match piece {
+                Err(error) => vec![Err(Status::internal(error.to_string()))],
+                Ok(mut bytes) => {
+                    let mut cut = Vec::new();
+                    while !bytes.is_empty() {
+                        let data = bytes.split_to(bytes.len().min(PIECE_BYTES_MAX));
+                        cut.push(Ok(BlobPiece { data, total_bytes }));
+                    }
+                    cut
+                }
+            };
+            futures::stream::iter(cut)
+        });
+        Ok(Response::new(Box::pin(pieces)))
+    }
+
+    async fn describe(&self, request: Request<DescribeRequest>) -> Answer<DescribeResponse> {
+        let container = named(request.into_inner().container)?;
+        let described = describe(&self.node, &container).await.map_err(|error| status(&error))?;
+        described.check_movable(&self.node, &container).await.map_err(|error| status(&error))?;
+        Ok(Response::new(described.response(&self.node)))
+    }
+
+    type HandOffStream = ReceiverStream<Result<FromSource, Status>>;
+
+    async fn hand_off(&self, request: Request<Streaming<ToSource>>) -> Answer<Self::HandOffStream> {
+        let (send, receive) = mpsc::channel(QUEUE);
+        // On its own, so that it ends in a thaw even when the answer's stream is dropped.
+        tokio::spawn(source::hand_off(self.node.clone(), request.into_inner(), send));
+        Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    async fn ownership(&self, request: Request<OwnershipRequest>) -> Answer<OwnershipResponse> {
+        let container = named(request.into_inner().container)?;
+        let entry = self.node.journal.container(&container);
+        let entry = entry.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(match entry {
+            None => OwnershipResponse { state: "unknown".to_owned(), epoch: 0 },
+            // Its tasks may still be held: not yet a reason to let go at the source.
+            Some(entry)
+                if entry.ownership.word() == "owner"
+                    && !entry.resumed
+                    && entry.session.is_some() =>
+            {
+                OwnershipResponse { state: "claiming".to_owned(), epoch: entry.epoch().0 }
+            }
+            Some(entry) => OwnershipResponse {
+                state: entry.ownership.word().to_owned(),
+                epoch: entry.epoch().0,
+            },
+        }))
+    }
+
+    type MigrateStream = Pinned<Progress>;
+
+    async fn migrate(&self, request: Request<MigrateRequest>) -> Answer<Self::MigrateStream> {
+        let asked = request.into_inner();
+        let container = named(asked.container.clone())?;
+        let settings = settings(&asked).map_err(Status::invalid_argument)?;
+        let from = MigrateFrom { node: asked.from, container };
+        let netns = (!asked.netns.is_empty()).then_some(asked.netns);
+        let wanted = request::Request { from, settings, netns };
+        Ok(Response::new(follow(&self.node, wanted)))
+    }
+
+    async fn plan(&self, _request: Request<MigrateRequest>) -> Answer<PlanResponse> {
+        Err(Status::unimplemented("plans are not served in this version"))
+    }
+}
+
+/// The settings of a request. Errors: a mode that there is not.
+pub fn settings(asked: &MigrateRequest) -> Result<Settings, String> {
+    let cooperative = match asked.mode.as_str() {
+        "" | "cooperative" => true,
+        "traditional" => false,
+        other => return Err(format!("mode {other:?} is neither cooperative nor traditional")),
+    };
+    let writable_layer = !asked.without_writable_layer;
+    Ok(Settings { cooperative, max_rounds: asked.max_rounds, writable_layer })
+}
+
+/// Starts a migration to this node and follows its events to the last one.
+pub fn follow(node: &Arc<Node>, wanted: request::Request) -> Pinned<Progress> {
+    let migration = node.new_id();
+    let mut events = node.events.subscribe();
+    let (send, receive) = mpsc::channel(QUEUE);
+    let node = node.clone();
+    // On its own: a client that goes away does not stop a migration.
+    tokio::spawn(async move {
+        let done = tokio::spawn({
+            let (node, migration) = (node.clone(), migration.clone());
+            async move {
+                if let Err(error) = request::migrate(&node, &migration, &wanted).await {
+                    node.events.failed(&migration, &error);
+                }
+            }
+        });
+        loop {
+            match events.recv().await {
+                Ok(event) if event.migration == migration => {
+                    let last = matches!(event.step.as_str(), "done" | "failed");
+                    let gone = send.send(Ok(event)).await.is_err();
+                    if last || gone {
+                        break;
+                    }
+                }
+                Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
+            }
+        }
+        let _ = done.await;
+    });
+    Box::pin(ReceiverStream::new(receive))
+}
+
+type Located = (Vec<Snapshot>, Vec<prost::bytes::Bytes>);
+
+fn locate(
+    node: &Node,
+    subjects: &[String],
+    manifests: &[prost::bytes::Bytes],
+) -> Result<Located, crate::volumes::VolumeError> {
+    let mut snapshots = Vec::new();
+    for text in subjects {
+        let Ok(subject) = text.parse::<Subject>() else { continue };
+        for (_, snapshot) in node.store.snapshots(&subject)? {
+            snapshots.push(Snapshot {
+                subject: text.clone(),
+                sequence: snapshot.sequence,
+                taken_at_unix_ms: snapshot.taken_at_unix_ms,
+                manifest: snapshot.root.as_bytes().to_vec().into(),
+                size_bytes: snapshot.size_bytes,
+            });
+        }
+    }
+    let whole = node.whole_manifests()?;
+    let held = |digest: &[u8]| Digest::try_from(digest).is_ok_and(|digest| whole.contains(&digest));
+    Ok((snapshots, manifests.iter().filter(|digest| held(digest)).cloned().collect()))
+}
+
+/// Sends what the store has, in its stored form, and the names of what it has not.
+fn send_objects(
+    store: &Store,
+    digests: &[Digest],
+    send: &mpsc::Sender<Result<ObjectBatch, Status>>,
+) {
+    let (mut batch, mut bytes) = (ObjectBatch::default(), 0);
+    for digest in digests {
+        match store.get_stored(digest) {
+            Ok(Some(stored)) => {
+                bytes += stored.bytes.len();
+                batch.objects.push(stored_object(*digest, stored));
+            }
+            Ok(None) => batch.missing.push(digest.as_bytes().to_vec().into()),
+            Err(error) => {
+                tracing::warn!(%digest, %error, "object cannot be served");
+                batch.missing.push(digest.as_bytes().to_vec().into());
+            }
+        }
+        if bytes >= BATCH_BYTES {
+            bytes = 0;
+            if send.blocking_send(Ok(std::mem::take(&mut batch))).is_err() {
+                return;
+            }
+        }
+    }
+    let _ = send.blocking_send(Ok(batch));
+}
+
+/// One minute's mean of runnable tasks per processor (proc(5), "loadavg").
+fn load() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let tasks = text.split(' ').next().and_then(|first| first.parse::<f64>().ok()).unwrap_or(0.0);
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    tasks / f64::from(u32::try_from(processors).unwrap_or(1))
+}
+
+fn free_bytes(path: &std::path::Path) -> u64 {
+    nix::sys::statvfs::statvfs(path)
+        .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
+}

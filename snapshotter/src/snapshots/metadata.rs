@@ -1,0 +1,413 @@
+//! What is known of each snapshot, in an embedded database (redb, one file).
+//!
+//! | table | key | value |
+//! |---|---|---|
+//! | `meta` | `format`, `next_number` | a number |
+//! | `snapshots` | the snapshot's key or name | [`Row`] as JSON |
+//! | `children` | parent's name, child's key or name | nothing |
+//!
+//! All writing goes through one [`Change`] at a time: redb has one writer, and a second waits. A
+//! change that is dropped leaves no trace; one that is committed is on disk when `commit` returns.
+//! The rules of containerd's contract that concern metadata alone (what may be a parent, what may
+//! be removed) are checked here, inside the change.
+//!
+//! On open: a database under its temporary name was never used and is deleted. A damaged one, one
+//! of another format, and a missing one beside snapshots that exist are errors and nothing is
+//! touched: the directories hold containers' data.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+use std::{fs, io};
+
+use redb::{
+    Database, ReadableDatabase as _, ReadableTable as _, TableDefinition, WriteTransaction,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{Info, Kind, OpenError, SnapshotError, Usage, crash_point};
+
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
+const CHILDREN: TableDefinition<'_, (&str, &str), ()> = TableDefinition::new("children");
+
+/// History: 1, the first.
+const FORMAT: u64 = 1;
+
+/// What is stored of a snapshot. The name is the key of the table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Row {
+    /// Name of its directory. A parent's is smaller than its children's.
+    pub(super) number: u64,
+    pub(super) kind: Kind,
+    pub(super) parent: Option<String>,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) created: SystemTime,
+    pub(super) updated: SystemTime,
+    /// Zero until it is committed.
+    pub(super) usage: Usage,
+}
+
+impl Row {
+    pub(super) fn into_info(self, name: &str) -> Info {
+        let Self { kind, parent, labels, created, updated, .. } = self;
+        Info { name: name.to_owned(), parent, kind, labels, created, updated }
+    }
+}
+
+/// A snapshot together with where its parents are.
+#[derive(Debug)]
+pub(super) struct Chain {
+    pub(super) row: Row,
+    /// Numbers of the parents, nearest first.
+    pub(super) parents: Vec<u64>,
+}
+
+#[derive(Debug)]
+pub(super) struct Metadata {
+    db: Database,
+}
+
+/// One write transaction.
+pub(super) struct Change {
+    txn: WriteTransaction,
+}
+
+fn database(source: impl Into<redb::Error>) -> SnapshotError {
+    SnapshotError::Database(Box::new(source.into()))
+}
+
+fn decode(name: &str, bytes: &[u8]) -> Result<Row, SnapshotError> {
+    serde_json::from_slice(bytes).map_err(|source| SnapshotError::Damaged {
+        key: name.to_owned(),
+        reason: source.to_string(),
+    })
+}
+
+impl Metadata {
+    /// Opens the database at `path`, or makes one if `may_create`.
+    ///
+    /// Making: 1. write `<path>.new` with its format, 2. rename it to `path`, 3. fsync the
+    /// directory.
+    pub(super) fn open(path: &Path, may_create: bool) -> Result<Self, OpenError> {
+        let io_error = |source| OpenError::Io { path: path.to_owned(), source };
+        let new = path.with_extension("redb.new");
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error(error)),
+            _ => (),
+        }
+        if !fs::exists(path).map_err(io_error)? {
+            if !may_create {
+                return Err(OpenError::MetadataMissing(path.to_owned()));
+            }
+            crash_point("create 1");
+            drop(Self::create(&new).map_err(|error| Self::damaged(path, error))?);
+            crash_point("create 2");
+            fs::rename(&new, path).map_err(io_error)?;
+            crash_point("create 3");
+            super::sync_parent(path).map_err(io_error)?;
+        } else if fs::metadata(path).map_err(io_error)?.len() == 0 {
+            // redb would take an empty file for a new database.
+            let reason = io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty");
+            return Err(Self::damaged(path, redb::Error::Io(reason)));
+        }
+        let db = Database::builder()
+            .set_check_integrity_on_open(true)
+            .open(path)
+            .map_err(|error| Self::damaged(path, error.into()))?;
+        let found = Self::format(&db).map_err(|error| Self::damaged(path, error))?;
+        if found != FORMAT {
+            return Err(OpenError::Format { path: path.to_owned(), found, known: FORMAT });
+        }
+        Ok(Self { db })
+    }
+
+    fn damaged(path: &Path, source: redb::Error) -> OpenError {
+        OpenError::Database { path: path.to_owned(), source: Box::new(source) }
+    }
+
+    fn create(path: &Path) -> Result<Database, redb::Error> {
+        let db = Database::create(path)?;
+        let txn = db.begin_write()?;
+        txn.open_table(META)?.insert("format", FORMAT)?;
+        txn.open_table(META)?.insert("next_number", 1)?;
+        txn.open_table(SNAPSHOTS)?;
+        txn.open_table(CHILDREN)?;
+        txn.commit()?;
+        Ok(db)
+    }
+
+    fn format(db: &Database) -> Result<u64, redb::Error> {
+        let meta = db.begin_read()?.open_table(META)?;
+        Ok(meta.get("format")?.map_or(0, |found| found.value()))
+    }
+
+    /// Waits for the change before, if there is one.
+    pub(super) fn begin(&self) -> Result<Change, SnapshotError> {
+        Ok(Change { txn: self.db.begin_write().map_err(database)? })
+    }
+
+    /// Errors: [`SnapshotError::NotFound`].
+    pub(super) fn get(&self, key: &str) -> Result<Row, SnapshotError> {
+        let txn = self.db.begin_read().map_err(database)?;
+        let table = txn.open_table(SNAPSHOTS).map_err(database)?;
+        let found = table.get(key).map_err(database)?;
+        decode(key, found.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?.value())
+    }
+
+    /// Errors: [`SnapshotError::NotFound`].
+    pub(super) fn chain(&self, key: &str) -> Result<Chain, SnapshotError> {
+        let txn = self.db.begin_read().map_err(database)?;
+        chain_in(&txn.open_table(SNAPSHOTS).map_err(database)?, key)
+    }
+
+    /// Every snapshot with its name, as of one moment, in the order of names.
+    pub(super) fn all(&self) -> Result<Vec<(String, Row)>, SnapshotError> {
+        let txn = self.db.begin_read().map_err(database)?;
+        let table = txn.open_table(SNAPSHOTS).map_err(database)?;
+        let mut all = Vec::new();
+        for entry in table.iter().map_err(database)? {
+            let (name, row) = entry.map_err(database)?;
+            all.push((name.value().to_owned(), decode(name.value(), row.value())?));
+        }
+        Ok(all)
+    }
+}
+
+fn chain_in(
+    table: &impl redb::ReadableTable<&'static str, &'static [u8]>,
+    key: &str,
+) -> Result<Chain, SnapshotError> {
+    let get = |name: &str| -> Result<Option<Row>, SnapshotError> {
+        let found = table.get(name).map_err(database)?;
+        found.map(|bytes| decode(name, bytes.value())).transpose()
+    };
+    let row = get(key)?.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
+    let (mut parents, mut below, mut next) = (Vec::new(), row.number, row.parent.clone());
+    while let Some(name) = next {
+        let damaged =
+            |reason: &str| SnapshotError::Damaged { key: name.clone(), reason: reason.to_owned() };
+        let parent = get(&name)?.ok_or_else(|| damaged("it has children but is not there"))?;
+        // Numbers fall along the chain, so a damaged database cannot make this loop for ever.
+        if parent.number >= below {
+            return Err(damaged("it is younger than its child"));
+        }
+        below = parent.number;
+        parents.push(parent.number);
+        next = parent.parent;
+    }
+    Ok(Chain { row, parents })
+}
+
+impl Change {
+    fn get(&self, key: &str) -> Result<Option<Row>, SnapshotError> {
+        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        let found = table.get(key).map_err(database)?;
+        found.map(|bytes| decode(key, bytes.value())).transpose()
+    }
+
+    fn put(&self, key: &str, row: &Row) -> Result<(), SnapshotError> {
+        let bytes = serde_json::to_vec(row).map_err(|error| SnapshotError::Damaged {
+            key: key.to_owned(),
+            reason: error.to_string(),
+        })?;
+        let mut table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        table.insert(key, bytes.as_slice()).map_err(database)?;
+        Ok(())
+    }
+
+    fn link(&self, parent: Option<&str>, child: &str) -> Result<(), SnapshotError> {
+        let Some(parent) = parent else { return Ok(()) };
+        let mut children = self.txn.open_table(CHILDREN).map_err(database)?;
+        children.insert((parent, child), ()).map_err(database)?;
+        Ok(())
+    }
+
+    /// Takes `key` out of both tables.
+    fn forget(&self, key: &str, row: &Row) -> Result<(), SnapshotError> {
+        let mut table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        table.remove(key).map_err(database)?;
+        if let Some(parent) = row.parent.as_deref() {
+            let mut children = self.txn.open_table(CHILDREN).map_err(database)?;
+            children.remove((parent, key)).map_err(database)?;
+        }
+        Ok(())
+    }
+
+    fn has_children(&self, name: &str) -> Result<bool, SnapshotError> {
+        let children = self.txn.open_table(CHILDREN).map_err(database)?;
+        let mut from_here = children.range((name, "")..).map_err(database)?;
+        let first = from_here.next().transpose().map_err(database)?;
+        Ok(first.is_some_and(|(key, _nothing)| key.value().0 == name))
+    }
+
+    /// Adds a view or an active snapshot and gives it a number, which is at least `number_floor`.
+    ///
+    /// Errors: [`SnapshotError::AlreadyExists`]; [`SnapshotError::ParentMissing`];
+    /// [`SnapshotError::ParentNotCommitted`].
+    pub(super) fn add(
+        &self,
+        kind: Kind,
+        key: &str,
+        parent: Option<&str>,
+        labels: BTreeMap<String, String>,
+        number_floor: u64,
+    ) -> Result<Chain, SnapshotError> {
+        if let Some(parent) = parent {
+            match self.get(parent)? {
+                None => return Err(SnapshotError::ParentMissing(parent.to_owned())),
+                Some(row) if row.kind != Kind::Committed => {
+                    return Err(SnapshotError::ParentNotCommitted(parent.to_owned()));
+                }
+                Some(_) => (),
+            }
+        }
+        if self.get(key)?.is_some() {
+            return Err(SnapshotError::AlreadyExists(key.to_owned()));
+        }
+        let number = {
+            let mut meta = self.txn.open_table(META).map_err(database)?;
+            let next = meta.get("next_number").map_err(database)?.map_or(1, |next| next.value());
+            let number = next.max(number_floor);
+            meta.insert("next_number", number + 1).map_err(database)?;
+            number
+        };
+        let now = SystemTime::now();
+        let parent = parent.map(str::to_owned);
+        let usage = Usage::default();
+        let row = Row { number, kind, parent, labels, created: now, updated: now, usage };
+        self.put(key, &row)?;
+        self.link(row.parent.as_deref(), key)?;
+        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        chain_in(&table, key)
+    }
+
+    /// Makes the active snapshot `key`, whose number is still `number`, the committed one `name`.
+    ///
+    /// Labels are replaced, not inherited; the time of creation is now. Errors:
+    /// [`SnapshotError::AlreadyExists`] for `name`; [`SnapshotError::NotFound`];
+    /// [`SnapshotError::NotActive`].
+    pub(super) fn commit_active(
+        &self,
+        name: &str,
+        (key, number): (&str, u64),
+        labels: BTreeMap<String, String>,
+        usage: Usage,
+    ) -> Result<(), SnapshotError> {
+        if self.get(name)?.is_some() {
+            return Err(SnapshotError::AlreadyExists(name.to_owned()));
+        }
+        // Another number: it was removed and prepared anew since its usage was measured.
+        let row = self.get(key)?.filter(|row| row.number == number);
+        let row = row.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
+        if row.kind != Kind::Active {
+            return Err(SnapshotError::NotActive { key: key.to_owned(), kind: row.kind });
+        }
+        self.forget(key, &row)?;
+        let now = SystemTime::now();
+        let row = Row { kind: Kind::Committed, labels, created: now, updated: now, usage, ..row };
+        self.put(name, &row)?;
+        self.link(row.parent.as_deref(), name)
+    }
+
+    /// Gives `key` the labels that `change` makes of its labels. Errors:
+    /// [`SnapshotError::NotFound`].
+    pub(super) fn relabel(
+        &self,
+        key: &str,
+        change: impl FnOnce(&mut BTreeMap<String, String>),
+    ) -> Result<Row, SnapshotError> {
+        let mut row = self.get(key)?.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
+        change(&mut row.labels);
+        row.updated = SystemTime::now();
+        self.put(key, &row)?;
+        Ok(row)
+    }
+
+    /// Takes `key` out; its number comes back. Errors: [`SnapshotError::NotFound`];
+    /// [`SnapshotError::HasChildren`].
+    pub(super) fn remove(&self, key: &str) -> Result<u64, SnapshotError> {
+        let row = self.get(key)?.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
+        if self.has_children(key)? {
+            return Err(SnapshotError::HasChildren(key.to_owned()));
+        }
+        self.forget(key, &row)?;
+        Ok(row.number)
+    }
+
+    /// The numbers of all snapshots, this change's included.
+    pub(super) fn numbers(&self) -> Result<Vec<u64>, SnapshotError> {
+        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        let mut numbers = Vec::new();
+        for entry in table.iter().map_err(database)? {
+            let (name, row) = entry.map_err(database)?;
+            numbers.push(decode(name.value(), row.value())?.number);
+        }
+        Ok(numbers)
+    }
+
+    pub(super) fn commit(self) -> Result<(), SnapshotError> {
+        self.txn.commit().map_err(database)
+    }
+}
+
+/// Where the database of the snapshots in `dir` is.
+pub(super) fn path_in(dir: &Path) -> PathBuf {
+    dir.join("metadata.redb")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// The literal bytes of format 1: a daemon of tomorrow must read what this one wrote.
+    #[test]
+    fn a_row_of_format_1_is_this_text() {
+        let text = concat!(
+            r#"{"number":7,"kind":"committed","parent":"sha256:aa","labels":{"k":"v"},"#,
+            r#""created":{"secs_since_epoch":1,"nanos_since_epoch":2},"#,
+            r#""updated":{"secs_since_epoch":3,"nanos_since_epoch":0},"#,
+            r#""usage":{"size_bytes":4096,"inodes":1}}"#
+        );
+        let row = Row {
+            number: 7,
+            kind: Kind::Committed,
+            parent: Some("sha256:aa".to_owned()),
+            labels: [("k".to_owned(), "v".to_owned())].into(),
+            created: SystemTime::UNIX_EPOCH + Duration::new(1, 2),
+            updated: SystemTime::UNIX_EPOCH + Duration::new(3, 0),
+            usage: Usage { size_bytes: 4096, inodes: 1 },
+        };
+        assert_eq!(serde_json::to_string(&row).unwrap(), text);
+        assert_eq!(decode("x", text.as_bytes()).unwrap(), row);
+    }
+
+    #[test]
+    fn a_name_that_is_the_beginning_of_another_has_not_its_children() {
+        let dir = tempfile::tempdir().unwrap();
+        let metadata = Metadata::open(&path_in(dir.path()), true).unwrap();
+        let change = metadata.begin().unwrap();
+        for name in ["a", "ab"] {
+            let chain = change.add(Kind::Active, "key", None, BTreeMap::new(), 0).unwrap();
+            let active = ("key", chain.row.number);
+            change.commit_active(name, active, BTreeMap::new(), Usage::default()).unwrap();
+        }
+        change.add(Kind::View, "child", Some("ab"), BTreeMap::new(), 0).unwrap();
+        assert!(matches!(change.remove("ab"), Err(SnapshotError::HasChildren(_))));
+        change.remove("a").unwrap();
+    }
+
+    #[test]
+    fn a_chain_that_does_not_grow_older_is_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let metadata = Metadata::open(&path_in(dir.path()), true).unwrap();
+        let change = metadata.begin().unwrap();
+        let mut row = change.add(Kind::Active, "loop", None, BTreeMap::new(), 0).unwrap().row;
+        row.parent = Some("loop".to_owned());
+        change.put("loop", &row).unwrap();
+        change.commit().unwrap();
+        assert!(matches!(metadata.chain("loop"), Err(SnapshotError::Damaged { .. })));
+    }
+}

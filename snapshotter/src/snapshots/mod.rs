@@ -1,0 +1,492 @@
+//! containerd's snapshotter `godwit`: layers and containers' root file systems over overlayfs.
+//!
+//! containerd names file trees and we keep them. A snapshot is one of three kinds:
+//!
+//! ```text
+//! prepare(key, parent) --> Active --commit(name)--> Committed   (a parent; never changes again)
+//! view(key, parent) -----> View                                 (read-only)
+//! ```
+//!
+//! Each has a number, which is never used twice, and a directory of that number: `fs/<number>/fs`
+//! holds what it adds to its parents, `fs/<number>/work` is overlayfs's own. The names, the kinds
+//! and the chain are in a database ([`metadata`]). What is mounted ([`Snapshots::mounts`]) is
+//! either a bind mount, where there is one tree only, or an overlay of the whole chain; containerd
+//! mounts it, we never do.
+//!
+//! Promises: what the database names has a directory, whenever the machine stops; a committed layer
+//! is on disk before the database calls it committed; nothing is deleted that the database names;
+//! two daemons never work on one state; a damaged database is an error that leaves everything as it
+//! is. On open, in this order:
+//!
+//! 1. take the lock, or fail;
+//! 2. open the database and check it, or fail;
+//! 3. delete what the database does not name under `fs/`: prepares and removals that did not
+//!    finish.
+//!
+//! Read next: [`service`] for the gRPC side, [`filter`] for how containerd asks for some of all
+//! snapshots. Source: containerd's `core/snapshots/snapshotter.go` (the contract) and its overlayfs
+//! snapshotter (the mounts).
+
+mod error;
+mod filter;
+mod metadata;
+pub mod service;
+#[cfg(test)]
+mod tests;
+mod usage;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File, Permissions, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, lchown};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use containerd_client::types::Mount;
+use serde::{Deserialize, Serialize};
+
+pub use error::{OpenError, SnapshotError};
+pub use filter::FilterError;
+use filter::Filters;
+use metadata::{Chain, Change, Metadata};
+pub use service::service;
+pub use usage::Usage;
+
+/// Longest key or name, in bytes. containerd's own are an image's chain ID or a container's id with
+/// a short prefix.
+pub const KEY_BYTES_MAX: usize = 4096;
+
+/// Longest label, key and value together, in bytes: containerd's own limit.
+pub const LABEL_BYTES_MAX: usize = 4096;
+
+/// What a snapshot is to containerd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Read-only, of a committed one.
+    View,
+    /// Writable, of a committed one or of nothing.
+    Active,
+    /// Immutable, and the only kind that can be a parent.
+    Committed,
+}
+
+/// What containerd is told of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// Key of a view or an active snapshot, name of a committed one.
+    pub name: String,
+    /// Name of the committed snapshot that this one continues.
+    pub parent: Option<String>,
+    /// What it is.
+    pub kind: Kind,
+    /// containerd's labels, as given; a label with an empty value is no label.
+    pub labels: BTreeMap<String, String>,
+    /// When it was prepared, or committed.
+    pub created: SystemTime,
+    /// When it was created or its labels last changed.
+    pub updated: SystemTime,
+}
+
+/// The snapshots of one node. All methods block on the disk; none holds a lock while it measures or
+/// deletes a tree.
+#[derive(Debug)]
+pub struct Snapshots {
+    metadata: Metadata,
+    /// Absolute path of `fs/`.
+    trees: PathBuf,
+    /// Smallest number whose directory has not been touched yet, also by prepares that failed.
+    number_floor: AtomicU64,
+    /// overlayfs options that every overlay gets.
+    overlay_options: Vec<String>,
+    /// Released when the file is closed.
+    _lock: File,
+}
+
+impl Snapshots {
+    /// Opens the snapshots in `dir`, which is made if it is not there; see the rules above.
+    ///
+    /// Errors: [`OpenError`]; in every case the directory is as it was.
+    pub fn open(dir: &Path) -> Result<Self, OpenError> {
+        let io_error = |source| OpenError::Io { path: dir.to_owned(), source };
+        let trees = dir.join("fs");
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&trees).map_err(io_error)?;
+        let trees = fs::canonicalize(&trees).map_err(io_error)?;
+        if trees.to_str().is_none_or(|path| path.contains([':', ',', '\\'])) {
+            return Err(OpenError::Path(trees));
+        }
+        let lock = File::create(dir.join("lock")).map_err(io_error)?;
+        match lock.try_lock() {
+            Ok(()) => (),
+            Err(TryLockError::WouldBlock) => return Err(OpenError::Locked(dir.to_owned())),
+            Err(TryLockError::Error(error)) => return Err(io_error(error)),
+        }
+        let found = tree_names(&trees).map_err(io_error)?;
+        let highest = found.iter().filter_map(|name| tree_number(name)).max();
+        let metadata = Metadata::open(&metadata::path_in(dir), highest.is_none())?;
+        let snapshots = Self {
+            metadata,
+            trees,
+            number_floor: AtomicU64::new(highest.map_or(1, |number| number + 1)),
+            overlay_options: overlay_options(),
+            _lock: lock,
+        };
+        snapshots.cleanup().map_err(OpenError::Unreadable)?;
+        snapshots.warn_of_missing_trees().map_err(OpenError::Unreadable)?;
+        Ok(snapshots)
+    }
+
+    /// Makes a writable snapshot of `parent`, or of nothing, and says what to mount.
+    ///
+    /// Errors: [`SnapshotError::AlreadyExists`], [`SnapshotError::ParentMissing`],
+    /// [`SnapshotError::ParentNotCommitted`], [`SnapshotError::Key`], [`SnapshotError::Label`], and
+    /// the disk's.
+    pub fn prepare(
+        &self,
+        key: &str,
+        parent: Option<&str>,
+        labels: BTreeMap<String, String>,
+    ) -> Result<Vec<Mount>, SnapshotError> {
+        self.add(Kind::Active, key, parent, labels)
+    }
+
+    /// Makes a read-only snapshot of `parent`, or of nothing, and says what to mount. Errors: as
+    /// for `prepare`.
+    pub fn view(
+        &self,
+        key: &str,
+        parent: Option<&str>,
+        labels: BTreeMap<String, String>,
+    ) -> Result<Vec<Mount>, SnapshotError> {
+        self.add(Kind::View, key, parent, labels)
+    }
+
+    /// 1. make `new-<number>` with its subdirectories, 2. fsync it, 3. rename it to `<number>`, 4.
+    ///    fsync `fs/`,
+    /// 5. commit the database. All inside one change, so that `cleanup` cannot see it half done.
+    ///
+    /// On open: without step 5 the database does not name the directory, and it is deleted.
+    fn add(
+        &self,
+        kind: Kind,
+        key: &str,
+        parent: Option<&str>,
+        labels: BTreeMap<String, String>,
+    ) -> Result<Vec<Mount>, SnapshotError> {
+        check_key(key)?;
+        let labels = checked(labels)?;
+        let change = self.metadata.begin()?;
+        let floor = self.number_floor.load(Ordering::Relaxed);
+        let chain = change.add(kind, key, parent, labels, floor)?;
+        let number = chain.row.number;
+        // Only one change at a time comes here, so this does not race with the load above.
+        self.number_floor.store(number + 1, Ordering::Relaxed);
+        let placed = self.place_tree(&chain);
+        crash_point("add 5");
+        if let Err(error) = placed.and_then(|()| change.commit()) {
+            self.discard(&self.trees.join(format!("new-{number}")));
+            self.discard(&self.tree(number));
+            return Err(error);
+        }
+        Ok(self.mounts_of(&chain))
+    }
+
+    fn place_tree(&self, chain: &Chain) -> Result<(), SnapshotError> {
+        let number = chain.row.number;
+        let (new, tree) = (self.trees.join(format!("new-{number}")), self.tree(number));
+        crash_point("add 1");
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| SnapshotError::Io { what, path, source }
+        };
+        let upper = new.join("fs");
+        make_dir(&new, 0o700).map_err(failed("make", &new))?;
+        make_dir(&upper, 0o755).map_err(failed("make", &upper))?;
+        if chain.row.kind == Kind::Active {
+            make_dir(&new.join("work"), 0o711).map_err(failed("make", &new))?;
+        }
+        if let Some(parent) = chain.parents.first() {
+            // The owner of "/" is inherited: with user namespaces it is not root.
+            let parent = self.upper(*parent);
+            let owner = fs::metadata(&parent).map_err(failed("look at", &parent))?;
+            lchown(&upper, Some(owner.uid()), Some(owner.gid())).map_err(failed("own", &upper))?;
+        }
+        crash_point("add 2");
+        sync_dir(&new).map_err(failed("sync", &new))?;
+        crash_point("add 3");
+        fs::rename(&new, &tree).map_err(failed("place", &tree))?;
+        crash_point("add 4");
+        sync_dir(&self.trees).map_err(failed("sync", &self.trees))
+    }
+
+    /// Makes the active snapshot `key` the committed one `name`, with these labels and no others.
+    ///
+    /// 1. write the file system's dirty pages out, 2. measure, 3. commit the database.
+    ///
+    /// On open: without step 3 it is still active.
+    ///
+    /// Caller: nothing writes to it any more. Errors: [`SnapshotError::NotFound`],
+    /// [`SnapshotError::NotActive`], [`SnapshotError::AlreadyExists`] for `name`,
+    /// [`SnapshotError::Key`], [`SnapshotError::Label`], and the disk's.
+    pub fn commit(
+        &self,
+        name: &str,
+        key: &str,
+        labels: BTreeMap<String, String>,
+    ) -> Result<(), SnapshotError> {
+        check_key(name)?;
+        let labels = checked(labels)?;
+        let row = self.metadata.get(key)?;
+        let usage = if row.kind == Kind::Active {
+            let upper = self.upper(row.number);
+            crash_point("commit 1");
+            // Otherwise a power cut leaves a layer of empty files that is never unpacked again.
+            File::open(&upper)
+                .and_then(|dir| nix::unistd::syncfs(dir).map_err(io::Error::from))
+                .map_err(|source| SnapshotError::Io {
+                    what: "sync",
+                    path: upper.clone(),
+                    source,
+                })?;
+            crash_point("commit 2");
+            measure(&upper)?
+        } else {
+            Usage::default()
+        };
+        let change = self.metadata.begin()?;
+        change.commit_active(name, (key, row.number), labels, usage)?;
+        crash_point("commit 3");
+        change.commit()
+    }
+
+    /// What to mount to see the view or active snapshot `key`.
+    ///
+    /// Errors: [`SnapshotError::NotFound`]; [`SnapshotError::NotMountable`] for a committed one.
+    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>, SnapshotError> {
+        let chain = self.metadata.chain(key)?;
+        if chain.row.kind == Kind::Committed {
+            return Err(SnapshotError::NotMountable(key.to_owned()));
+        }
+        Ok(self.mounts_of(&chain))
+    }
+
+    /// Errors: [`SnapshotError::NotFound`].
+    pub fn stat(&self, key: &str) -> Result<Info, SnapshotError> {
+        Ok(self.metadata.get(key)?.into_info(key))
+    }
+
+    /// Replaces the fields of `key` that `fields` names by those of `labels`: `labels` is all of
+    /// them, `labels.KEY` one; no field at all is all labels.
+    ///
+    /// Errors: [`SnapshotError::NotFound`]; [`SnapshotError::Immutable`] for another field;
+    /// [`SnapshotError::Label`].
+    pub fn update(
+        &self,
+        key: &str,
+        labels: BTreeMap<String, String>,
+        fields: &[String],
+    ) -> Result<Info, SnapshotError> {
+        let labels = checked(labels)?;
+        let of_labels = |field: &&String| *field == "labels" || field.starts_with("labels.");
+        let change = self.metadata.begin()?;
+        let row = change.relabel(key, |current| {
+            if fields.is_empty() {
+                current.clone_from(&labels);
+            }
+            for field in fields.iter().filter(of_labels) {
+                match field.strip_prefix("labels.") {
+                    None => current.clone_from(&labels),
+                    Some(one) => match labels.get(one) {
+                        Some(value) => drop(current.insert(one.to_owned(), value.clone())),
+                        None => drop(current.remove(one)),
+                    },
+                }
+            }
+        })?;
+        if let Some(field) = fields.iter().find(|field| !of_labels(field)) {
+            return Err(SnapshotError::Immutable { key: key.to_owned(), field: field.clone() });
+        }
+        change.commit()?;
+        Ok(row.into_info(key))
+    }
+
+    /// What `key` takes on disk, without its parents: of an active one now, of a committed one when
+    /// it was committed, of a view nothing. Errors: [`SnapshotError::NotFound`], and the disk's.
+    pub fn usage(&self, key: &str) -> Result<Usage, SnapshotError> {
+        let row = self.metadata.get(key)?;
+        if row.kind == Kind::Active { measure(&self.upper(row.number)) } else { Ok(row.usage) }
+    }
+
+    /// Removes `key`: it is gone when this returns; its disk space, if it cannot be freed now, at
+    /// the next `cleanup`.
+    ///
+    /// 1. commit the database without it, 2. delete its directory. On open: step 2 is done again.
+    ///
+    /// Errors: [`SnapshotError::NotFound`]; [`SnapshotError::HasChildren`].
+    pub fn remove(&self, key: &str) -> Result<(), SnapshotError> {
+        let change = self.metadata.begin()?;
+        let number = change.remove(key)?;
+        crash_point("remove 1");
+        change.commit()?;
+        crash_point("remove 2");
+        self.discard(&self.tree(number));
+        Ok(())
+    }
+
+    /// All snapshots that any of `filters` matches, or all, in the order of names.
+    ///
+    /// Errors: [`SnapshotError::Filter`].
+    pub fn list(&self, filters: &[String]) -> Result<Vec<Info>, SnapshotError> {
+        let filters = Filters::parse(filters)?;
+        let infos = self.metadata.all()?.into_iter().map(|(name, row)| row.into_info(&name));
+        Ok(infos.filter(|info| filters.matches(info)).collect())
+    }
+
+    /// Deletes the directories that the database does not name. What cannot be deleted is logged
+    /// and left.
+    pub fn cleanup(&self) -> Result<(), SnapshotError> {
+        // Inside a change no snapshot is half added; after it, numbers are not used again.
+        let change = self.metadata.begin()?;
+        let orphans = self.orphans(&change)?;
+        drop(change);
+        for orphan in orphans {
+            self.discard(&orphan);
+        }
+        Ok(())
+    }
+
+    fn orphans(&self, change: &Change) -> Result<Vec<PathBuf>, SnapshotError> {
+        let named: HashSet<u64> = change.numbers()?.into_iter().collect();
+        let found = tree_names(&self.trees).map_err(|source| SnapshotError::Io {
+            what: "list",
+            path: self.trees.clone(),
+            source,
+        })?;
+        let is_orphan = |name: &String| match tree_number(name) {
+            Some(number) => !named.contains(&number),
+            // Not ours unless it says so: an administrator may have put something here.
+            None => name.strip_prefix("new-").is_some_and(|rest| tree_number(rest).is_some()),
+        };
+        Ok(found.into_iter().filter(is_orphan).map(|name| self.trees.join(name)).collect())
+    }
+
+    fn discard(&self, tree: &Path) {
+        match fs::remove_dir_all(tree) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                let path = tree.display();
+                tracing::warn!(%path, %error, "cannot delete a snapshot's directory");
+            }
+            _ => (),
+        }
+    }
+
+    fn warn_of_missing_trees(&self) -> Result<(), SnapshotError> {
+        for (name, row) in self.metadata.all()? {
+            let upper = self.upper(row.number);
+            if !upper.is_dir() {
+                let path = upper.display();
+                tracing::warn!(snapshot = name, %path, "a snapshot's directory is missing");
+            }
+        }
+        Ok(())
+    }
+
+    fn tree(&self, number: u64) -> PathBuf {
+        self.trees.join(number.to_string())
+    }
+
+    fn upper(&self, number: u64) -> PathBuf {
+        self.tree(number).join("fs")
+    }
+
+    /// overlayfs needs two trees at least, so a single one is bound.
+    fn mounts_of(&self, chain: &Chain) -> Vec<Mount> {
+        let text = |path: PathBuf| path.to_string_lossy().into_owned();
+        let own = chain.row.number;
+        let writable = chain.row.kind == Kind::Active;
+        let single = match chain.parents.as_slice() {
+            [] => Some(own),
+            [parent] if !writable => Some(*parent),
+            _ => None,
+        };
+        if let Some(number) = single {
+            return vec![Mount {
+                r#type: "bind".to_owned(),
+                source: text(self.upper(number)),
+                target: String::new(),
+                options: vec![if writable { "rw" } else { "ro" }.to_owned(), "rbind".to_owned()],
+            }];
+        }
+        let lower: Vec<_> = chain.parents.iter().map(|parent| text(self.upper(*parent))).collect();
+        let mut options = Vec::new();
+        if writable {
+            options.push(format!("workdir={}", text(self.tree(own).join("work"))));
+            options.push(format!("upperdir={}", text(self.upper(own))));
+        }
+        options.push(format!("lowerdir={}", lower.join(":")));
+        options.extend_from_slice(&self.overlay_options);
+        let overlay = || "overlay".to_owned();
+        vec![Mount { r#type: overlay(), source: overlay(), target: String::new(), options }]
+    }
+}
+
+/// With its index on, overlayfs refuses a lower directory that another mount has as its upper one:
+/// a container that is still there while its snapshot is committed.
+fn overlay_options() -> Vec<String> {
+    let has_index = fs::exists("/sys/module/overlay/parameters/index").unwrap_or(false);
+    has_index.then(|| "index=off".to_owned()).into_iter().collect()
+}
+
+fn tree_names(trees: &Path) -> io::Result<Vec<String>> {
+    let name = |entry: io::Result<fs::DirEntry>| entry.map(|e| e.file_name().into_string().ok());
+    fs::read_dir(trees)?.filter_map(|entry| name(entry).transpose()).collect()
+}
+
+/// The number that a directory's name is, in the one way we write it.
+fn tree_number(name: &str) -> Option<u64> {
+    name.parse().ok().filter(|number: &u64| number.to_string() == name)
+}
+
+fn measure(upper: &Path) -> Result<Usage, SnapshotError> {
+    usage::of(upper).map_err(|(path, source)| SnapshotError::Io { what: "measure", path, source })
+}
+
+fn check_key(key: &str) -> Result<(), SnapshotError> {
+    if (1..=KEY_BYTES_MAX).contains(&key.len()) {
+        Ok(())
+    } else {
+        Err(SnapshotError::Key(key.len()))
+    }
+}
+
+fn checked(
+    mut labels: BTreeMap<String, String>,
+) -> Result<BTreeMap<String, String>, SnapshotError> {
+    for (key, value) in &labels {
+        if key.len() + value.len() > LABEL_BYTES_MAX {
+            return Err(SnapshotError::Label { key: key.chars().take(120).collect() });
+        }
+    }
+    labels.retain(|_, value| !value.is_empty());
+    Ok(labels)
+}
+
+/// Makes a directory of exactly this mode, whatever the umask is.
+fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
+    fs::create_dir(path)?;
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+#[cfg(not(test))]
+fn crash_point(_step: &str) {}
+#[cfg(test)]
+use tests::crash_point;

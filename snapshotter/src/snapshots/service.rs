@@ -1,0 +1,221 @@
+//! The gRPC side of [`Snapshots`]: containerd's snapshots service, which a proxy plugin of type
+//! "snapshot" calls.
+//!
+//! Each call runs on a thread for blocking work; one whose caller has gone away still ends. The
+//! request's `snapshotter` field is containerd's name for us and is ignored. SnapshotError codes
+//! are what containerd's callers act on: the unpacker, for one, takes `ALREADY_EXISTS` for
+//! "somebody else was faster".
+
+use std::collections::{BTreeMap, HashMap};
+use std::error::Error as _;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use containerd_client::services::v1::snapshots as api;
+use futures::Stream;
+use tonic::{Code, Request, Response, Status};
+
+use super::{Info, Kind, SnapshotError, Snapshots, Usage};
+use generated::snapshots_server::{Snapshots as Api, SnapshotsServer};
+
+/// `google.protobuf.Empty`, under a name the generated server can use.
+pub type Empty = ();
+
+/// The generated server.
+pub mod generated {
+    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+    include!(concat!(env!("OUT_DIR"), "/containerd.services.snapshots.v1.Snapshots.rs"));
+}
+
+/// How many snapshots go into one message of a list, as containerd itself does it.
+const INFOS_PER_MESSAGE: usize = 100;
+
+/// containerd's snapshots service over [`Snapshots`].
+#[derive(Clone, Debug)]
+pub struct Service(pub(super) Arc<Snapshots>);
+
+/// The service, to be added to a server on the socket that containerd's `proxy_plugins` names.
+pub fn service(snapshots: Arc<Snapshots>) -> SnapshotsServer<Service> {
+    SnapshotsServer::new(Service(snapshots))
+}
+
+impl Service {
+    async fn run<T: Send + 'static>(
+        &self,
+        call: &'static str,
+        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let snapshots = self.0.clone();
+        match tokio::task::spawn_blocking(move || work(&snapshots)).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => {
+                let status = status_of(&error);
+                if status.code() == Code::Internal {
+                    tracing::error!(call, error = status.message(), "snapshot call failed");
+                }
+                Err(status)
+            }
+            Err(panicked) => Err(Status::internal(format!("{call} was cut short: {panicked}"))),
+        }
+    }
+}
+
+fn status_of(error: &SnapshotError) -> Status {
+    let code = match error {
+        SnapshotError::NotFound(_) | SnapshotError::ParentMissing(_) => Code::NotFound,
+        SnapshotError::AlreadyExists(_) => Code::AlreadyExists,
+        SnapshotError::NotActive { .. }
+        | SnapshotError::NotMountable(_)
+        | SnapshotError::HasChildren(_) => Code::FailedPrecondition,
+        SnapshotError::ParentNotCommitted(_)
+        | SnapshotError::Key(_)
+        | SnapshotError::Label { .. }
+        | SnapshotError::Immutable { .. }
+        | SnapshotError::Filter(_) => Code::InvalidArgument,
+        SnapshotError::Damaged { .. } | SnapshotError::Database(_) | SnapshotError::Io { .. } => {
+            Code::Internal
+        }
+    };
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        message.push_str(": ");
+        message.push_str(&next.to_string());
+        cause = next.source();
+    }
+    Status::new(code, message)
+}
+
+/// The empty text stands for "no parent" on the wire.
+fn parent(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn sorted(labels: HashMap<String, String>) -> BTreeMap<String, String> {
+    labels.into_iter().collect()
+}
+
+fn to_api(info: Info) -> api::Info {
+    let kind = match info.kind {
+        Kind::View => api::Kind::View,
+        Kind::Active => api::Kind::Active,
+        Kind::Committed => api::Kind::Committed,
+    };
+    api::Info {
+        name: info.name,
+        parent: info.parent.unwrap_or_default(),
+        kind: kind.into(),
+        created_at: Some(info.created.into()),
+        updated_at: Some(info.updated.into()),
+        labels: info.labels.into_iter().collect(),
+    }
+}
+
+#[async_trait::async_trait]
+impl Api for Service {
+    type ListStream =
+        Pin<Box<dyn Stream<Item = Result<api::ListSnapshotsResponse, Status>> + Send>>;
+
+    async fn prepare(
+        &self,
+        request: Request<api::PrepareSnapshotRequest>,
+    ) -> Result<Response<api::PrepareSnapshotResponse>, Status> {
+        let api::PrepareSnapshotRequest { key, parent: below, labels, .. } = request.into_inner();
+        let work = move |all: &Snapshots| all.prepare(&key, parent(&below), sorted(labels));
+        let mounts = self.run("prepare", work).await?;
+        Ok(Response::new(api::PrepareSnapshotResponse { mounts }))
+    }
+
+    async fn view(
+        &self,
+        request: Request<api::ViewSnapshotRequest>,
+    ) -> Result<Response<api::ViewSnapshotResponse>, Status> {
+        let api::ViewSnapshotRequest { key, parent: below, labels, .. } = request.into_inner();
+        let work = move |all: &Snapshots| all.view(&key, parent(&below), sorted(labels));
+        let mounts = self.run("view", work).await?;
+        Ok(Response::new(api::ViewSnapshotResponse { mounts }))
+    }
+
+    async fn mounts(
+        &self,
+        request: Request<api::MountsRequest>,
+    ) -> Result<Response<api::MountsResponse>, Status> {
+        let key = request.into_inner().key;
+        let mounts = self.run("mounts", move |all| all.mounts(&key)).await?;
+        Ok(Response::new(api::MountsResponse { mounts }))
+    }
+
+    async fn commit(
+        &self,
+        request: Request<api::CommitSnapshotRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        let api::CommitSnapshotRequest { name, key, labels, .. } = request.into_inner();
+        self.run("commit", move |all| all.commit(&name, &key, sorted(labels))).await?;
+        Ok(Response::new(()))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<api::RemoveSnapshotRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        let key = request.into_inner().key;
+        self.run("remove", move |all| all.remove(&key)).await?;
+        Ok(Response::new(()))
+    }
+
+    async fn stat(
+        &self,
+        request: Request<api::StatSnapshotRequest>,
+    ) -> Result<Response<api::StatSnapshotResponse>, Status> {
+        let key = request.into_inner().key;
+        let info = self.run("stat", move |all| all.stat(&key)).await?;
+        Ok(Response::new(api::StatSnapshotResponse { info: Some(to_api(info)) }))
+    }
+
+    async fn update(
+        &self,
+        request: Request<api::UpdateSnapshotRequest>,
+    ) -> Result<Response<api::UpdateSnapshotResponse>, Status> {
+        let api::UpdateSnapshotRequest { info, update_mask, .. } = request.into_inner();
+        let info = info.ok_or_else(|| Status::invalid_argument("update lacks the snapshot"))?;
+        let fields = update_mask.map(|mask| mask.paths).unwrap_or_default();
+        let work = move |all: &Snapshots| all.update(&info.name, sorted(info.labels), &fields);
+        let info = self.run("update", work).await?;
+        Ok(Response::new(api::UpdateSnapshotResponse { info: Some(to_api(info)) }))
+    }
+
+    async fn list(
+        &self,
+        request: Request<api::ListSnapshotsRequest>,
+    ) -> Result<Response<Self::ListStream>, Status> {
+        let filters = request.into_inner().filters;
+        let infos = self.run("list", move |all| all.list(&filters)).await?;
+        let messages: Vec<_> = infos
+            .chunks(INFOS_PER_MESSAGE)
+            .map(|some| {
+                let info = some.iter().cloned().map(to_api).collect();
+                Ok(api::ListSnapshotsResponse { info })
+            })
+            .collect();
+        Ok(Response::new(Box::pin(futures::stream::iter(messages))))
+    }
+
+    async fn usage(
+        &self,
+        request: Request<api::UsageRequest>,
+    ) -> Result<Response<api::UsageResponse>, Status> {
+        let key = request.into_inner().key;
+        let Usage { size_bytes, inodes } = self.run("usage", move |all| all.usage(&key)).await?;
+        let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let usage = api::UsageResponse { size: signed(size_bytes), inodes: signed(inodes) };
+        Ok(Response::new(usage))
+    }
+
+    async fn cleanup(
+        &self,
+        _request: Request<api::CleanupRequest>,
+    ) -> Result<Response<Empty>, Status> {
+        self.run("cleanup", Snapshots::cleanup).await?;
+        Ok(Response::new(()))
+    }
+}

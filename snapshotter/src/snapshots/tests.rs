@@ -1,0 +1,498 @@
+//! Semantics and error codes, crash points, and a model.
+//!
+//! The crash points stop a numbered procedure by a panic, so that nothing after the step runs, no
+//! clean-up either; then the state is opened anew.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use tonic::{Code, Request};
+
+use super::service::generated::snapshots_server::Snapshots as _;
+use super::*;
+use containerd_client::services::v1::snapshots as api;
+
+thread_local! {
+    static STOP_BEFORE: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+struct Stopped;
+
+pub(super) fn crash_point(step: &str) {
+    if STOP_BEFORE.get() == Some(step) {
+        resume_unwind(Box::new(Stopped));
+    }
+}
+
+/// Runs `work` up to `step`. Panics unless it was stopped there.
+fn stop_before<T>(step: &'static str, work: impl FnOnce() -> T) {
+    STOP_BEFORE.set(Some(step));
+    let result = catch_unwind(AssertUnwindSafe(work));
+    STOP_BEFORE.set(None);
+    match result {
+        Ok(_) => panic!("{step} was not reached"),
+        Err(reason) if reason.is::<Stopped>() => (),
+        Err(other) => resume_unwind(other),
+    }
+}
+
+/// In memory if possible: what is tested is not the disk, and `commit` writes out the whole file
+/// system.
+fn scratch() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
+}
+
+fn fixture() -> (tempfile::TempDir, Snapshots) {
+    let dir = scratch();
+    let snapshots = Snapshots::open(dir.path()).unwrap();
+    (dir, snapshots)
+}
+
+fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+fn none() -> BTreeMap<String, String> {
+    BTreeMap::new()
+}
+
+/// A committed snapshot whose tree holds one file of that name.
+fn layer(snapshots: &Snapshots, name: &str, parent: Option<&str>) {
+    let key = format!("extract {name}");
+    let mounts = snapshots.prepare(&key, parent, none()).unwrap();
+    fs::write(upper_of(&mounts[0]).join(name), name).unwrap();
+    snapshots.commit(name, &key, none()).unwrap();
+}
+
+fn upper_of(mount: &Mount) -> PathBuf {
+    let upper = mount.options.iter().find_map(|option| option.strip_prefix("upperdir="));
+    PathBuf::from(upper.unwrap_or(&mount.source))
+}
+
+/// Names of the directories in `fs/`, sorted.
+fn trees(dir: &Path) -> Vec<String> {
+    let mut names = tree_names(&dir.join("fs")).unwrap();
+    names.sort();
+    names
+}
+
+#[test]
+fn one_tree_is_bound_and_several_are_overlaid() {
+    let (dir, snapshots) = fixture();
+    let fs = |number: u64| dir.path().join(format!("fs/{number}/fs")).display().to_string();
+    let bind = |number, mode: &str| {
+        let options = vec![mode.to_owned(), "rbind".to_owned()];
+        let (r#type, target) = ("bind".to_owned(), String::new());
+        vec![Mount { r#type, source: fs(number), target, options }]
+    };
+
+    assert_eq!(snapshots.prepare("extract a", None, none()).unwrap(), bind(1, "rw"));
+    snapshots.commit("a", "extract a", none()).unwrap();
+    assert_eq!(snapshots.view("empty", None, none()).unwrap(), bind(2, "ro"));
+    assert_eq!(snapshots.view("view a", Some("a"), none()).unwrap(), bind(1, "ro"));
+
+    layer(&snapshots, "b", Some("a"));
+    let over = snapshots.prepare("c", Some("b"), none()).unwrap();
+    let work = dir.path().join("fs/5/work").display().to_string();
+    let lower = format!("lowerdir={}:{}", fs(4), fs(1));
+    assert_eq!((over[0].r#type.as_str(), over[0].source.as_str()), ("overlay", "overlay"));
+    let own = [format!("workdir={work}"), format!("upperdir={}", fs(5)), lower.clone()];
+    assert_eq!(over[0].options[..3], own);
+    assert_eq!(snapshots.mounts("c").unwrap(), over);
+    let view = snapshots.view("view b", Some("b"), none()).unwrap();
+    assert_eq!(view[0].options[0], lower);
+}
+
+#[test]
+fn directories_have_the_modes_that_overlayfs_wants_and_the_parents_owner() {
+    let (dir, snapshots) = fixture();
+    snapshots.prepare("x", None, none()).unwrap();
+    let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().mode() & 0o7777;
+    assert_eq!((mode("fs/1/fs"), mode("fs/1/work"), mode("fs/1")), (0o755, 0o711, 0o700));
+    if nix::unistd::geteuid().is_root() {
+        lchown(dir.path().join("fs/1/fs"), Some(1000), Some(1001)).unwrap();
+        snapshots.commit("mapped", "x", none()).unwrap();
+        snapshots.prepare("y", Some("mapped"), none()).unwrap();
+        let owner = fs::metadata(dir.path().join("fs/2/fs")).unwrap();
+        assert_eq!((owner.uid(), owner.gid()), (1000, 1001));
+    }
+}
+
+#[test]
+fn a_commit_replaces_the_key_by_the_name_and_the_labels() {
+    let (_dir, snapshots) = fixture();
+    snapshots.prepare("key", None, labels(&[("containerd.io/gc.root", "now")])).unwrap();
+    assert_eq!(snapshots.stat("key").unwrap().labels.len(), 1);
+    let given = labels(&[("containerd.io/gc.ref.snapshot.godwit", "x"), ("empty", "")]);
+    snapshots.commit("name", "key", given.clone()).unwrap();
+    assert!(matches!(snapshots.stat("key"), Err(SnapshotError::NotFound(_))));
+    let info = snapshots.stat("name").unwrap();
+    assert_eq!((info.kind, info.parent), (Kind::Committed, None));
+    assert_eq!(info.labels, labels(&[("containerd.io/gc.ref.snapshot.godwit", "x")]));
+    assert_eq!(info.created, info.updated);
+    // The key is free again.
+    snapshots.prepare("key", Some("name"), none()).unwrap();
+}
+
+#[test]
+fn labels_are_updated_whole_or_one_by_one_and_nothing_else_is() {
+    let (_dir, snapshots) = fixture();
+    let before = snapshots.prepare("x", None, labels(&[("a", "1"), ("b", "2")]));
+    assert!(before.is_ok());
+    let created = snapshots.stat("x").unwrap().created;
+    let update = |given: &[(&str, &str)], fields: &[&str]| {
+        let fields: Vec<_> = fields.iter().map(|field| (*field).to_owned()).collect();
+        snapshots.update("x", labels(given), &fields).map(|info| info.labels)
+    };
+    let one = update(&[("b", "3"), ("c", "4"), ("d", "5")], &["labels.b", "labels.c"]).unwrap();
+    assert_eq!(one, labels(&[("a", "1"), ("b", "3"), ("c", "4")]));
+    let gone = update(&[("a", "")], &["labels.a", "labels.b"]).unwrap();
+    assert_eq!(gone, labels(&[("c", "4")]));
+    assert_eq!(update(&[("z", "1")], &[]).unwrap(), labels(&[("z", "1")]));
+    assert_eq!(update(&[("y", "1")], &["labels"]).unwrap(), labels(&[("y", "1")]));
+    assert!(matches!(update(&[], &["labels", "parent"]), Err(SnapshotError::Immutable { .. })));
+    let info = snapshots.stat("x").unwrap();
+    assert_eq!(info.labels, labels(&[("y", "1")]));
+    assert!(info.created == created && info.updated >= created);
+}
+
+#[test]
+fn usage_is_of_the_own_tree_now_or_at_the_commit() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    let mounts = snapshots.prepare("x", Some("a"), none()).unwrap();
+    let empty = snapshots.usage("x").unwrap();
+    assert_eq!(empty.inodes, 1);
+    fs::write(upper_of(&mounts[0]).join("f"), vec![7; 40960]).unwrap();
+    let full = snapshots.usage("x").unwrap();
+    assert_eq!(full.inodes, 2);
+    assert!(full.size_bytes >= empty.size_bytes + 40960);
+    snapshots.commit("b", "x", none()).unwrap();
+    fs::write(dir.path().join("fs/2/fs/later"), "later").unwrap();
+    assert_eq!(snapshots.usage("b").unwrap(), full);
+    snapshots.view("v", Some("b"), none()).unwrap();
+    assert_eq!(snapshots.usage("v").unwrap(), Usage::default());
+}
+
+#[test]
+fn removal_frees_the_directory_and_numbers_are_not_used_again() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    snapshots.prepare("x", Some("a"), none()).unwrap();
+    assert!(matches!(snapshots.remove("a"), Err(SnapshotError::HasChildren(_))));
+    snapshots.remove("x").unwrap();
+    snapshots.remove("a").unwrap();
+    assert!(trees(dir.path()).is_empty());
+    drop(snapshots);
+    let snapshots = Snapshots::open(dir.path()).unwrap();
+    assert!(snapshots.list(&[]).unwrap().is_empty());
+    snapshots.prepare("x", None, none()).unwrap();
+    assert_eq!(trees(dir.path()), ["3"]);
+}
+
+#[test]
+fn everything_is_there_after_reopening() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    layer(&snapshots, "b", Some("a"));
+    let mounts = snapshots.prepare("x", Some("b"), labels(&[("k", "v")])).unwrap();
+    let before = snapshots.list(&[]).unwrap();
+    let usage = snapshots.usage("b").unwrap();
+    drop(snapshots);
+    let snapshots = Snapshots::open(dir.path()).unwrap();
+    assert_eq!(snapshots.list(&[]).unwrap(), before);
+    assert_eq!(snapshots.mounts("x").unwrap(), mounts);
+    assert_eq!(snapshots.usage("b").unwrap(), usage);
+    assert_eq!(snapshots.list(&["kind==active".to_owned()]).unwrap(), before[2..]);
+}
+
+#[test]
+fn a_second_daemon_is_refused_until_the_first_is_gone() {
+    let (dir, snapshots) = fixture();
+    assert!(matches!(Snapshots::open(dir.path()), Err(OpenError::Locked(_))));
+    drop(snapshots);
+    Snapshots::open(dir.path()).unwrap();
+}
+
+#[test]
+fn a_path_that_overlayfs_would_misread_is_refused() {
+    let dir = scratch();
+    for name in ["a:b", "a,b", "a\\b"] {
+        let opened = Snapshots::open(&dir.path().join(name));
+        assert!(matches!(opened, Err(OpenError::Path(_))), "{name}");
+    }
+}
+
+/// Method: a state with one layer; its database truncated, overwritten here and there, emptied,
+/// deleted.
+#[test]
+fn a_damaged_database_is_an_error_and_loses_nothing() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    drop(snapshots);
+    let path = metadata::path_in(dir.path());
+    let good = fs::read(&path).unwrap();
+    let file = dir.path().join("fs/1/fs/a");
+    let refused = |what: &str| {
+        let error = Snapshots::open(dir.path()).expect_err(what);
+        assert!(error.to_string().contains("metadata.redb"), "{what}: {error}");
+        assert!(file.exists(), "{what}");
+    };
+
+    let mut garbage = good.clone();
+    garbage[..64].fill(0xa5);
+    for (what, bytes) in [("empty", &b""[..]), ("cut", &good[..100]), ("garbage", &garbage)] {
+        fs::write(&path, bytes).unwrap();
+        refused(what);
+        assert_eq!(fs::read(&path).unwrap(), bytes, "{what} was changed");
+    }
+    fs::remove_file(&path).unwrap();
+    refused("missing");
+    assert!(!path.exists());
+
+    // One flipped byte anywhere is either refused or in a page that is not used; the layer stays.
+    for offset in (0..good.len()).step_by(509) {
+        let mut flipped = good.clone();
+        flipped[offset] ^= 0x40;
+        fs::write(&path, &flipped).unwrap();
+        if let Ok(snapshots) = Snapshots::open(dir.path()) {
+            assert_eq!(snapshots.list(&[]).unwrap().len(), 1, "offset {offset}");
+        }
+        assert!(file.exists(), "offset {offset}");
+    }
+    fs::write(&path, &good).unwrap();
+    Snapshots::open(dir.path()).unwrap().stat("a").unwrap();
+}
+
+#[test]
+fn a_first_start_that_stops_anywhere_can_be_repeated() {
+    for step in ["create 1", "create 2", "create 3"] {
+        let dir = scratch();
+        stop_before(step, || Snapshots::open(dir.path()));
+        let snapshots = Snapshots::open(dir.path()).unwrap();
+        layer(&snapshots, "a", None);
+        assert!(!dir.path().join("metadata.redb.new").exists(), "{step}");
+    }
+}
+
+#[test]
+fn a_prepare_that_stops_anywhere_never_happened() {
+    for step in ["add 1", "add 2", "add 3", "add 4", "add 5"] {
+        let (dir, snapshots) = fixture();
+        layer(&snapshots, "a", None);
+        stop_before(step, || snapshots.prepare("x", Some("a"), none()));
+        drop(snapshots);
+        let snapshots = Snapshots::open(dir.path()).unwrap();
+        assert!(matches!(snapshots.stat("x"), Err(SnapshotError::NotFound(_))), "{step}");
+        assert_eq!(trees(dir.path()), ["1"], "{step}");
+        snapshots.prepare("x", Some("a"), none()).unwrap();
+        snapshots.remove("x").unwrap();
+        snapshots.remove("a").unwrap();
+    }
+}
+
+#[test]
+fn a_commit_that_stops_anywhere_leaves_it_active() {
+    for step in ["commit 1", "commit 2", "commit 3"] {
+        let (dir, snapshots) = fixture();
+        snapshots.prepare("x", None, none()).unwrap();
+        stop_before(step, || snapshots.commit("a", "x", none()));
+        drop(snapshots);
+        let snapshots = Snapshots::open(dir.path()).unwrap();
+        assert_eq!(snapshots.stat("x").unwrap().kind, Kind::Active, "{step}");
+        assert!(matches!(snapshots.stat("a"), Err(SnapshotError::NotFound(_))), "{step}");
+        snapshots.commit("a", "x", none()).unwrap();
+    }
+}
+
+#[test]
+fn a_removal_that_stops_is_either_not_begun_or_finished_on_open() {
+    for (step, remaining) in [("remove 1", 1), ("remove 2", 0)] {
+        let (dir, snapshots) = fixture();
+        layer(&snapshots, "a", None);
+        stop_before(step, || snapshots.remove("a"));
+        drop(snapshots);
+        let snapshots = Snapshots::open(dir.path()).unwrap();
+        assert_eq!(snapshots.list(&[]).unwrap().len(), remaining, "{step}");
+        assert_eq!(trees(dir.path()).len(), remaining, "{step}");
+    }
+}
+
+#[test]
+fn a_prepare_that_fails_on_disk_leaves_no_trace_and_does_not_stand_in_the_way() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    fs::rename(dir.path().join("fs/1"), dir.path().join("fs/away")).unwrap();
+    let failed = snapshots.prepare("x", Some("a"), none());
+    assert!(matches!(failed, Err(SnapshotError::Io { what: "look at", .. })), "{failed:?}");
+    assert_eq!(trees(dir.path()), ["away"]);
+    fs::rename(dir.path().join("fs/away"), dir.path().join("fs/1")).unwrap();
+    snapshots.prepare("x", Some("a"), none()).unwrap();
+    assert_eq!(trees(dir.path()), ["1", "3"]);
+}
+
+#[test]
+fn cleanup_deletes_our_orphans_and_nothing_else() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    for name in ["7/fs", "new-9/fs", "lost+found", "007", "new-x"] {
+        fs::create_dir_all(dir.path().join("fs").join(name)).unwrap();
+    }
+    snapshots.cleanup().unwrap();
+    assert_eq!(trees(dir.path()), ["007", "1", "lost+found", "new-x"]);
+}
+
+#[tokio::test]
+async fn errors_arrive_as_the_codes_that_containerd_expects() {
+    let (_dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    snapshots.prepare("x", Some("a"), none()).unwrap();
+    snapshots.view("v", Some("a"), none()).unwrap();
+    let server = service::Service(Arc::new(snapshots));
+    let prepare = async |key: &str, parent: &str| {
+        let (key, parent) = (key.to_owned(), parent.to_owned());
+        let request = api::PrepareSnapshotRequest { key, parent, ..Default::default() };
+        server.prepare(Request::new(request)).await.map(drop).map_err(|status| status.code())
+    };
+    assert_eq!(prepare("x", "a").await, Err(Code::AlreadyExists));
+    assert_eq!(prepare("a", "").await, Err(Code::AlreadyExists));
+    assert_eq!(prepare("y", "none").await, Err(Code::NotFound));
+    assert_eq!(prepare("y", "x").await, Err(Code::InvalidArgument));
+    assert_eq!(prepare("", "").await, Err(Code::InvalidArgument));
+    assert_eq!(prepare(&"k".repeat(KEY_BYTES_MAX + 1), "").await, Err(Code::InvalidArgument));
+
+    let commit = async |name: &str, key: &str| {
+        let (name, key) = (name.to_owned(), key.to_owned());
+        let request = api::CommitSnapshotRequest { name, key, ..Default::default() };
+        server.commit(Request::new(request)).await.map(drop).map_err(|status| status.code())
+    };
+    assert_eq!(commit("a", "x").await, Err(Code::AlreadyExists));
+    assert_eq!(commit("b", "none").await, Err(Code::NotFound));
+    assert_eq!(commit("b", "v").await, Err(Code::FailedPrecondition));
+    assert_eq!(commit("b", "a").await, Err(Code::FailedPrecondition));
+
+    let remove = async |key: &str| {
+        let request = api::RemoveSnapshotRequest { key: key.to_owned(), ..Default::default() };
+        server.remove(Request::new(request)).await.map(drop).map_err(|status| status.code())
+    };
+    assert_eq!(remove("a").await, Err(Code::FailedPrecondition));
+    assert_eq!(remove("none").await, Err(Code::NotFound));
+
+    let mounts = async |key: &str| {
+        let request = api::MountsRequest { key: key.to_owned(), ..Default::default() };
+        server.mounts(Request::new(request)).await.map(drop).map_err(|status| status.code())
+    };
+    assert_eq!(mounts("a").await, Err(Code::FailedPrecondition));
+    assert_eq!(mounts("none").await, Err(Code::NotFound));
+
+    let bad_update = api::UpdateSnapshotRequest {
+        info: Some(api::Info { name: "a".to_owned(), ..Default::default() }),
+        update_mask: Some(prost_types::FieldMask { paths: vec!["name".to_owned()] }),
+        ..Default::default()
+    };
+    let status = server.update(Request::new(bad_update)).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let filters = vec!["name~=x".to_owned()];
+    let list = api::ListSnapshotsRequest { filters, ..Default::default() };
+    let status = server.list(Request::new(list)).await.err().unwrap();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let usage = api::UsageRequest { key: "none".to_owned(), ..Default::default() };
+    assert_eq!(server.usage(Request::new(usage)).await.unwrap_err().code(), Code::NotFound);
+}
+
+/// What is to be known of a snapshot: its kind, its parent and what its own tree holds.
+type Model = BTreeMap<String, (Kind, Option<String>)>;
+
+#[derive(Clone, Debug)]
+enum Step {
+    Prepare(String, Option<String>),
+    View(String, Option<String>),
+    Commit(String, String),
+    Remove(String),
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let name = || "[a-e]";
+    let parent = || proptest::option::of("[a-e]");
+    prop_oneof![
+        4 => (name(), parent()).prop_map(|(key, parent)| Step::Prepare(key, parent)),
+        1 => (name(), parent()).prop_map(|(key, parent)| Step::View(key, parent)),
+        4 => (name(), name()).prop_map(|(name, key)| Step::Commit(name, key)),
+        2 => name().prop_map(Step::Remove),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+/// What the contract says of `step`, in words of the model. The order in which errors are found is
+/// free.
+fn expected(model: &mut Model, step: &Step) -> bool {
+    match step {
+        Step::Prepare(key, parent) | Step::View(key, parent) => {
+            let committed = |name: &String| matches!(model.get(name), Some((Kind::Committed, _)));
+            let fine = !model.contains_key(key) && parent.as_ref().is_none_or(committed);
+            if fine {
+                let kind = if matches!(step, Step::View(..)) { Kind::View } else { Kind::Active };
+                model.insert(key.clone(), (kind, parent.clone()));
+            }
+            fine
+        }
+        Step::Commit(name, key) => match model.get(key).cloned() {
+            Some((Kind::Active, parent)) if !model.contains_key(name) => {
+                model.remove(key);
+                model.insert(name.clone(), (Kind::Committed, parent));
+                true
+            }
+            _ => false,
+        },
+        Step::Remove(key) => {
+            let childless = model.values().all(|(_, parent)| parent.as_ref() != Some(key));
+            childless && model.remove(key).is_some()
+        }
+        Step::Reopen => true,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Method: any calls over five names, with restarts between them; after each, the same
+    /// snapshots as the model, with the same parents, and exactly one directory each.
+    #[test]
+    fn any_order_of_calls_agrees_with_the_model(steps in proptest::collection::vec(step(), 1..30)) {
+        let dir = scratch();
+        let mut snapshots = Snapshots::open(dir.path()).unwrap();
+        let mut model = Model::new();
+        for step in steps {
+            let done = match &step {
+                Step::Prepare(key, parent) => {
+                    snapshots.prepare(key, parent.as_deref(), none()).is_ok()
+                }
+                Step::View(key, parent) => snapshots.view(key, parent.as_deref(), none()).is_ok(),
+                Step::Commit(name, key) => snapshots.commit(name, key, none()).is_ok(),
+                Step::Remove(key) => snapshots.remove(key).is_ok(),
+                Step::Reopen => {
+                    drop(snapshots);
+                    snapshots = Snapshots::open(dir.path()).unwrap();
+                    true
+                }
+            };
+            prop_assert_eq!(done, expected(&mut model, &step), "{:?}", step);
+            let found: Model = snapshots
+                .list(&[])
+                .unwrap()
+                .into_iter()
+                .map(|info| (info.name, (info.kind, info.parent)))
+                .collect();
+            prop_assert_eq!(&found, &model);
+            prop_assert_eq!(trees(dir.path()).len(), model.len());
+            for (key, (kind, _)) in &model {
+                let mounts = snapshots.mounts(key);
+                prop_assert_eq!(mounts.is_ok(), *kind != Kind::Committed);
+            }
+        }
+    }
+}

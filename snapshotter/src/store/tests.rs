@@ -1,0 +1,744 @@
+//! The store as a whole: against a model, across crashes at every step, with damage, and its speed.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::rc::Rc;
+use std::{cell::RefCell, convert::Infallible};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::encoding::random_bytes;
+use super::*;
+
+const HOUR: Duration = Duration::from_secs(3600);
+const LEAF: u8 = 0;
+const NODE: u8 = 1;
+
+/// Small packs, so that tests reach the second.
+fn small() -> Options {
+    Options { pack_bytes_max: 64 << 10, reserve_bytes: 0 }
+}
+
+fn open(dir: &Path) -> Store {
+    Store::open(dir, small()).unwrap()
+}
+
+fn page(seed: u64) -> Vec<u8> {
+    random_bytes(seed, 4096)
+}
+
+fn put_all(store: &Store, objects: &[Vec<u8>]) -> Vec<Digest> {
+    let lease = store.lease("test", HOUR);
+    let mut writer = store.writer(&lease);
+    let digests = objects.iter().map(|bytes| writer.put(bytes).unwrap()).collect();
+    writer.flush().unwrap();
+    digests
+}
+
+/// An inner object of these tests: the concatenated digests of its leaves.
+fn node_of(leaves: &[Digest]) -> Vec<u8> {
+    leaves.iter().flat_map(|digest| *digest.as_bytes()).collect()
+}
+
+#[derive(Debug, PartialEq, thiserror::Error)]
+#[error("not a list of digests")]
+struct NotANode;
+
+fn leaves_of(_kind: u8, bytes: &[u8]) -> Result<Vec<(u8, Digest)>, NotANode> {
+    let digest = |bytes| Digest::try_from(bytes).map_err(|_wrong| NotANode);
+    bytes.chunks(32).map(|bytes| digest(bytes).map(|digest| (LEAF, digest))).collect()
+}
+
+fn is_leaf(kind: u8) -> bool {
+    kind == LEAF
+}
+
+fn sweep(store: &Store) -> Result<SweepReport, SweepError<NotANode>> {
+    store.sweep(&leaves_of, is_leaf, &[])
+}
+
+fn snapshot(root: Digest, sequence: u64) -> Snapshot {
+    Snapshot {
+        subject: "volume|data".parse().unwrap(),
+        sequence,
+        taken_at_unix_ms: 1_700_000_000_000,
+        root,
+        root_kind: NODE,
+        size_bytes: 1,
+        node: "edge-a".to_owned(),
+        is_pinned: false,
+    }
+}
+
+/// Records a snapshot of pages with these seeds; returns its id and the pages' digests.
+fn record(store: &Store, seeds: impl Iterator<Item = u64>) -> (SnapshotId, Vec<Digest>) {
+    let pages: Vec<Vec<u8>> = seeds.map(page).collect();
+    let leaves = put_all(store, &pages);
+    let root = put_all(store, &[node_of(&leaves)])[0];
+    (store.record(&snapshot(root, 1)).unwrap(), leaves)
+}
+
+/// What is on the disk at this moment, as a kill of the process would leave it.
+fn copy_dir(from: &Path) -> TempDir {
+    let to = tempfile::tempdir().unwrap();
+    std::fs::create_dir(to.path().join(PACKS_DIR)).unwrap();
+    std::fs::copy(from.join(INDEX_FILE), to.path().join(INDEX_FILE)).unwrap();
+    for entry in std::fs::read_dir(from.join(PACKS_DIR)).unwrap() {
+        let name = entry.unwrap().file_name();
+        let pack = Path::new(PACKS_DIR).join(name);
+        std::fs::copy(from.join(&pack), to.path().join(&pack)).unwrap();
+    }
+    to
+}
+
+fn pack_files(dir: &Path) -> BTreeSet<u32> {
+    Packs::list(&dir.join(PACKS_DIR)).unwrap().into_iter().collect()
+}
+
+fn all_whole(store: &Store, digests: &[Digest]) -> bool {
+    digests.iter().all(|digest| store.verify(digest).unwrap())
+}
+
+#[test]
+fn what_is_put_can_be_got_in_every_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let objects = [vec![1], vec![0; 4096], page(1), random_bytes(2, 256 << 10), vec![7; 4 << 20]];
+    let digests = put_all(&store, &objects);
+    for (digest, object) in digests.iter().zip(&objects) {
+        assert!(store.contains(digest).unwrap() && store.verify(digest).unwrap());
+        assert_eq!(store.get(digest).unwrap().as_ref(), Some(object));
+        let stored = store.get_stored(digest).unwrap().unwrap();
+        assert!(stored.bytes.len() <= object.len());
+        assert_eq!(decode(stored.encoding, &stored.bytes, object.len()).as_ref(), Some(object));
+    }
+    let absent = Digest::of(b"absent");
+    assert_eq!(store.get(&absent).unwrap(), None);
+    assert_eq!(store.get_stored(&absent).unwrap(), None);
+    assert!(!store.verify(&absent).unwrap());
+    assert_eq!(store.missing(&[digests[0], absent]).unwrap(), [absent]);
+    assert_eq!(store.usage().unwrap().objects, 5);
+}
+
+#[test]
+fn get_many_gives_each_distinct_object_once_and_tells_what_is_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let objects: Vec<Vec<u8>> = (0..100).map(page).collect();
+    let digests = put_all(&store, &objects);
+    let absent = Digest::of(b"absent");
+    let mut asked: Vec<Digest> = digests.iter().rev().step_by(3).copied().collect();
+    asked.push(absent);
+    asked.push(asked[0]);
+    let mut got = HashMap::new();
+    let told = store.get_many(&asked, &mut |digest, bytes| {
+        assert_eq!(got.insert(*digest, bytes.to_vec()), None);
+        ControlFlow::Continue(())
+    });
+    assert_eq!(told.unwrap(), [absent]);
+    assert_eq!(got.len(), 34);
+    for (digest, bytes) in &got {
+        assert_eq!(Digest::of(bytes), *digest);
+    }
+    let mut visited = 0;
+    let stop_at_second = &mut |_: &Digest, _: &[u8]| {
+        visited += 1;
+        if visited == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    store.get_many(&digests, stop_at_second).unwrap();
+    assert_eq!(visited, 2);
+}
+
+#[test]
+fn sizes_outside_the_limits_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let lease = store.lease("test", HOUR);
+    let mut writer = store.writer(&lease);
+    for len in [0, OBJECT_BYTES_MAX + 1] {
+        assert!(matches!(writer.put(&vec![0; len]), Err(StoreError::ObjectSize(l)) if l == len));
+        let stored = writer.put_stored(Digest::of(b""), Encoding::Zstd, &[1], len);
+        assert!(matches!(stored, Err(StoreError::ObjectSize(_))));
+    }
+}
+
+#[test]
+fn nothing_is_visible_before_the_flush_nor_after_a_drop_without_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let lease = store.lease("test", HOUR);
+    let mut writer = store.writer(&lease);
+    // More than one batch, so that some of it is in the pack already.
+    let digests: Vec<Digest> = (0..400).map(|seed| writer.put(&page(seed)).unwrap()).collect();
+    assert_eq!(store.missing(&digests).unwrap(), digests);
+    drop(writer);
+    assert_eq!(store.usage().unwrap(), Usage { bytes: 0, objects: 0 });
+    drop((lease, store));
+    assert_eq!(open(dir.path()).usage().unwrap().objects, 0);
+    assert_eq!(pack_files(dir.path()), BTreeSet::new());
+}
+
+#[test]
+fn one_process_has_the_store_and_a_store_reopens_with_everything_synced() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let digests = put_all(&store, &[page(1), page(2)]);
+    assert!(matches!(Store::open(dir.path(), small()), Err(OpenError::InUse(_))));
+    drop(store);
+    let store = open(dir.path());
+    assert!(all_whole(&store, &digests) && store.damage().is_empty());
+    // The pack is gone on with, not begun anew.
+    put_all(&store, &[page(3)]);
+    assert_eq!(pack_files(dir.path()), BTreeSet::from([1]));
+}
+
+#[test]
+fn a_full_disk_is_told_apart_and_nothing_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let before = put_all(&store, &[page(1)]);
+    drop(store);
+    let options = Options { reserve_bytes: u64::MAX, ..small() };
+    let store = Store::open(dir.path(), options).unwrap();
+    let lease = store.lease("test", HOUR);
+    let mut writer = store.writer(&lease);
+    writer.put(&page(2)).unwrap();
+    assert!(matches!(writer.flush(), Err(StoreError::Full { .. })));
+    assert!(matches!(writer.flush(), Err(StoreError::Full { .. })));
+    assert!(matches!(store.record(&snapshot(before[0], 1)), Err(StoreError::Full { .. })));
+    assert!(all_whole(&store, &before));
+}
+
+#[test]
+fn writers_at_once_do_not_disturb_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    std::thread::scope(|scope| {
+        for writer in 0..4_u64 {
+            let store = &store;
+            scope.spawn(move || {
+                for round in 0..10 {
+                    // Half of the pages are the same for all writers.
+                    let seeds =
+                        (0..40).map(|i| if i % 2 == 0 { i } else { i + 1000 * (writer + 1) });
+                    let pages: Vec<Vec<u8>> = seeds.map(|seed| page(seed + round * 100)).collect();
+                    let digests = put_all(store, &pages);
+                    store.sync().unwrap();
+                    assert!(all_whole(store, &digests));
+                }
+            });
+        }
+    });
+}
+
+/// Method: stop at every step of a sync, look at what a kill would have left, and what a power cut
+/// that took the unsynced bytes of the packs along would have.
+#[test]
+fn after_a_crash_at_any_step_of_a_sync_objects_are_whole_or_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let old = put_all(&store, &[page(1), page(2)]);
+    store.sync().unwrap();
+    let synced_len = store.usage().unwrap().bytes;
+    let new = put_all(&store, &(3..40).map(page).collect::<Vec<_>>());
+    let copies = Rc::new(RefCell::new(Vec::new()));
+    let hook = {
+        let (copies, from) = (Rc::clone(&copies), dir.path().to_owned());
+        move |step| copies.borrow_mut().push((step, copy_dir(&from)))
+    };
+    step::with_hook(hook, || store.sync()).unwrap();
+    let copies = copies.take();
+    assert_eq!(copies.len(), 3);
+    for (step, copy) in copies {
+        let is_committed = step == "after the index is committed";
+        if step == "before the packs are synced" {
+            for number in pack_files(copy.path()) {
+                let path = copy.path().join(format!("{PACKS_DIR}/{number}.pack"));
+                let kept = if number == 1 { synced_len } else { 0 };
+                std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(kept).unwrap();
+            }
+        }
+        let store = open(copy.path());
+        assert!(store.damage().is_empty(), "{step}");
+        assert!(all_whole(&store, &old), "{step}");
+        let missing = store.missing(&new).unwrap();
+        assert_eq!(missing.is_empty(), is_committed, "{step}");
+        // And it works on.
+        let again = put_all(&store, &(3..40).map(page).collect::<Vec<_>>());
+        assert!(all_whole(&store, &again), "{step}");
+    }
+}
+
+/// Method: as above, with a sweep that removes, empties one pack and rewrites another.
+#[test]
+fn after_a_crash_at_any_step_of_a_sweep_what_is_marked_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    // Three full packs: one dies, of one a few pages live, one lives.
+    let (dead, _) = record(&store, 0..15);
+    let mixed: Vec<Vec<u8>> = (100..115).map(page).collect();
+    let mixed = put_all(&store, &mixed);
+    let (_, alive) = record(&store, 200..215);
+    let root = put_all(&store, &[node_of(&mixed[..3])])[0];
+    store.record(&snapshot(root, 2)).unwrap();
+    store.remove_snapshot(dead).unwrap();
+    let kept: Vec<Digest> = alive.iter().chain(&mixed[..3]).copied().collect();
+
+    let copies = Rc::new(RefCell::new(Vec::new()));
+    let hook = {
+        let (copies, from) = (Rc::clone(&copies), dir.path().to_owned());
+        move |step| copies.borrow_mut().push((step, copy_dir(&from)))
+    };
+    let report = step::with_hook(hook, || sweep(&store)).unwrap();
+    assert!(report.packs_removed >= 2, "{report:?}");
+    assert!(report.bytes_freed > 90 << 10, "{report:?}");
+    assert!(all_whole(&store, &kept));
+    let usage = store.usage().unwrap();
+    let copies = copies.take();
+    assert!(copies.iter().any(|(step, _)| *step == "before the old pack is unlinked"));
+    for (step, copy) in copies {
+        let store = open(copy.path());
+        assert!(store.damage().is_empty(), "{step}");
+        assert!(all_whole(&store, &kept), "{step}");
+        sweep(&store).unwrap();
+        assert!(all_whole(&store, &kept), "{step}");
+        assert_eq!(store.usage().unwrap().objects, usage.objects, "{step}");
+        let known = known_packs(&store.inner.index).unwrap();
+        assert_eq!(pack_files(copy.path()), known.keys().copied().collect(), "{step}");
+    }
+}
+
+#[test]
+fn a_sweep_removes_nothing_while_a_lease_is_live_or_was_taken_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let digests = put_all(&store, &[page(1)]);
+    let (_, leaves) = record(&store, 2..4);
+    let lease = store.lease("pull of cache", HOUR);
+    let refused = sweep(&store).unwrap_err();
+    assert_eq!(refused.to_string(), "the store is leased by pull of cache");
+    drop(lease);
+    let take_one = |_: u8, bytes: &[u8]| {
+        drop(store.lease("late", HOUR));
+        leaves_of(NODE, bytes)
+    };
+    let refused = store.sweep(&take_one, is_leaf, &[]).unwrap_err();
+    assert!(matches!(refused, SweepError::Disturbed));
+    assert!(all_whole(&store, &digests));
+    let report = store.sweep(&leaves_of, is_leaf, &[(LEAF, digests[0])]).unwrap();
+    assert_eq!((report.objects_kept, report.objects_removed), (4, 0));
+    assert_eq!(sweep(&store).unwrap().objects_removed, 1);
+    assert!(all_whole(&store, &leaves));
+    assert!(!store.contains(&digests[0]).unwrap());
+}
+
+#[test]
+fn a_writer_whose_lease_has_ended_cannot_flush() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let lease = store.lease("gone", HOUR);
+    let mut writer = store.writer(&lease);
+    let digest = writer.put(&page(1)).unwrap();
+    drop(lease);
+    sweep(&store).unwrap();
+    assert!(matches!(writer.flush(), Err(StoreError::LeaseExpired(name)) if name == "gone"));
+    assert!(!store.contains(&digest).unwrap());
+    // Nor one that wrote nothing because all was there: it may have been swept.
+    let lease = store.lease("short", Duration::ZERO);
+    assert!(matches!(store.writer(&lease).flush(), Err(StoreError::LeaseExpired(_))));
+}
+
+#[test]
+fn a_sweep_fails_closed_on_what_it_cannot_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let garbage = put_all(&store, &[page(1)]);
+    let (id, leaves) = record(&store, 2..4);
+    let cannot = |_: u8, _: &[u8]| Err(NotANode);
+    let failed = store.sweep(&cannot, is_leaf, &[]).unwrap_err();
+    assert!(matches!(failed, SweepError::Children { source: NotANode, .. }));
+    let absent = Digest::of(b"absent");
+    let failed = store.sweep(&leaves_of, is_leaf, &[(NODE, absent)]).unwrap_err();
+    assert!(matches!(failed, SweepError::Missing(digest) if digest == absent));
+    assert!(all_whole(&store, &garbage) && all_whole(&store, &leaves));
+
+    // The root itself is damaged on the disk.
+    let root = store.all_snapshots().unwrap()[0].1.root;
+    damage_object(&store, dir.path(), &root);
+    assert!(matches!(sweep(&store), Err(SweepError::Store(StoreError::Corrupt { .. }))));
+    assert!(matches!(sweep(&store), Err(SweepError::Missing(digest)) if digest == root));
+    assert!(all_whole(&store, &garbage) && all_whole(&store, &leaves));
+    store.remove_snapshot(id).unwrap();
+    assert_eq!(sweep(&store).unwrap().objects_kept, 0);
+
+    // A snapshot's record is damaged in the index.
+    let garbage = put_all(&store, &[page(1)]);
+    let write = store.inner.index.begin_write().unwrap();
+    write.open_table(index::SNAPSHOTS).unwrap().insert(9, &b"\xff"[..]).unwrap();
+    index::commit_visible(write).unwrap();
+    let failed = sweep(&store).unwrap_err();
+    assert!(matches!(failed, SweepError::Store(StoreError::SnapshotRecord(SnapshotId(9)))));
+    assert!(all_whole(&store, &garbage));
+}
+
+/// Flips one bit of the object's stored bytes.
+fn damage_object(store: &Store, dir: &Path, digest: &Digest) {
+    use std::os::unix::fs::FileExt as _;
+    let at =
+        index::lookup(&store.inner.index.objects().unwrap(), digest).unwrap().unwrap().unwrap();
+    let path = dir.join(format!("{PACKS_DIR}/{}.pack", at.pack));
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let place = at.end() - 1;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, place).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], place).unwrap();
+}
+
+#[test]
+fn a_damaged_object_is_quarantined_and_can_be_stored_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let digests = put_all(&store, &[page(1), page(2)]);
+    // A writer that has seen the object must notice that it is gone.
+    let lease = store.lease("test", HOUR);
+    let mut writer = store.writer(&lease);
+    assert!(!writer.put_hashed(digests[0], &page(1)).unwrap());
+    damage_object(&store, dir.path(), &digests[0]);
+    let found = store.verify(&digests[0]).unwrap_err();
+    assert!(matches!(found, StoreError::Corrupt { why: Mismatch::Content, .. }));
+    assert!(!store.contains(&digests[0]).unwrap());
+    assert_eq!(store.quarantined().unwrap(), [digests[0]]);
+    assert!(writer.put_hashed(digests[0], &page(1)).unwrap());
+    writer.flush().unwrap();
+    assert!(all_whole(&store, &digests));
+}
+
+#[test]
+fn an_index_entry_that_points_elsewhere_is_noticed_without_hashing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let digests = put_all(&store, &[page(1), page(2), page(3)]);
+    let write = store.inner.index.begin_write().unwrap();
+    {
+        let mut objects = write.open_table(index::OBJECTS).unwrap();
+        let other = *objects.get(digests[1].as_bytes()).unwrap().unwrap().value();
+        objects.insert(digests[0].as_bytes(), &other).unwrap();
+        objects.insert(digests[2].as_bytes(), &[0xff; 17]).unwrap();
+    }
+    index::commit_visible(write).unwrap();
+    let why = |digest| match store.get(digest) {
+        Err(StoreError::Corrupt { why, .. }) => why,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(why(&digests[0]), Mismatch::Header);
+    assert_eq!(why(&digests[2]), Mismatch::Entry);
+    let told = store.get_many(&digests, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    assert_eq!(told, [digests[0], digests[2]]);
+}
+
+#[test]
+fn a_short_or_missing_pack_is_reported_and_only_what_it_held_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let digests = put_all(&store, &(0..15).map(page).collect::<Vec<_>>());
+    let others = put_all(&store, &(20..35).map(page).collect::<Vec<_>>());
+    assert_eq!(pack_files(dir.path()), BTreeSet::from([1, 2]));
+    drop(store);
+    let first = dir.path().join("packs/1.pack");
+    let file = std::fs::OpenOptions::new().write(true).open(&first).unwrap();
+    file.set_len(24 + 5 * (4096 + 44) + 7).unwrap();
+    let store = open(dir.path());
+    assert_eq!(store.damage().len(), 1);
+    assert_eq!((store.damage()[0].pack, store.damage()[0].objects_lost), (1, 10));
+    assert!(all_whole(&store, &others) && all_whole(&store, &digests[..5]));
+    assert_eq!(store.missing(&digests).unwrap(), digests[5..]);
+    drop(store);
+    std::fs::remove_file(&first).unwrap();
+    let store = open(dir.path());
+    assert_eq!((store.damage()[0].found_bytes, store.damage()[0].objects_lost), (None, 5));
+    assert!(all_whole(&store, &others));
+    // Gone pages can be stored again, and the sweep forgets the pack.
+    assert!(all_whole(&store, &put_all(&store, &(0..15).map(page).collect::<Vec<_>>())));
+    sweep(&store).unwrap();
+    drop(store);
+    assert!(open(dir.path()).damage().is_empty());
+}
+
+#[test]
+fn a_store_that_cannot_be_understood_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let digests = put_all(&open(dir.path()), &[page(1)]);
+    let (index, pack) = (dir.path().join(INDEX_FILE), dir.path().join("packs/1.pack"));
+    let (index_bytes, pack_bytes) = (std::fs::read(&index).unwrap(), std::fs::read(&pack).unwrap());
+    let refused = || Store::open(dir.path(), small()).err().unwrap();
+
+    std::fs::remove_file(&index).unwrap();
+    assert!(matches!(refused(), OpenError::IndexMissing(_)));
+    assert!(!index.exists());
+
+    let mut foreign = index_bytes.clone();
+    foreign[..64].fill(0x55);
+    std::fs::write(&index, &foreign).unwrap();
+    assert!(matches!(refused(), OpenError::Index { .. }));
+    assert_eq!(std::fs::read(&index).unwrap(), foreign);
+
+    std::fs::write(&index, &index_bytes).unwrap();
+    let mut newer = pack_bytes.clone();
+    newer[8] = 2;
+    std::fs::write(&pack, &newer).unwrap();
+    assert!(matches!(refused(), OpenError::Version { found: 2, .. }));
+    newer[0] = b'?';
+    std::fs::write(&pack, &newer).unwrap();
+    assert!(matches!(refused(), OpenError::ForeignPack(_)));
+    assert_eq!(std::fs::read(&pack).unwrap(), newer);
+
+    std::fs::write(&pack, &pack_bytes).unwrap();
+    assert!(all_whole(&open(dir.path()), &digests));
+}
+
+#[test]
+fn snapshots_are_ordered_by_sequence_survive_reopening_and_are_retired_unless_pinned() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let root = put_all(&store, &[vec![1; 32]])[0];
+    let absent = Digest::of(b"absent");
+    assert!(matches!(store.record(&snapshot(absent, 1)), Err(StoreError::NotFound(_))));
+    let ids: Vec<SnapshotId> =
+        [3, 1, 2, 4].iter().map(|n| store.record(&snapshot(root, *n)).unwrap()).collect();
+    let other = Snapshot { subject: "layer|default|cache".parse().unwrap(), ..snapshot(root, 9) };
+    let other_id = store.record(&other).unwrap();
+    store.pin(ids[1], true).unwrap();
+    drop(store);
+    let store = open(dir.path());
+    let subject = snapshot(root, 0).subject;
+    let sequences = |store: &Store| -> Vec<u64> {
+        store.snapshots(&subject).unwrap().iter().map(|(_, one)| one.sequence).collect()
+    };
+    assert_eq!(sequences(&store), [4, 3, 2, 1]);
+    assert_eq!(store.snapshots(&other.subject).unwrap(), [(other_id, other)]);
+    assert_eq!(store.keep_last(&subject, 2).unwrap(), [ids[2]]);
+    assert_eq!(sequences(&store), [4, 3, 1]);
+    store.remove_snapshot(ids[1]).unwrap();
+    assert!(matches!(store.pin(ids[1], true), Err(StoreError::UnknownSnapshot(_))));
+    assert!(matches!(store.remove_snapshot(ids[1]), Err(StoreError::UnknownSnapshot(_))));
+    // Ids are never used twice.
+    assert!(store.record(&snapshot(root, 5)).unwrap() > other_id);
+}
+
+/// Version 1 as it was written by the first release: it must open for ever.
+#[test]
+fn a_store_of_version_1_opens() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store/testdata/v1");
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::create_dir(copy.path().join(PACKS_DIR)).unwrap();
+    for (file, from) in [(INDEX_FILE, "index.redb.zst"), ("packs/1.pack", "1.pack.zst")] {
+        let bytes = zstd::decode_all(std::fs::File::open(data.join(from)).unwrap()).unwrap();
+        std::fs::write(copy.path().join(file), bytes).unwrap();
+    }
+    let store = open(copy.path());
+    let text = b"godwit ".repeat(100);
+    let (plain, compressed) = (Digest::of(b"a raw object"), Digest::of(&text));
+    assert_eq!(store.get(&plain).unwrap().unwrap(), b"a raw object");
+    assert_eq!(store.get_stored(&compressed).unwrap().unwrap().encoding, Encoding::Zstd);
+    assert_eq!(store.get(&compressed).unwrap().unwrap(), text);
+    let (_, recorded) = store.all_snapshots().unwrap().remove(0);
+    assert_eq!(recorded, Snapshot { is_pinned: true, root: plain, ..snapshot(plain, 7) });
+}
+
+/// Writes what the test above reads. Run once per version, by hand.
+#[test]
+#[ignore = "makes test data"]
+fn make_a_store_of_version_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let digests = put_all(&store, &[b"a raw object".to_vec(), b"godwit ".repeat(100)]);
+    store.record(&Snapshot { is_pinned: true, ..snapshot(digests[0], 7) }).unwrap();
+    drop(store);
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store/testdata/v1");
+    std::fs::create_dir_all(&data).unwrap();
+    for (file, to) in [(INDEX_FILE, "index.redb.zst"), ("packs/1.pack", "1.pack.zst")] {
+        let bytes = std::fs::read(dir.path().join(file)).unwrap();
+        std::fs::write(data.join(to), zstd::encode_all(&bytes[..], 19).unwrap()).unwrap();
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Put(Vec<u8>),
+    Flush,
+    DropWriter,
+    Snapshot(u8),
+    RemoveSnapshot(u8),
+    Sweep,
+    Sync,
+    Reopen,
+    Crash,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let act = prop_oneof![
+        // Few different objects, so that they meet again.
+        8 => (0_u8..24).prop_map(|seed| {
+            let len = usize::from(seed) * 400 + 1;
+            Act::Put(if seed % 3 == 0 { vec![seed; len] } else { random_bytes(seed.into(), len) })
+        }),
+        3 => Just(Act::Flush),
+        1 => Just(Act::DropWriter),
+        2 => (0_u8..24).prop_map(Act::Snapshot),
+        1 => (0_u8..8).prop_map(Act::RemoveSnapshot),
+        2 => Just(Act::Sweep),
+        1 => Just(Act::Sync),
+        1 => Just(Act::Reopen),
+        1 => Just(Act::Crash),
+    ];
+    proptest::collection::vec(act, 1..60)
+}
+
+/// What a store should hold.
+#[derive(Clone, Default)]
+struct Model {
+    visible: HashMap<Digest, Vec<u8>>,
+    pending: HashMap<Digest, Vec<u8>>,
+    snapshots: Vec<(SnapshotId, Digest)>,
+}
+
+/// Method: any order of acts; the model is a map. After a crash, which is a copy of the files at
+/// that moment, the store holds what was visible at the last durable commit.
+fn agrees_with_a_map(acts: Vec<Act>) -> Result<(), TestCaseError> {
+    let mut dir = tempfile::tempdir().unwrap();
+    let mut store =
+        Store::open(dir.path(), Options { pack_bytes_max: 8 << 10, reserve_bytes: 0 }).unwrap();
+    let mut lease = store.lease("model", HOUR);
+    let mut writer = Some(store.writer(&lease));
+    let (mut now, mut durable) = (Model::default(), Model::default());
+    for act in acts {
+        match act {
+            Act::Put(bytes) => {
+                let digest =
+                    writer.get_or_insert_with(|| store.writer(&lease)).put(&bytes).unwrap();
+                now.pending.insert(digest, bytes);
+            }
+            Act::Flush => {
+                writer.get_or_insert_with(|| store.writer(&lease)).flush().unwrap();
+                now.visible.extend(now.pending.drain());
+            }
+            Act::DropWriter => {
+                writer = None;
+                now.pending.clear();
+            }
+            Act::Snapshot(pick) => {
+                let mut digests: Vec<Digest> = now.visible.keys().copied().collect();
+                digests.sort();
+                let Some(root) = digests.get(usize::from(pick)) else { continue };
+                let one = Snapshot { root_kind: LEAF, ..snapshot(*root, 1) };
+                now.snapshots.push((store.record(&one).unwrap(), *root));
+                durable = Model { pending: HashMap::new(), ..now.clone() };
+            }
+            Act::RemoveSnapshot(pick) => {
+                if usize::from(pick) < now.snapshots.len() {
+                    let (id, _) = now.snapshots.remove(pick.into());
+                    store.remove_snapshot(id).unwrap();
+                    durable = Model { pending: HashMap::new(), ..now.clone() };
+                }
+            }
+            Act::Sweep => {
+                writer = None;
+                now.pending.clear();
+                drop(lease);
+                let nothing = |_: u8, _: &[u8]| Ok::<_, Infallible>(Vec::new());
+                let report = store.sweep(&nothing, is_leaf, &[]).unwrap();
+                let roots: BTreeSet<Digest> = now.snapshots.iter().map(|(_, root)| *root).collect();
+                now.visible.retain(|digest, _| roots.contains(digest));
+                prop_assert_eq!(report.objects_kept, now.visible.len() as u64);
+                lease = store.lease("model", HOUR);
+                durable = now.clone();
+            }
+            Act::Sync => {
+                store.sync().unwrap();
+                durable = Model { pending: HashMap::new(), ..now.clone() };
+            }
+            Act::Reopen | Act::Crash => {
+                let copy = copy_dir(dir.path());
+                writer = None;
+                drop(lease);
+                drop(store);
+                now.pending.clear();
+                if matches!(act, Act::Crash) {
+                    dir = copy;
+                    now = durable.clone();
+                }
+                store =
+                    Store::open(dir.path(), Options { pack_bytes_max: 8 << 10, reserve_bytes: 0 })
+                        .unwrap();
+                prop_assert!(store.damage().is_empty());
+                lease = store.lease("model", HOUR);
+                durable = now.clone();
+            }
+        }
+        prop_assert_eq!(store.usage().unwrap().objects, now.visible.len() as u64);
+    }
+    for (digest, bytes) in &now.visible {
+        let got = store.get(digest).unwrap();
+        prop_assert_eq!(got.as_ref(), Some(bytes));
+        prop_assert!(store.verify(digest).unwrap());
+    }
+    drop(writer);
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn any_order_of_acts_agrees_with_a_map(acts in acts()) {
+        agrees_with_a_map(acts)?;
+    }
+}
+
+/// `cargo test --release -p godwit-snapshotter store::tests::speed -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    let dir =
+        tempfile::tempdir_in(std::env::var("GODWIT_TEST_DIR").unwrap_or_else(|_| "/tmp".into()))
+            .unwrap();
+    let store = Store::open(dir.path(), Options::default()).unwrap();
+    const PAGES: u64 = 1 << 17;
+    let warm = random_bytes(1, usize::try_from(PAGES * 4096).unwrap());
+    let digests: Vec<Digest> = warm.chunks(4096).map(Digest::of).collect();
+    let lease = store.lease("speed", HOUR);
+    let rate = |name: &str, begin: std::time::Instant| {
+        let seconds = begin.elapsed().as_secs_f64();
+        println!("{name}: {:.0} MB/s", warm.len() as f64 / 1e6 / seconds);
+    };
+    let mut writer = store.writer(&lease);
+    let begin = std::time::Instant::now();
+    for (digest, page) in digests.iter().zip(warm.chunks(4096)) {
+        writer.put_hashed(*digest, page).unwrap();
+    }
+    rate("put", begin);
+    let flush = std::time::Instant::now();
+    writer.flush().unwrap();
+    println!("flush: {:?}", flush.elapsed());
+    rate("put and flush", begin);
+    store.sync().unwrap();
+    rate("put, flush and sync", begin);
+    let begin = std::time::Instant::now();
+    for (digest, page) in digests.iter().zip(warm.chunks(4096)) {
+        writer.put_hashed(*digest, page).unwrap();
+    }
+    rate("put again", begin);
+    let begin = std::time::Instant::now();
+    assert!(store.missing(&digests).unwrap().is_empty());
+    println!("missing: {:?} per digest", begin.elapsed() / u32::try_from(PAGES).unwrap());
+    let begin = std::time::Instant::now();
+    let mut bytes = 0;
+    store
+        .get_many(&digests, &mut |_, page| {
+            bytes += page.len();
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert_eq!(bytes, warm.len());
+    rate("get_many", begin);
+}
