@@ -1,0 +1,71 @@
+# Every routine of the project by one name. `make` lists them.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+# Arguments for the demo and the benchmarks, for example ARGS="--output json".
+ARGS ?=
+
+CARGO := cargo
+TESTBED := $(CARGO) run --quiet --release -p godwit-tests --bin testbed --
+PROGRAMS := containerd-shim-godwit-v1 godwit-snapshotter godwit
+SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+
+.DEFAULT_GOAL := help
+.PHONY: help prerequisites build demo test unit lint bench doc install clean clean-nodes require-root
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+prerequisites: ## install the Debian packages that are missing on this host
+	@tests/prerequisites.sh
+
+build: prerequisites ## build all programs (release)
+	$(CARGO) build --release --workspace --locked
+
+demo: require-root build ## migrate a running redis between two test nodes, and show it
+	$(CARGO) run --release -p godwit-tests --bin demo -- $(ARGS)
+
+test: require-root unit $(SUITES:%=test-%) ## run every test; needs root
+
+unit: build
+	@begin=$$(date +%s); \
+	$(CARGO) test --release --workspace --exclude godwit-tests --locked || exit 1; \
+	$(CARGO) test --release -p godwit-tests --locked --lib --bins || exit 1; \
+	echo "suite unit: $$(($$(date +%s) - begin)) s"
+
+# One suite, for example `make test-nodes`. One test at a time: each has the machine to itself.
+test-%: require-root build
+	@begin=$$(date +%s); \
+	$(CARGO) test --release --locked -p godwit-tests --test $* -- --test-threads=1 || exit 1; \
+	echo "suite $*: $$(($$(date +%s) - begin)) s"
+
+lint: prerequisites ## check formatting and lints
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+bench: require-root build ## measure migrations between test nodes
+	$(CARGO) run --release -p godwit-tests --bin bench -- $(ARGS)
+
+doc: prerequisites ## build the API documentation
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+install: ## install programs, systemd unit and examples (DESTDIR, PREFIX); build first
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
+	install -m 755 $(PROGRAMS:%=$(TARGET_DIR)/release/%) $(DESTDIR)$(PREFIX)/bin
+	sed 's|/usr/local/bin|$(PREFIX)/bin|' docs/deploy/godwit-snapshotter.service \
+		> $(DESTDIR)$(PREFIX)/lib/systemd/system/godwit-snapshotter.service
+	install -d $(DESTDIR)$(PREFIX)/share/godwit/containerd
+	install -m 644 docs/deploy/godwit.toml docs/deploy/runtimeclass.yaml \
+		$(DESTDIR)$(PREFIX)/share/godwit
+	install -m 644 docs/deploy/containerd/godwit.toml $(DESTDIR)$(PREFIX)/share/godwit/containerd
+
+clean: ## remove everything that was built, test nodes included
+	@if [ -x $(TARGET_DIR)/release/testbed ]; then $(TARGET_DIR)/release/testbed clean; fi
+	$(CARGO) clean
+
+clean-nodes: ## remove test nodes that a killed run left
+	$(TESTBED) clean
+
+require-root:
+	@[ "$$(id -u)" = 0 ] || { echo "test nodes need root: run this as root (sudo make ...)" >&2; exit 1; }

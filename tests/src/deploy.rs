@@ -1,0 +1,61 @@
+//! The files that users install, as nodes get them: read from `docs/deploy/`, never written here.
+//!
+//! Only what differs from node to node, or exists because this is a test, is text of this module.
+
+use std::fmt::Write;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::place;
+
+/// Port of the daemon's peer service.
+pub const PEER_PORT: u16 = 7946;
+
+/// containerd's own configuration in a node: nothing but the drop-ins.
+const CONTAINERD: &str = "version = 2\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n";
+
+/// What this kind of machine needs besides: root without CAP_SYS_RESOURCE cannot lower an OOM score,
+/// which the CRI plugin does by default. It goes into the same file as the documented settings, since
+/// containerd 1.7 takes each plugin's section from one file.
+const CRI: &str = "
+[plugins.\"io.containerd.grpc.v1.cri\"]
+  restrict_oom_score_adj = true
+";
+
+/// Puts the configuration of a node into its file system at `etc`, before it starts.
+pub(crate) fn configure(
+    etc: &Path,
+    node: &str,
+    address: Ipv4Addr,
+    peers: &[(String, Ipv4Addr)],
+) -> Result<()> {
+    let drop_ins = etc.join("containerd/conf.d");
+    fs::create_dir_all(&drop_ins)?;
+    fs::write(etc.join("containerd/config.toml"), CONTAINERD)?;
+    let documented = place::workspace().join("docs/deploy/containerd/godwit.toml");
+    let text = fs::read_to_string(&documented)
+        .with_context(|| format!("read {}", documented.display()))?;
+    fs::write(drop_ins.join("godwit.toml"), text + CRI)?;
+    fs::create_dir_all(etc.join("godwit"))?;
+    fs::write(etc.join("godwit/godwit.toml"), daemon(node, address, peers))?;
+    Ok(())
+}
+
+fn daemon(node: &str, address: Ipv4Addr, peers: &[(String, Ipv4Addr)]) -> String {
+    let mut text = format!(
+        "node = \"{node}\"\n\
+         listen = \"{address}:{PEER_PORT}\"\n\
+         insecure = true\n\
+         state_dir = \"/var/lib/godwit\"\n\
+         run_dir = \"/run/godwit\"\n\
+         containerd_socket = \"/run/containerd/containerd.sock\"\n"
+    );
+    for (name, address) in peers {
+        let address = format!("{address}:{PEER_PORT}");
+        let _ = write!(text, "\n[[peers]]\nname = \"{name}\"\naddress = \"{address}\"\n");
+    }
+    text
+}

@@ -1,0 +1,375 @@
+//! One node of a bed, and what a test may do to it: run commands, kill and restart its daemons, slow
+//! or cut its link, read its files and its traffic, crash it.
+
+use std::ffi::OsString;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+
+use crate::cgroups::{self, Groups};
+use crate::command::{Background, Finished, Invocation, wait_until};
+use crate::network::{Counters, Port, in_namespace};
+use crate::root::Root;
+use crate::{deploy, place};
+
+/// containerd's socket inside a node.
+pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
+/// The daemon's snapshots socket inside a node.
+pub const SNAPSHOTTER_SOCKET: &str = "/run/godwit/snapshotter.sock";
+/// The daemon's control socket inside a node.
+pub const CONTROL_SOCKET: &str = "/run/godwit/control.sock";
+/// Our programs that a node gets, as far as they have been built.
+const PROGRAMS: &[&str] = &["containerd-shim-godwit-v1", "godwit-snapshotter", "godwit"];
+
+/// How long namespaces and mounts of a node may take.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a daemon may take to open its socket.
+const SERVICE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a daemon may take to end after SIGTERM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+const INIT: &str = include_str!("../node/init.sh");
+/// Joins the cgroups named before `--`, then runs what follows.
+const JOIN: &str =
+    "while [ \"$1\" != -- ]; do echo 0 > \"$1/cgroup.procs\"; shift; done; shift; exec \"$@\"";
+const ENVIRONMENT: &[(&str, &str)] = &[
+    ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+    ("HOME", "/root"),
+    ("LC_ALL", "C.UTF-8"),
+    ("TERM", "xterm"),
+];
+
+/// A running node. Its methods take `&self`, so that a bed can be shared by the tests of a suite.
+pub struct Node {
+    name: String,
+    address: Ipv4Addr,
+    directory: PathBuf,
+    init: u32,
+    groups: Groups,
+    port: Port,
+    containerd: Mutex<Option<Background>>,
+    daemon: Mutex<Option<Background>>,
+    // Last: dropping the fields above kills what runs inside; then process 1 takes the rest along.
+    _unshare: Background,
+}
+
+/// What a node is made of.
+pub(crate) struct Parts<'a> {
+    pub(crate) run: u32,
+    pub(crate) root: &'a Root,
+    pub(crate) name: &'a str,
+    pub(crate) address: Ipv4Addr,
+    pub(crate) peers: &'a [(String, Ipv4Addr)],
+    pub(crate) directory: PathBuf,
+    pub(crate) port: Port,
+}
+
+/// A network namespace for a container on a node's bridge, with an address of its own.
+#[derive(Clone, Debug)]
+pub struct ContainerNetwork {
+    /// Path inside the node, for `ctr run --with-ns network:PATH`.
+    pub path: String,
+    /// Its address.
+    pub address: Ipv4Addr,
+    name: String,
+}
+
+impl Node {
+    /// Makes the node's namespaces and file system; nothing runs in it yet but its process 1.
+    pub(crate) fn boot(parts: Parts<'_>) -> Result<Self> {
+        let Parts { run, root, name, address, peers, directory, port } = parts;
+        for part in ["upper/etc", "upper/usr/local/bin", "work", "root", "containerd", "godwit"] {
+            fs::create_dir_all(directory.join(part))?;
+        }
+        fs::set_permissions(directory.join("godwit"), fs::Permissions::from_mode(0o700))?;
+        deploy::configure(&directory.join("upper/etc"), name, address, peers)?;
+        install_programs(&directory.join("upper/usr/local/bin"))?;
+        let script = directory.join("init.sh");
+        fs::write(&script, INIT)?;
+        let groups = cgroups::create(run, name)?;
+
+        let namespace = format!("--net={}", port.path().display());
+        let mut command: Vec<OsString> = join(&groups.tops);
+        command.extend(["nsenter", &namespace, "unshare"].map(OsString::from));
+        let flags =
+            ["-m", "-u", "-i", "-C", "-p", "-f", "--kill-child", "--propagation", "private"];
+        command.extend(flags.map(OsString::from));
+        command.push("sh".into());
+        command.extend([script, directory.clone(), root.path().to_path_buf()].map(OsString::from));
+        command.push(name.into());
+        command.extend(groups.mounts.iter().map(OsString::from));
+        let mut unshare = Invocation::new(&command).spawn(&directory.join("init.log"))?;
+
+        let pid_file = directory.join("init.pid");
+        let mut init = None;
+        wait_until(&format!("{name} starts"), BOOT_TIMEOUT, || {
+            if let Some(code) = unshare.ended()? {
+                bail!("{name} does not start, exit code {code}: {}", unshare.log());
+            }
+            init = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
+            Ok(init.is_some())
+        })?;
+        let init = init.context("process 1 of the node")?;
+        groups.settle(unshare.id())?;
+        let name = name.to_owned();
+        let (containerd, daemon) = (Mutex::new(None), Mutex::new(None));
+        let _unshare = unshare;
+        Ok(Self { name, address, directory, init, groups, port, containerd, daemon, _unshare })
+    }
+
+    /// The node's name, which is its host name and its name among its peers.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The node's address on the bed's network.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// Process 1 of the node, as the host numbers it: `nsenter -t PID -a` enters the node.
+    pub fn init(&self) -> u32 {
+        self.init
+    }
+
+    /// A command in the node, to be given input or a deadline before it runs.
+    pub fn command(&self, argv: &[&str]) -> Invocation {
+        let prefix = enter_words(&self.groups.entries, &self.init.to_string());
+        Invocation::new(argv).prefixed(prefix, &self.name).environment(ENVIRONMENT)
+    }
+
+    /// Runs a command in the node, whatever its exit code. Errors: its deadline passes.
+    pub fn run(&self, argv: &[&str]) -> Result<Finished> {
+        self.command(argv).run()
+    }
+
+    /// Runs a command in the node and returns its standard output. Errors: any exit code but 0.
+    pub fn ok(&self, argv: &[&str]) -> Result<String> {
+        self.command(argv).ok()
+    }
+
+    /// Runs a line of shell in the node and returns its standard output.
+    pub fn sh(&self, script: &str) -> Result<String> {
+        self.ok(&["sh", "-e", "-c", script])
+    }
+
+    /// Starts a command in the node that goes on until it is dropped; its log is named `log`.
+    pub fn spawn(&self, argv: &[&str], log: &str) -> Result<Background> {
+        self.command(argv).spawn(&self.log_path(log))
+    }
+
+    /// A path inside the node, as the host can open it while the node runs.
+    pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
+        let inside = inside.as_ref();
+        let root = PathBuf::from(format!("/proc/{}/root", self.init));
+        root.join(inside.strip_prefix("/").unwrap_or(inside))
+    }
+
+    /// Path on the host of a log of this node: `init`, `containerd`, `daemon`, or what was spawned.
+    pub fn log_path(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.log"))
+    }
+
+    /// Text of a log of this node; empty if there is none.
+    pub fn log(&self, name: &str) -> String {
+        let bytes = fs::read(self.log_path(name)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Copies a program of the host into the node's PATH, in place of one of the same name.
+    pub fn install(&self, program: &Path, name: &str) -> Result<()> {
+        let to = self.path("/usr/local/bin").join(name);
+        let new = to.with_extension("new");
+        fs::copy(program, &new).with_context(|| format!("copy {}", program.display()))?;
+        fs::rename(&new, &to)?;
+        Ok(())
+    }
+
+    /// Starts containerd and waits for its socket.
+    pub fn start_containerd(&self) -> Result<()> {
+        let argv = ["containerd", "--log-level", "info"];
+        self.start(&self.containerd, "containerd", &argv, &[CONTAINERD_SOCKET])
+    }
+
+    /// Starts the daemon and waits for its sockets.
+    pub fn start_daemon(&self) -> Result<()> {
+        let sockets = [SNAPSHOTTER_SOCKET, CONTROL_SOCKET];
+        self.start(&self.daemon, "daemon", &["godwit-snapshotter"], &sockets)
+    }
+
+    /// Kills containerd as a crash would; its shims and containers go on.
+    pub fn kill_containerd(&self) -> Result<()> {
+        end(&self.containerd, "containerd", Signal::SIGKILL)
+    }
+
+    /// Kills the daemon as a crash would.
+    pub fn kill_daemon(&self) -> Result<()> {
+        end(&self.daemon, "daemon", Signal::SIGKILL)
+    }
+
+    /// Stops containerd with SIGTERM and waits for its end.
+    pub fn stop_containerd(&self) -> Result<()> {
+        end(&self.containerd, "containerd", Signal::SIGTERM)
+    }
+
+    /// Stops the daemon with SIGTERM and waits for its end.
+    pub fn stop_daemon(&self) -> Result<()> {
+        end(&self.daemon, "daemon", Signal::SIGTERM)
+    }
+
+    /// Runs `work` on a thread in the node's network; sockets made there stay there.
+    pub fn in_network<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        in_namespace(self.port.namespace(), work)
+    }
+
+    /// Sets the rate of the node's link, both ways, in Mbit/s; `None` lifts the limit.
+    pub fn set_rate(&self, mbit: Option<u32>) -> Result<()> {
+        self.port.shape(mbit)
+    }
+
+    /// Cuts the node's link: packets vanish, nobody is told.
+    pub fn cut_link(&self) -> Result<()> {
+        self.port.cut()
+    }
+
+    /// Mends the node's link.
+    pub fn mend_link(&self) -> Result<()> {
+        self.port.mend()
+    }
+
+    /// What went through the node's uplink so far.
+    pub fn traffic(&self) -> Result<Counters> {
+        let read = |counter: &str| -> Result<u64> {
+            let path = self.path("/sys/class/net/uplink/statistics").join(counter);
+            let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            Ok(text.trim().parse()?)
+        };
+        Ok(Counters { received: read("rx_bytes")?, sent: read("tx_bytes")? })
+    }
+
+    /// Makes a network namespace for a container, attached to the node's bridge.
+    ///
+    /// `name` has at most 13 bytes; `address` is one of [`crate::network::Switch::address`].
+    pub fn add_network(&self, name: &str, address: Ipv4Addr) -> Result<ContainerNetwork> {
+        self.sh(&format!(
+            "ip netns add {name}
+             ip link add v-{name} type veth peer name eth0 netns {name}
+             ip -n {name} link set lo up
+             ip -n {name} addr add {address}/24 dev eth0
+             ip -n {name} link set eth0 up
+             ip link set v-{name} master br0 up"
+        ))?;
+        let path = format!("/run/netns/{name}");
+        Ok(ContainerNetwork { path, address, name: name.to_owned() })
+    }
+
+    /// Takes a container's network off the bridge; its address stays.
+    pub fn detach(&self, network: &ContainerNetwork) -> Result<()> {
+        self.sh(&format!("ip link set v-{} nomaster", network.name)).map(drop)
+    }
+
+    /// Puts a container's network onto the bridge again and announces its address.
+    pub fn attach(&self, network: &ContainerNetwork) -> Result<()> {
+        let ContainerNetwork { name, address, .. } = network;
+        self.sh(&format!(
+            "ip link set v-{name} master br0
+             ip netns exec {name} arping -q -U -c 1 -I eth0 {address}"
+        ))
+        .map(drop)
+    }
+
+    /// Crashes the node: every process in it is killed, and its link goes down.
+    pub fn crash(&self) -> Result<()> {
+        self.port.cut()?;
+        Invocation::new(&["kill", "-KILL", &self.init.to_string()]).ok()?;
+        let proc = PathBuf::from(format!("/proc/{}", self.init));
+        wait_until("the node is gone", STOP_TIMEOUT, || Ok(!proc.exists()))
+    }
+
+    fn start(
+        &self,
+        slot: &Mutex<Option<Background>>,
+        name: &str,
+        argv: &[&str],
+        sockets: &[&str],
+    ) -> Result<()> {
+        let mut slot = lock(slot);
+        if slot.is_some() {
+            bail!("{}: {name} runs already", self.name);
+        }
+        let mut service = self.spawn(argv, name)?;
+        for socket in sockets {
+            let path = self.path(socket);
+            wait_until(&format!("{}: {name} opens {socket}", self.name), SERVICE_TIMEOUT, || {
+                if let Some(code) = service.ended()? {
+                    bail!("{}: {name} ended, code {code}: {}", self.name, tail(&service.log(), 20));
+                }
+                Ok(UnixStream::connect(&path).is_ok())
+            })?;
+        }
+        *slot = Some(service);
+        Ok(())
+    }
+}
+
+/// The last lines of a text.
+pub(crate) fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+fn lock(slot: &Mutex<Option<Background>>) -> MutexGuard<'_, Option<Background>> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn end(slot: &Mutex<Option<Background>>, name: &str, signal: Signal) -> Result<()> {
+    let Some(service) = lock(slot).take() else { bail!("{name} does not run") };
+    service.signal(signal)?;
+    service.wait_for_group(STOP_TIMEOUT)
+}
+
+/// Words that run a command in a node of any run, put before it; what [`Node::command`] does inside.
+///
+/// `name` is a node's name; the first run that has such a node is taken. Errors: none has.
+pub fn enter(name: &str) -> Result<Vec<OsString>> {
+    let runs = place::testbed().join("runs");
+    let found = fs::read_dir(&runs).with_context(|| runs.display().to_string())?.find_map(|run| {
+        let run = run.ok()?;
+        let pid = fs::read_to_string(run.path().join(name).join("init.pid")).ok()?;
+        Some((run.file_name().to_str()?.parse().ok()?, pid.trim().to_owned()))
+    });
+    let (number, pid) = found.with_context(|| format!("no run has a node {name}"))?;
+    Ok(enter_words(&cgroups::groups_of_node(number, name)?, &pid))
+}
+
+fn enter_words(groups: &[PathBuf], pid: &str) -> Vec<OsString> {
+    let mut words = join(groups);
+    let enter = ["nsenter", "-t", pid, "-m", "-u", "-i", "-n", "-p", "-C", "--"];
+    words.extend(enter.map(OsString::from));
+    words
+}
+
+fn join(groups: &[PathBuf]) -> Vec<OsString> {
+    let mut words: Vec<OsString> = ["sh", "-c", JOIN, "join"].map(OsString::from).into();
+    words.extend(groups.iter().map(OsString::from));
+    words.push("--".into());
+    words
+}
+
+fn install_programs(directory: &Path) -> Result<()> {
+    for name in PROGRAMS {
+        let program = place::binary(name);
+        if program.is_file() {
+            fs::copy(&program, directory.join(name))
+                .with_context(|| format!("copy {}", program.display()))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! The Debian root that every node's overlay lies on. Made once per list of packages, then only read.
+//!
+//! 1. take the lock `root.lock` (whoever comes second waits and then finds the root);
+//! 2. `debootstrap` Debian 13 with [`PACKAGES`] into `root/<key>.tmp`, packages cached in `debs`;
+//! 3. install CRIU from forky: Debian 13's cannot dump a process with a socket on Linux >= 6.16;
+//! 4. where the capability is missing, compile the preload library and put a wrapper before CRIU;
+//! 5. rename to `root/<key>`.
+//!
+//! The key is a hash of everything above, so a changed list makes a new root. A root without step 5
+//! is never used: the next call removes it and begins again.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest, Sha256};
+
+use crate::command::{Invocation, host};
+use crate::{mirror, need, place};
+
+/// Debian release of the nodes.
+pub const RELEASE: &str = "trixie";
+/// Release that CRIU comes from.
+pub const CRIU_RELEASE: &str = "forky";
+/// What nodes have besides a minimal Debian.
+pub const PACKAGES: &[&str] = &[
+    "busybox-static",
+    "containerd",
+    "crun",
+    "e2fsprogs",
+    "iproute2",
+    "iptables",
+    "iputils-arping",
+    "iputils-ping",
+    "nftables",
+    "procps",
+    "redis-server",
+    "redis-tools",
+    "runc",
+    "sqlite3",
+    "strace",
+    "tini",
+];
+/// Grows when this module makes a different root from the same packages.
+const RECIPE: u32 = 1;
+/// How long debootstrap or apt may take, on a slow mirror.
+const INSTALL_TIMEOUT: Duration = Duration::from_secs(1800);
+
+const PRELOAD_SOURCE: &str = include_str!("../preload/criu-preload.c");
+const CRIU_WRAPPER: &str = "#!/bin/sh
+LD_PRELOAD=/usr/local/lib/godwit/criu-preload.so exec /usr/sbin/criu \"$@\"
+";
+const APT_CONFIGURATION: &str = "APT::Default-Release \"trixie\";
+APT::Install-Recommends \"false\";
+Acquire::Check-Valid-Until \"false\";
+";
+
+/// A finished Debian root. Nodes mount it as the lower layer of an overlay; nothing writes to it.
+#[derive(Clone, Debug)]
+pub struct Root {
+    path: PathBuf,
+}
+
+impl Root {
+    /// Opens the root, making it first if it is not there (about a minute with a near mirror).
+    ///
+    /// Errors: not root; no mirror; debootstrap, apt or the C compiler fail.
+    pub fn open() -> Result<Self> {
+        need::root()?;
+        let roots = place::testbed().join("root");
+        fs::create_dir_all(&roots).with_context(|| format!("create {}", roots.display()))?;
+        let lock = fs::File::create(place::testbed().join("root.lock"))?;
+        let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+        let path = roots.join(key()?);
+        if !path.is_dir() {
+            build(&path).context("make the Debian root of the test nodes")?;
+        }
+        Ok(Self { path })
+    }
+
+    /// The root's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs a command in a plain chroot of the root. For looking things up, not for changing it.
+    pub fn look_up(&self, argv: &[&str]) -> Result<String> {
+        chroot(&self.path, argv).ok()
+    }
+}
+
+fn key() -> Result<String> {
+    let mut hash = Sha256::new();
+    hash.update(format!("{RECIPE} {RELEASE} {CRIU_RELEASE} {PACKAGES:?} {APT_CONFIGURATION}"));
+    if !may_raise_limits()? {
+        hash.update(PRELOAD_SOURCE);
+        hash.update(CRIU_WRAPPER);
+    }
+    Ok(hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Whether this process has CAP_SYS_RESOURCE, without which CRIU needs the preload library.
+fn may_raise_limits() -> Result<bool> {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = fs::read_to_string("/proc/self/status")?;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.context("/proc/self/status has no CapEff line")?;
+    Ok(u64::from_str_radix(effective.trim(), 16)? & (1 << CAP_SYS_RESOURCE) != 0)
+}
+
+fn build(path: &Path) -> Result<()> {
+    let mirror = mirror::address()?;
+    let unfinished = path.with_extension("tmp");
+    if unfinished.exists() {
+        remove_tree(&unfinished)?;
+    }
+    let debs = place::testbed().join("debs");
+    fs::create_dir_all(&debs)?;
+    progress(&format!("making a Debian {RELEASE} root from {mirror} (once, about a minute)"));
+    let include = format!("--include={}", PACKAGES.join(","));
+    let cache = format!("--cache-dir={}", debs.display());
+    let target = unfinished.display().to_string();
+    let command = ["debootstrap", "--variant=minbase", &cache, &include, RELEASE, &target, &mirror];
+    Invocation::new(&command).timeout(INSTALL_TIMEOUT).ok()?;
+
+    progress(&format!("installing CRIU from {CRIU_RELEASE}"));
+    install_criu(&unfinished, &debs, &mirror)?;
+    if !may_raise_limits()? {
+        progress("no CAP_SYS_RESOURCE here: putting a preload library before CRIU");
+        install_preload(&unfinished)?;
+    }
+    let version = chroot(&unfinished, &["criu", "--version"]).ok()?;
+    for cached in ["var/cache/apt/archives", "var/lib/apt/lists"] {
+        empty_directory(&unfinished.join(cached))?;
+    }
+    fs::rename(&unfinished, path)?;
+    progress(&format!("root is ready: {} (CRIU {})", path.display(), version.trim()));
+    Ok(())
+}
+
+fn install_criu(root: &Path, debs: &Path, mirror: &str) -> Result<()> {
+    let archives = root.join("var/cache/apt/archives");
+    fs::create_dir_all(root.join("etc/apt/sources.list.d"))?;
+    fs::write(
+        root.join("etc/apt/sources.list.d/criu.list"),
+        format!("deb {mirror} {CRIU_RELEASE} main\n"),
+    )?;
+    fs::write(root.join("etc/apt/apt.conf.d/90test-node"), APT_CONFIGURATION)?;
+    copy_debs(debs, &archives)?;
+    let apt = |arguments: &[&str]| chroot(root, arguments).timeout(INSTALL_TIMEOUT).ok();
+    apt(&["apt-get", "-q", "update"])?;
+    apt(&["apt-get", "-q", "-y", "install", "-t", CRIU_RELEASE, "criu"])?;
+    copy_debs(&archives, debs)
+}
+
+/// Copies the packages that are in `from` and not in `to`.
+fn copy_debs(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from)? {
+        let source = entry?.path();
+        let Some(name) = source.file_name() else { continue };
+        let is_deb = source.extension().is_some_and(|extension| extension == "deb");
+        if is_deb && !to.join(name).exists() {
+            fs::copy(&source, to.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+fn install_preload(root: &Path) -> Result<()> {
+    let library = root.join("usr/local/lib/godwit");
+    fs::create_dir_all(&library)?;
+    let source = library.join("criu-preload.c");
+    fs::write(&source, PRELOAD_SOURCE)?;
+    let (source, object) = (source.display(), library.join("criu-preload.so"));
+    let compile = format!("cc -O2 -Wall -shared -fPIC -o {} {source} -ldl", object.display());
+    Invocation::new(&compile.split(' ').collect::<Vec<_>>()).ok()?;
+    let wrapper = root.join("usr/local/bin/criu");
+    fs::write(&wrapper, CRIU_WRAPPER)?;
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+fn chroot(root: &Path, argv: &[&str]) -> Invocation {
+    let mut command = vec!["chroot".to_owned(), root.display().to_string()];
+    command.extend(argv.iter().map(|&word| word.to_owned()));
+    Invocation::new(&command).environment(&[
+        ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+        ("HOME", "/root"),
+        ("LC_ALL", "C.UTF-8"),
+        ("DEBIAN_FRONTEND", "noninteractive"),
+    ])
+}
+
+fn empty_directory(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a directory tree, unmounting first what is mounted in it (debootstrap mounts /proc).
+///
+/// Errors: a mount stays, or the tree spans file systems: better left than half the host removed.
+pub(crate) fn remove_tree(tree: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let prefix = format!("{}/", tree.display());
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    for point in points.rev().filter(|point| point.starts_with(&prefix)) {
+        host(&["umount", "--lazy", point])?;
+    }
+    if !tree.exists() {
+        return Ok(());
+    }
+    let parent = tree.parent().context("a tree without a parent")?;
+    if fs::symlink_metadata(tree)?.dev() != fs::symlink_metadata(parent)?.dev() {
+        bail!("{} is a file system of its own, not removing it", tree.display());
+    }
+    host(&["rm", "-r", "-f", "--one-file-system", "--", &tree.display().to_string()])?;
+    Ok(())
+}
+
+/// Says what takes so long, on standard error.
+pub(crate) fn progress(text: &str) {
+    eprintln!("testbed: {text}");
+}

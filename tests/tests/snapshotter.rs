@@ -1,0 +1,250 @@
+//! The snapshotter "godwit" behind a real containerd: the same trees as overlayfs, and nothing left.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::command::wait_until;
+use godwit_tests::images::{self, Image};
+use godwit_tests::{Bed, BedOptions, Node};
+
+/// The node that all tests share; torn down at exit.
+static BED: LazyLock<Bed> = LazyLock::new(|| start().expect("the test node starts"));
+
+const SOON: Duration = Duration::from_secs(10);
+/// Options that select everything of ours.
+const OURS: &[&str] = &["--snapshotter", "godwit", "--runtime", "io.containerd.runc.godwit.v1"];
+
+fn start() -> Result<Bed> {
+    let bed = Bed::start(&BedOptions::nodes(1))?;
+    for snapshotter in ["godwit", "overlayfs"] {
+        images::import(bed.node(0), Image::Redis, snapshotter)?;
+        images::import(bed.node(0), Image::Busybox, snapshotter)?;
+    }
+    Ok(bed)
+}
+
+fn node() -> &'static Node {
+    BED.node(0)
+}
+
+/// `ctr snapshots` of our snapshotter.
+fn snapshots(words: &[&str]) -> Result<String> {
+    node().ok(&[&["ctr", "snapshots", "--snapshotter", "godwit"], words].concat())
+}
+
+/// Names and kinds of all snapshots.
+fn list() -> Result<Vec<(String, String)>> {
+    let text = snapshots(&["ls"])?;
+    let lines = text.lines().skip(1).map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (name, kind) = (words.first().copied(), words.last().copied());
+        (name.unwrap_or_default().to_owned(), kind.unwrap_or_default().to_owned())
+    });
+    Ok(lines.collect())
+}
+
+/// Directories that the snapshotter keeps, one per snapshot, once containerd has collected garbage.
+fn directories() -> Result<usize> {
+    node().ok(&["ctr", "content", "prune", "references"])?;
+    Ok(node().sh("ls /var/lib/godwit/snapshots/fs | wc -l")?.trim().parse()?)
+}
+
+/// Chain ID of the topmost layer of an image that is unpacked.
+fn top_layer(image: Image) -> Result<String> {
+    // The only committed snapshot of its height that nobody has as a parent is found by the depth of
+    // its chain: busybox has one layer, and redis three.
+    let text = snapshots(&["tree"])?;
+    let depth = if image == Image::Busybox { 0 } else { 2 };
+    let line = text.lines().find(|line| indentation(line) == depth && line.contains("sha256:"));
+    let line = line.with_context(|| format!("no layer at depth {depth}: {text}"))?;
+    Ok(line[line.find("sha256:").unwrap_or(0)..].trim().to_owned())
+}
+
+/// Depth of a line of `ctr snapshots tree`: two columns per generation.
+fn indentation(line: &str) -> usize {
+    let column = line.find("sha256:").unwrap_or(0);
+    line[..column].chars().count() / 2
+}
+
+struct Container {
+    id: String,
+}
+
+impl Container {
+    fn start(id: &str, image: Image, options: &[&str], script: &str) -> Result<Self> {
+        let head = ["ctr", "run", "-d"];
+        let tail = [image.reference(), id, "sh", "-c", script];
+        node().ok(&[&head, options, &tail].concat())?;
+        Ok(Self { id: id.to_owned() })
+    }
+
+    fn exec(&self, exec: &str, script: &str) -> Result<String> {
+        node().ok(&["ctr", "task", "exec", "--exec-id", exec, &self.id, "sh", "-c", script])
+    }
+
+    fn is_running(&self) -> Result<bool> {
+        let tasks = node().ok(&["ctr", "task", "ls"])?;
+        Ok(tasks.lines().any(|line| line.contains(&self.id) && line.contains("RUNNING")))
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let id = &self.id;
+        if let Err(error) =
+            node().sh(&format!("ctr task rm -f {id} 2> /dev/null || :; ctr c rm {id}"))
+        {
+            eprintln!("{id}: not removed: {error:#}");
+        }
+    }
+}
+
+/// Method: every file of the mounted images with type, mode, owner, size, link and content.
+#[test]
+fn images_unpack_to_the_same_trees_as_under_overlayfs() -> Result<()> {
+    for image in [Image::Busybox, Image::Redis] {
+        let tree = |snapshotter: &str| {
+            node().sh(&format!(
+                "mkdir -p /mnt/{snapshotter}
+                 ctr images mount --snapshotter {snapshotter} {} /mnt/{snapshotter} > /dev/null
+                 cd /mnt/{snapshotter}
+                 find . -printf '%p %y %#m %U:%G %l\\n' | sort
+                 find . -type f -print0 | sort -z | xargs -0 sha256sum
+                 cd /; umount /mnt/{snapshotter}
+                 ctr snapshots --snapshotter {snapshotter} rm /mnt/{snapshotter}",
+                image.reference()
+            ))
+        };
+        let (ours, overlayfs) = (tree("godwit")?, tree("overlayfs")?);
+        assert!(ours == overlayfs, "{image:?}\n{ours}\n---\n{overlayfs}");
+        assert!(ours.lines().count() > 50);
+        assert_eq!(ours.contains("./etc/issue"), image == Image::Busybox);
+    }
+    Ok(())
+}
+
+#[test]
+fn containers_write_to_layers_of_their_own() -> Result<()> {
+    let before = (list()?.len(), directories()?);
+    let one = Container::start("one", Image::Busybox, OURS, "rm /etc/passwd; sleep 600")?;
+    let two = Container::start("two", Image::Busybox, &OURS[..2], "echo two > /mark; sleep 600")?;
+    assert_eq!(two.exec("e", "cat /mark; wc -l < /etc/passwd")?.lines().next(), Some("two"));
+    wait_until("the file is removed", SOON, || {
+        Ok(one.exec("e", "test ! -e /etc/passwd && test ! -e /mark").is_ok())
+    })?;
+    assert_eq!(list()?.len(), before.0 + 2);
+    drop((one, two));
+    wait_until("their layers are gone", SOON, || Ok((list()?.len(), directories()?) == before))
+}
+
+/// Method: a layer made by hand, mounted where the snapshotter says.
+#[test]
+fn a_committed_layer_is_seen_by_its_children_and_counted() -> Result<()> {
+    let before = directories()?;
+    let parent = top_layer(Image::Busybox)?;
+    node().sh(&format!(
+        "mkdir -p /mnt/work
+         S='ctr snapshots --snapshotter godwit'
+         $S prepare work {parent}
+         $S mounts /mnt/work work | sh -e
+         head -c 1048576 /dev/urandom > /mnt/work/blob
+         rm /mnt/work/etc/issue
+         umount /mnt/work
+         $S commit made work
+         $S view seen made
+         $S mounts /mnt/work seen | sh -e
+         test \"$(wc -c < /mnt/work/blob)\" = 1048576
+         test ! -e /mnt/work/etc/issue
+         test -e /mnt/work/etc/passwd
+         if touch /mnt/work/new 2> /dev/null; then exit 1; fi
+         umount /mnt/work"
+    ))?;
+    let kinds = list()?;
+    assert!(kinds.contains(&("made".into(), "Committed".into())), "{kinds:?}");
+    assert!(kinds.contains(&("seen".into(), "View".into())), "{kinds:?}");
+    let usage = snapshots(&["usage", "-b", "made"])?;
+    let line = usage.lines().find(|line| line.contains("made")).context("no usage")?;
+    let bytes: u64 = line.split_whitespace().nth(1).context("no size")?.parse()?;
+    assert!(((1 << 20)..(1 << 21)).contains(&bytes), "{usage}");
+    let refused = node().run(&["ctr", "snapshots", "--snapshotter", "godwit", "rm", "made"])?;
+    assert!(!refused.succeeded(), "a parent cannot be removed before its children");
+    snapshots(&["rm", "seen"])?;
+    snapshots(&["rm", "made"])?;
+    wait_until("the layer is gone", SOON, || Ok(directories()? == before))
+}
+
+#[test]
+fn keys_and_names_are_unique_and_must_exist() -> Result<()> {
+    let fails = |words: &[&str], why: &str| -> Result<()> {
+        let head = ["ctr", "snapshots", "--snapshotter", "godwit"];
+        let finished = node().run(&[&head, words].concat())?;
+        ensure!(!finished.succeeded() && finished.stderr.contains(why), "{words:?}: {finished}");
+        Ok(())
+    };
+    snapshots(&["prepare", "taken"])?;
+    fails(&["prepare", "taken"], "already exists")?;
+    fails(&["view", "taken"], "already exists")?;
+    fails(&["prepare", "orphan", "no-such-parent"], "not found")?;
+    fails(&["commit", "name", "no-such-key"], "not found")?;
+    fails(&["rm", "no-such-key"], "not found")?;
+    fails(&["mounts", "/mnt", "no-such-key"], "not found")?;
+    // A parent has to be committed.
+    fails(&["prepare", "child", "taken"], "")?;
+    snapshots(&["rm", "taken"]).map(drop)
+}
+
+#[test]
+fn containers_go_on_while_the_daemon_is_away_and_after() -> Result<()> {
+    let container = Container::start("steady", Image::Busybox, OURS, "sleep 600")?;
+    let before = list()?;
+    node().kill_daemon()?;
+    let away = while_the_daemon_is_away(&container);
+    node().start_daemon()?;
+    away?;
+    // containerd's connection to a snapshotter waits up to 3 s before it tries again.
+    wait_until("containerd reaches the daemon again", SOON, || Ok(list().is_ok()))?;
+    assert_eq!(list()?, before);
+    assert_eq!(container.exec("back", "cat /while-away")?.trim(), "written");
+    let later = Container::start("later", Image::Busybox, OURS, "sleep 600")?;
+    assert!(container.is_running()? && later.is_running()?);
+    node().kill_containerd()?;
+    node().start_containerd()?;
+    assert_eq!(list()?.len(), before.len() + 1);
+    Ok(())
+}
+
+fn while_the_daemon_is_away(container: &Container) -> Result<()> {
+    container.exec("away", "echo written > /while-away; sync")?;
+    let overlayfs = Container::start("plain", Image::Busybox, &[], "sleep 600")?;
+    ensure!(overlayfs.is_running()?, "plain containerd does not need the daemon");
+    let failed = Container::start("failing", Image::Busybox, OURS, "sleep 600");
+    ensure!(failed.is_err(), "a layer cannot be made without the daemon");
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_takes_the_writable_layer_along() -> Result<()> {
+    let script = "i=0; while :; do i=$((i+1)); echo $i >> /count; sleep 0.01; done";
+    let container = Container::start("kept", Image::Busybox, OURS, script)?;
+    wait_until("it counts", SOON, || Ok(container.exec("c0", "test -s /count").is_ok()))?;
+    node().ok(&["ctr", "c", "checkpoint", "--rw", "--task", "--image", "kept", "kept-image"])?;
+    drop(container);
+    node().ok(&["ctr", "c", "restore", "--rw", "--live", "kept", "kept-image"])?;
+    let restored = Container { id: "kept".into() };
+    std::thread::sleep(Duration::from_millis(200));
+    let text = restored.exec("c1", "cat /count")?;
+    let counts: Vec<u64> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+    assert!(counts.len() > 10 && counts.iter().copied().eq(1..=counts.len() as u64), "{counts:?}");
+    node().ok(&["ctr", "images", "rm", "--sync", "kept-image"]).map(drop)
+}
+
+/// Method: last by name, since it takes the images away.
+#[test]
+fn zz_removing_the_images_removes_every_layer() -> Result<()> {
+    for image in [Image::Redis, Image::Busybox] {
+        node().ok(&["ctr", "images", "rm", "--sync", image.reference()])?;
+    }
+    wait_until("no snapshot is left", SOON, || Ok(list()?.is_empty()))?;
+    wait_until("no directory is left", SOON, || Ok(directories()? == 0))
+}
