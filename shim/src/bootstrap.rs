@@ -1,10 +1,10 @@
 //! How containerd starts a shim, and the answer it expects.
 //!
-//! Since containerd 2.3 `start` reads a protobuf `BootstrapParams` from stdin and answers with a protobuf
-//! `BootstrapResult`. Older daemons pass flags and environment, with the runtime options (a protobuf
-//! `Any`) on stdin, and take a bare address for a shim that serves the task API's version 2. Which daemon
-//! calls can be told only from stdin: an `Any` decodes as `BootstrapParams` too, so the message counts only
-//! if it names the same container and namespace as the flags do.
+//! Since containerd 2.3 `start` reads a protobuf `BootstrapParams` from stdin and answers with a
+//! protobuf `BootstrapResult`. Older daemons pass flags and environment, with the runtime options
+//! (a protobuf `Any`) on stdin, and take a bare address for a shim that serves the task API's
+//! version 2. Which daemon calls can be told only from stdin: an `Any` decodes as `BootstrapParams`
+//! too, so the message counts only if it names the same container and namespace as the flags do.
 
 use std::io::{IsTerminal as _, Read as _};
 

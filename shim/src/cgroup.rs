@@ -1,5 +1,5 @@
-//! Where a process's control groups lie, and what the shim does with them beside counting: freezing and
-//! looking for stopped tasks. Works with version 1, version 2 and both side by side.
+//! Where a process's control groups lie, and what the shim does with them beside counting: freezing
+//! and looking for stopped tasks. Works with version 1, version 2 and both side by side.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;

@@ -2,11 +2,11 @@
 //!
 //! Two locks order what happens to it:
 //!
-//! - `operation` admits one operation at a time that changes the container (start, pause, resume, dump,
-//!   update, delete). State, Wait and Kill never take it, so they answer during a long dump.
-//! - `gate` orders events. Whoever starts a process holds it until the start event is queued; an exit
-//!   takes it before it becomes visible. So an exit, however early, follows its start; and the init's exit
-//!   waits until every other process of the container has ended.
+//! - `operation` admits one operation at a time that changes the container (start, pause, resume,
+//!   dump, update, delete). State, Wait and Kill never take it, so they answer during a long dump.
+//! - `gate` orders events. Whoever starts a process holds it until the start event is queued; an
+//!   exit takes it before it becomes visible. So an exit, however early, follows its start; and the
+//!   init's exit waits until every other process of the container has ended.
 //!
 //! Read next: [`crate::launch`] for create, start and restore, [`crate::dump`] for checkpoints.
 
@@ -87,7 +87,8 @@ pub(crate) struct Container {
     cgroup: OnceLock<Cgroup>,
     /// Processes killed for want of memory that were reported.
     oom_kills: AtomicU64,
-    /// Processes that a signal had stopped when the container was frozen. Once it is, all look alike.
+    /// Processes that a signal had stopped when the container was frozen. Once it is, all look
+    /// alike.
     stopped_when_frozen: Mutex<Vec<u32>>,
 }
 
@@ -189,8 +190,8 @@ impl Container {
         }
     }
 
-    /// Reports kills for want of memory, of which the kernel keeps a count per group. Looked at when a
-    /// process ends, so that the report comes before that end's.
+    /// Reports kills for want of memory, of which the kernel keeps a count per group. Looked at
+    /// when a process ends, so that the report comes before that end's.
     fn report_oom(&self) {
         let kills = self.cgroup.get().map_or(0, Cgroup::oom_kills);
         if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
@@ -199,7 +200,8 @@ impl Container {
         }
     }
 
-    /// Reports the end of `process` when `waiter` says so, after everything that must come before it.
+    /// Reports the end of `process` when `waiter` says so, after everything that must come before
+    /// it.
     pub(crate) fn report_exit(self: &Arc<Self>, process: Arc<Process>, waiter: Waiter) {
         let container = Arc::clone(self);
         tokio::spawn(async move {
@@ -378,7 +380,8 @@ impl Container {
         Ok(())
     }
 
-    /// Ends a container that waits to be restored; a start under way is broken off where that is safe.
+    /// Ends a container that waits to be restored; a start under way is broken off where that is
+    /// safe.
     async fn cancel(&self) -> Result<(), TaskError> {
         self.cancelled.send_replace(true);
         let _operation = self.operation.lock().await;
@@ -457,7 +460,8 @@ impl Container {
 
     /// Removes a container that does not run: what the runtime holds, its mounts, its streams.
     ///
-    /// Errors: it still runs; the runtime's; a mount that cannot be undone. It can be called again then.
+    /// Errors: it still runs; the runtime's; a mount that cannot be undone. It can be called again
+    /// then.
     pub(crate) async fn delete(&self) -> Result<(u32, Exit), TaskError> {
         let _operation = self.operation.lock().await;
         let phase = self.init.phase();

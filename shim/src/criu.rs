@@ -1,9 +1,9 @@
 //! What CRIU is told past the runtime: a configuration file per container, named to runc by the
 //! annotation `org.criu.config` and written afresh before every dump and every restore.
 //!
-//! It carries what the runtime has no flag for (or containerd's API no field): links to removed files,
-//! larger ghost files, connections not yet accepted, the lock backend, and the script that holds a
-//! migrated container before its first instruction ([`crate::hold`]).
+//! It carries what the runtime has no flag for (or containerd's API no field): links to removed
+//! files, larger ghost files, connections not yet accepted, the lock backend, and the script that
+//! holds a migrated container before its first instruction ([`crate::hold`]).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

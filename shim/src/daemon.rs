@@ -1,7 +1,8 @@
-//! The node's daemon, as the shim asks it: where volumes lie, state to restore from, and the right to run.
+//! The node's daemon, as the shim asks it: where volumes lie, state to restore from, and the right
+//! to run.
 //!
-//! A container without volumes and without a *migrate-from* annotation never gets here: plain containers
-//! run whether the daemon does or not.
+//! A container without volumes and without a *migrate-from* annotation never gets here: plain
+//! containers run whether the daemon does or not.
 
 use std::time::{Duration, Instant};
 

@@ -1,9 +1,9 @@
-//! Dumping a container with CRIU, for containerd's Checkpoint and for a migration, and what goes with the
-//! latter: freezing, thawing, and letting go of a container that runs elsewhere.
+//! Dumping a container with CRIU, for containerd's Checkpoint and for a migration, and what goes
+//! with the latter: freezing, thawing, and letting go of a container that runs elsewhere.
 //!
-//! A dump must not hang a node. A process held by SIGSTOP makes CRIU wait for ever when the freezer of
-//! version 1 holds it too, so such processes are looked for first; and a watchdog thaws the container when
-//! a dump takes longer than it can, on which CRIU fails and the container runs on.
+//! A dump must not hang a node. A process held by SIGSTOP makes CRIU wait for ever when the freezer
+//! of version 1 holds it too, so such processes are looked for first; and a watchdog thaws the
+//! container when a dump takes longer than it can, on which CRIU fails and the container runs on.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -39,7 +39,8 @@ struct Dump<'a> {
 }
 
 impl Container {
-    /// containerd's Checkpoint: dumps into `image_path`, and ends the container if `options` say so.
+    /// containerd's Checkpoint: dumps into `image_path`, and ends the container if `options` say
+    /// so.
     ///
     /// Errors: the container does not run; [`TaskError::Dump`] with CRIU's reason.
     pub(crate) async fn checkpoint(
@@ -83,10 +84,11 @@ impl Container {
         Ok(())
     }
 
-    /// Dumps a frozen container for a migration; it stays frozen, also when the dump fails (but not when
-    /// the watchdog had to thaw it).
+    /// Dumps a frozen container for a migration; it stays frozen, also when the dump fails (but not
+    /// when the watchdog had to thaw it).
     ///
-    /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::Dump`], [`TaskError::DumpHung`].
+    /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::Dump`],
+    /// [`TaskError::DumpHung`].
     pub(crate) async fn dump(&self, image_path: &Path, work_path: &Path) -> Result<(), TaskError> {
         let _operation = self.operation.lock().await;
         if self.init.phase() != Phase::Paused {

@@ -1,25 +1,27 @@
 //! Holding a restored container before its first instruction.
 //!
-//! CRIU calls an action script at every stage of a restore, each stage twice here. At `post-restore`
-//! every task is complete and none has run; a script that fails there makes CRIU undo everything. So the
-//! script is where ownership moves:
+//! CRIU calls an action script at every stage of a restore, each stage twice here. At
+//! `post-restore` every task is complete and none has run; a script that fails there makes CRIU
+//! undo everything. So the script is where ownership moves:
 //!
 //! ```text
 //! criu --post-restore--> shim's own binary --connects--> socket in the bundle <--serves-- shim
 //!                        waits for one byte              asks the daemon for the claim
 //! ```
 //!
-//! CRIU runs a program by path, without arguments; which bundle is meant stands in [`BUNDLE_VARIABLE`],
-//! inherited through the runtime. The path is the shim's `/proc/PID/exe`: always the shim's own version,
-//! also when its file was replaced, and on no file system that forbids execution, as /run may.
+//! CRIU runs a program by path, without arguments; which bundle is meant stands in
+//! [`BUNDLE_VARIABLE`], inherited through the runtime. The path is the shim's `/proc/PID/exe`:
+//! always the shim's own version, also when its file was replaced, and on no file system that
+//! forbids execution, as /run may.
 //!
 //! 1. CRIU calls the script; it connects and says [`HELD`].
 //! 2. The shim, told by the first connection, obtains the verdict.
 //! 3. It answers this and every later connection with the same byte.
-//! 4. [`GO`] lets the script succeed; anything else, a closed socket and silence included, makes it fail.
+//! 4. [`GO`] lets the script succeed; anything else, a closed socket and silence included, makes it
+//!    fail.
 //!
-//! On the way the script brings up the loopback interface, which CRIU and runc leave down in a network
-//! namespace that they made: the tasks would find no way to 127.0.0.1.
+//! On the way the script brings up the loopback interface, which CRIU and runc leave down in a
+//! network namespace that they made: the tasks would find no way to 127.0.0.1.
 //!
 //! So the tasks run only after an explicit grant, whoever dies meanwhile.
 
@@ -177,7 +179,8 @@ mod tests {
         tokio::task::spawn_blocking(move || ask(&bundle, limit)).await.unwrap()
     }
 
-    /// Method: CRIU's two calls, one before and one after the verdict, and a verdict too late to count.
+    /// Method: CRIU's two calls, one before and one after the verdict, and a verdict too late to
+    /// count.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn both_calls_of_the_script_get_the_first_verdict() {
         for (may_run, byte) in [(true, GO), (false, ABORT)] {

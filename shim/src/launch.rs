@@ -6,9 +6,9 @@
 //! | image | volumes, mount | `runc restore` |
 //! | migrate | nothing but checks | acquire, volumes, mount, held `runc restore`, claim, settle |
 //!
-//! Restoring belongs to Start: containerd may fill the root file system between the two, and Create must
-//! answer quickly. A start that fails leaves no process and, for a migration, no mount; the container
-//! stays created, and can be started again or deleted.
+//! Restoring belongs to Start: containerd may fill the root file system between the two, and Create
+//! must answer quickly. A start that fails leaves no process and, for a migration, no mount; the
+//! container stays created, and can be started again or deleted.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -158,7 +158,8 @@ impl Container {
         }
     }
 
-    /// Acquires the container's state and restores it, or starts it fresh if the annotation is spent.
+    /// Acquires the container's state and restores it, or starts it fresh if the annotation is
+    /// spent.
     ///
     /// 1. acquire (breaks off when cancelled; the daemon goes on)
     /// 2. volumes
@@ -316,7 +317,8 @@ impl Container {
 
     /// Ends whatever a failed create or restore left: processes, mounts, runtime state, streams.
     async fn undo(&self, work_path: &Path) {
-        // CRIU's mounts first: the runtime removes its state directory, and must not reach through them.
+        // CRIU's mounts first: the runtime removes its state directory, and must not reach through
+        // them.
         if let Err(error) = rootfs::unmount_leftovers(&self.runc.state_dir(), work_path) {
             tracing::error!("after a failed start of {}: {}", self.name, chain(&error));
         } else if let Err(error) = self.runc.delete(true).await
@@ -335,8 +337,8 @@ impl Container {
         }
     }
 
-    /// Writes the CRIU configuration for the dump or restore that follows. A user's own file is left
-    /// to rule, except in a migration, where its lines come first.
+    /// Writes the CRIU configuration for the dump or restore that follows. A user's own file is
+    /// left to rule, except in a migration, where its lines come first.
     pub(crate) async fn write_criu_config(
         &self,
         connections: Connections,

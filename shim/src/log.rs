@@ -1,7 +1,7 @@
 //! The shim's log: containerd reads the FIFO `log` in the bundle and prints it among its own lines.
 //!
-//! The FIFO is opened for reading as well, so that writing goes on while containerd is away; what does not
-//! fit meanwhile is dropped, since a log must never block the shim.
+//! The FIFO is opened for reading as well, so that writing goes on while containerd is away; what
+//! does not fit meanwhile is dropped, since a log must never block the shim.
 
 use std::fs::File;
 use std::io::{self, Write};

@@ -1,16 +1,16 @@
-//! `containerd-shim-godwit-v1`: a containerd runtime shim over an OCI runtime (runc), which can also
-//! checkpoint, restore, and hand a running container over to another node.
+//! `containerd-shim-godwit-v1`: a containerd runtime shim over an OCI runtime (runc), which can
+//! also checkpoint, restore, and hand a running container over to another node.
 //!
 //! ```text
-//! containerd --start--> shim --spawns--> server --ttrpc--> TaskService --> Container --> runc, CRIU
-//!                                          |                                  |
-//! node's daemon ---------ttrpc-------------+-> OwnService (freeze, dump ...)  +--> daemon (volumes,
-//!                                                                                  acquire, claim)
+//! containerd --start--> shim --spawns--> server --ttrpc--> TaskService --> Container --> runc
+//!                                          |                                  |          CRIU
+//! node's daemon ---------ttrpc-------------+--> OwnService (freeze, dump)     +--> daemon
+//!                                                                   (volumes, acquire, claim)
 //! ```
 //!
-//! One server per container, or per pod. Read next: [`server`] for the process, [`container`] for what
-//! orders operations and events, [`launch`] for the ways into a running container, [`hold`] for the
-//! instant at which a migrated container may run, [`dump`] for the way out.
+//! One server per container, or per pod. Read next: [`server`] for the process, [`container`] for
+//! what orders operations and events, [`launch`] for the ways into a running container, [`hold`]
+//! for the instant at which a migrated container may run, [`dump`] for the way out.
 
 mod bootstrap;
 mod cgroup;

@@ -1,5 +1,5 @@
-//! The shim's own service, for the node's daemon at the source of a migration: the daemon decides, the
-//! container does.
+//! The shim's own service, for the node's daemon at the source of a migration: the daemon decides,
+//! the container does.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -6,8 +6,8 @@
 //!    +------------------+--------- exit ------------+--> Stopped
 //! ```
 //!
-//! The phase changes only in [`Process::enter`] and [`Process::stop`]; nothing leads out of `Stopped`.
-//! A restored or migrated init stays `Created` with pid 0 until it runs.
+//! The phase changes only in [`Process::enter`] and [`Process::stop`]; nothing leads out of
+//! `Stopped`. A restored or migrated init stays `Created` with pid 0 until it runs.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

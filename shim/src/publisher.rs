@@ -1,9 +1,10 @@
-//! Events to containerd: queued in order, delivered in order, and delivered again after containerd was
-//! away.
+//! Events to containerd: queued in order, delivered in order, and delivered again after containerd
+//! was away.
 //!
-//! Any failure drops the connection, and the event at the head of the queue is sent again over a new one,
-//! so a restart of containerd loses nothing that fits the queue. containerd may see an event twice if it
-//! stopped between accepting and answering; it tolerates that, and not the opposite.
+//! Any failure drops the connection, and the event at the head of the queue is sent again over a
+//! new one, so a restart of containerd loses nothing that fits the queue. containerd may see an
+//! event twice if it stopped between accepting and answering; it tolerates that, and not the
+//! opposite.
 
 use std::time::{Duration, Instant};
 

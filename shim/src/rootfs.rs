@@ -1,5 +1,5 @@
-//! A bundle's root file system: mounted from what containerd's snapshotter returned, unmounted with all
-//! that lies above it.
+//! A bundle's root file system: mounted from what containerd's snapshotter returned, unmounted with
+//! all that lies above it.
 
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,8 @@
 //! The OCI runtime as a program: one method for each of its commands that the shim needs.
 //!
-//! Every call writes its log to a file of its own, from which an error's text is taken; what the program
-//! prints belongs to the container (for `create`, `exec` and `restore` its standard streams become the
-//! container's). Waiting goes through the [`Reaper`].
+//! Every call writes its log to a file of its own, from which an error's text is taken; what the
+//! program prints belongs to the container (for `create`, `exec` and `restore` its standard streams
+//! become the container's). Waiting goes through the [`Reaper`].
 
 use std::ffi::{OsStr, OsString};
 use std::io::{Seek as _, Write as _};
@@ -19,7 +19,8 @@ use nix::sys::signal::Signal;
 use crate::hold;
 use crate::reap::Reaper;
 
-/// Deadline of every command without one of its own: none of them waits for the container's programs.
+/// Deadline of every command without one of its own: none of them waits for the container's
+/// programs.
 const CALL_TIME_MAX: Duration = Duration::from_secs(120);
 /// Longest error text taken from a log, in bytes.
 const MESSAGE_BYTES_MAX: usize = 2048;

@@ -1,5 +1,5 @@
-//! The life of a shim process: started by containerd with `start`, it starts itself again as a server
-//! that outlives containerd, and is started once more with `delete` when the server died.
+//! The life of a shim process: started by containerd with `start`, it starts itself again as a
+//! server that outlives containerd, and is started once more with `delete` when the server died.
 //!
 //! One socket serves containerd's Task API twice, as version 3 and, the messages being the same, as
 //! version 2, together with the shim's own service. Its name follows from containerd's socket, the
@@ -71,7 +71,8 @@ fn socket_path(address: &str) -> &Path {
     Path::new(address.strip_prefix("unix://").unwrap_or(address))
 }
 
-/// `start`: makes sure that a server runs for the container in the working directory, and prints where.
+/// `start`: makes sure that a server runs for the container in the working directory, and prints
+/// where.
 pub(crate) async fn start(flags: &Flags) -> Result<(), ServeError> {
     let input = bootstrap::read_input()?;
     let ttrpc_address = std::env::var(TTRPC_ADDRESS).ok();

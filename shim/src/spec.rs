@@ -1,9 +1,10 @@
 //! A bundle's `config.json`: read, changed in few places, written back.
 //!
-//! It is kept as JSON rather than as typed fields, so that whatever this shim does not know passes through
-//! unharmed. What is changed: mounts of type `godwit` become bind mounts of the paths that the node's
-//! daemon names, and an annotation tells runc and CRIU of the configuration file that [`crate::criu`]
-//! writes. The file is replaced by rename, so a crash leaves the old or the new one.
+//! It is kept as JSON rather than as typed fields, so that whatever this shim does not know passes
+//! through unharmed. What is changed: mounts of type `godwit` become bind mounts of the paths that
+//! the node's daemon names, and an annotation tells runc and CRIU of the configuration file that
+//! [`crate::criu`] writes. The file is replaced by rename, so a crash leaves the old or the new
+//! one.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ use serde_json::{Value, json};
 
 /// Names the CRIU configuration file of one container to runc.
 pub(crate) const CRIU_CONFIG: &str = "org.criu.config";
-/// Containers with the same value share a shim: the CRI plugin's pods, and whoever asks for it by hand.
+/// Containers with the same value share a shim: the CRI plugin's pods, and whoever asks for it by
+/// hand.
 const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
 /// Largest `config.json` that is read, in bytes.
 const SPEC_BYTES_MAX: u64 = 16 << 20;
@@ -105,7 +107,8 @@ impl Spec {
         self.mounts().iter().filter(|mount| is_volume(mount)).map(volume_of).collect()
     }
 
-    /// Turns the volume mounts into bind mounts of `paths`, one for each of [`Spec::volumes`] in order.
+    /// Turns the volume mounts into bind mounts of `paths`, one for each of [`Spec::volumes`] in
+    /// order.
     ///
     /// Errors: [`SpecError::Volume`] when the numbers differ or a path is not absolute; nothing is
     /// changed then.

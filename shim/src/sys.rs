@@ -1,4 +1,5 @@
-//! The few system calls without a safe wrapper. One call to a block; nothing else in the crate is unsafe.
+//! The few system calls without a safe wrapper. One call to a block; nothing else in the crate is
+//! unsafe.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};

@@ -1,5 +1,5 @@
-//! containerd's Task service: finds the container, calls it, answers. No decision is taken here, apart
-//! from what a new container is made of.
+//! containerd's Task service: finds the container, calls it, answers. No decision is taken here,
+//! apart from what a new container is made of.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -254,8 +254,8 @@ impl Task for TaskService {
     async fn pids(&self, _: &TtrpcContext, r: PidsRequest) -> TtrpcResult<PidsResponse> {
         let container = self.containers.get(&r.id)?;
         let init = container.init.pid();
-        // Always with the init process, alive or not: after a restart containerd takes an empty answer
-        // for a shim without a task, and removes it.
+        // Always with the init process, alive or not: after a restart containerd takes an empty
+        // answer for a shim without a task, and removes it.
         let others = container.cgroup().map(|cgroup| cgroup.processes()).unwrap_or_default();
         let pids = std::iter::once(init).chain(others.into_iter().filter(|pid| *pid != init));
         let processes = pids.map(|pid| ProcessInfo { pid, ..Default::default() }).collect();

@@ -1,9 +1,10 @@
 //! A process's standard streams: from what containerd asks for to what the OCI runtime is given.
 //!
-//! Outputs go to a FIFO (the usual case), a file (`file:///path`), or a logger (`binary:///path?args`),
-//! whose protocol is containerd's: descriptors 3 and 4 are the process's stdout and stderr, and it closes
-//! descriptor 5 when it is ready. Between the two the shim keeps a pipe, or the master side of a terminal
-//! that the runtime hands over through a socket, and copies without a thread of its own.
+//! Outputs go to a FIFO (the usual case), a file (`file:///path`), or a logger
+//! (`binary:///path?args`), whose protocol is containerd's: descriptors 3 and 4 are the process's
+//! stdout and stderr, and it closes descriptor 5 when it is ready. Between the two the shim keeps a
+//! pipe, or the master side of a terminal that the runtime hands over through a socket, and copies
+//! without a thread of its own.
 //!
 //! The pipe ends given to a container stay blocking; only the shim's own ends are not.
 
@@ -352,8 +353,8 @@ fn owned_pipe(options: &Options) -> Result<(OwnedFd, OwnedFd), WiringError> {
     Ok((read.into(), write.into()))
 }
 
-/// The socket through which the runtime hands over a terminal. It lies in the bundle; the runtime, which
-/// runs there, knows it by its file name, since the whole path may be too long for a socket.
+/// The socket through which the runtime hands over a terminal. It lies in the bundle; the runtime,
+/// which runs there, knows it by its file name, since the whole path may be too long for a socket.
 pub(crate) struct ConsoleSocket {
     listener: UnixListener,
     path: PathBuf,

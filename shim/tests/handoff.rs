@@ -1,9 +1,10 @@
-//! The shim's real binary between a scripted containerd, a scripted daemon and a scripted OCI runtime:
-//! what a container's life looks like from outside, and that a migrated one never runs without a grant.
+//! The shim's real binary between a scripted containerd, a scripted daemon and a scripted OCI
+//! runtime: what a container's life looks like from outside, and that a migrated one never runs
+//! without a grant.
 //!
-//! The runtime is a shell script whose "container" is a `sleep`; on `restore` it runs the action script as
-//! CRIU does, twice at post-restore, before anything runs. Each test has a mount namespace with a /run of
-//! its own, so that the daemon's fixed socket path is free. Needs root.
+//! The runtime is a shell script whose "container" is a `sleep`; on `restore` it runs the action
+//! script as CRIU does, twice at post-restore, before anything runs. Each test has a mount
+//! namespace with a /run of its own, so that the daemon's fixed socket path is free. Needs root.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests lie outside test functions here")]
 

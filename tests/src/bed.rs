@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
 
+use crate::images::{self, Image};
 use crate::network::{self, Switch};
 use crate::node::{Node, Parts, tail};
 use crate::root::Root;
@@ -125,6 +126,11 @@ impl Bed {
     /// One node by its place in the options; there must be one.
     pub fn node(&self, index: usize) -> &Node {
         &self.nodes[index]
+    }
+
+    /// Imports an image into every node and unpacks it for `snapshotter`.
+    pub fn import(&self, image: Image, snapshotter: &str) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| images::import(node, image, snapshotter))
     }
 
     /// The number that all names of this bed are made from.

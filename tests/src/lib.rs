@@ -40,6 +40,7 @@ pub mod redis;
 pub mod root;
 pub mod run;
 mod sys;
+pub mod workload;
 
 pub use bed::{Bed, BedOptions};
 pub use command::{Background, Finished, Invocation};

@@ -208,9 +208,13 @@ fn containers_go_on_while_the_daemon_is_away_and_after() -> Result<()> {
     assert_eq!(container.exec("back", "cat /while-away")?.trim(), "written");
     let later = Container::start("later", Image::Busybox, OURS, "sleep 600")?;
     assert!(container.is_running()? && later.is_running()?);
-    node().kill_containerd()?;
+    // In the order in which systemd stops them, and in the order in which it starts them.
+    node().stop_containerd()?;
+    node().stop_daemon()?;
+    node().start_daemon()?;
     node().start_containerd()?;
     assert_eq!(list()?.len(), before.len() + 1);
+    assert!(container.is_running()? && later.is_running()?);
     Ok(())
 }
 

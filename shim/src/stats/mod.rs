@@ -1,8 +1,8 @@
-//! A container's resource usage, read from its control groups' files and packed as containerd expects it:
-//! `io.containerd.cgroups.v1.Metrics` or `io.containerd.cgroups.v2.Metrics`.
+//! A container's resource usage, read from its control groups' files and packed as containerd
+//! expects it: `io.containerd.cgroups.v1.Metrics` or `io.containerd.cgroups.v2.Metrics`.
 //!
-//! A file that is missing (controller off, kernel without it) leaves its fields at zero; only a container
-//! without any control group is an error.
+//! A file that is missing (controller off, kernel without it) leaves its fields at zero; only a
+//! container without any control group is an error.
 
 mod v1;
 mod v2;

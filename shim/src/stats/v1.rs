@@ -10,7 +10,8 @@ use containerd_shim::protos::cgroups::metrics::{
 use super::{Keyed, number, text};
 use crate::cgroup::Cgroup;
 
-/// `cpuacct.stat` counts in these: the kernel's USER_HZ is 100 on every architecture it runs on today.
+/// `cpuacct.stat` counts in these: the kernel's USER_HZ is 100 on every architecture it runs on
+/// today.
 const TICK_NS: u64 = 1_000_000_000 / 100;
 
 pub(super) fn metrics(cgroup: &Cgroup) -> Metrics {

@@ -262,7 +262,7 @@ pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result
 }
 
 /// Writes the images of `memory` into the empty directory `images`, leaving out the pages that the parent image
-/// `base_directory`, made of `base`, has at the same address.
+/// `base_directory` beside it, made of `base`, has at the same address.
 ///
 /// Errors: [`ContentError`], also when a page that CRIU's page map announces is not part of `memory`.
 pub fn stage_images<S: Source>(
@@ -297,8 +297,9 @@ pub fn stage_images<S: Source>(
         }
         writer.finish()?;
     }
-    if !base.maps.is_empty() {
-        link_parent(images, base_directory)?;
+    if let Some(name) = base_directory.file_name().filter(|_| !base.maps.is_empty()) {
+        // Relative, since CRIU follows it by the directory's descriptor from within the container's root.
+        link_parent(images, &Path::new("..").join(name))?;
     }
     Ok(())
 }
@@ -331,7 +332,7 @@ mod tests {
         for (run, offset) in map.places() {
             if (run.vaddr..run.end()).contains(&(page * 4096)) {
                 let Some(offset) = offset else {
-                    return read(&images.parent().unwrap(), page);
+                    return read(&directory.join(images.parent().unwrap()), page);
                 };
                 let bytes = fs::read(images.pages_path(map.pages_id)).unwrap();
                 let at = usize::try_from(offset + page * 4096 - run.vaddr).unwrap();
