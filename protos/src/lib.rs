@@ -43,7 +43,14 @@ pub mod path {
 
 /// The shim's own service.
 pub mod shim {
-    #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction, reason = "generated")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::pedantic,
+        clippy::restriction,
+        reason = "generated"
+    )]
     mod generated {
         include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));
     }
@@ -52,7 +59,14 @@ pub mod shim {
 
 /// The daemon's control service.
 pub mod control {
-    #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction, reason = "generated")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::pedantic,
+        clippy::restriction,
+        reason = "generated"
+    )]
     mod generated {
         include!(concat!(env!("OUT_DIR"), "/control/mod.rs"));
     }
@@ -62,6 +76,13 @@ pub mod control {
 /// The peer service between daemons.
 #[cfg(feature = "peer")]
 pub mod peer {
-    #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction, reason = "generated")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::pedantic,
+        clippy::restriction,
+        reason = "generated"
+    )]
     tonic::include_proto!("godwit.peer.v1");
 }

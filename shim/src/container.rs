@@ -34,7 +34,7 @@ use crate::publisher::Publisher;
 use crate::reap::{Exit, Reaper, Waiter};
 use crate::rootfs;
 use crate::runc::{Launch, Runc};
-use crate::wiring::{ConsoleSocket, Owner};
+use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
 /// How long the init's exit waits for the other processes' ends, and a delete for the init's.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
@@ -315,7 +315,9 @@ impl Container {
         let pid_file = self.bundle.join(format!("exec-{id}.pid"));
         std::fs::write(&spec_file, &exec.spec).map_err(TaskError::io("process description"))?;
         let started = self
-            .wire(&exec.process, &pid_file, async |launch| self.runc.exec(&spec_file, launch).await)
+            .wire(&exec.process, Unasked::Null, &pid_file, async |launch| {
+                self.runc.exec(&spec_file, launch).await
+            })
             .await;
         let pid = started.and_then(|()| read_pid(&pid_file));
         for file in [spec_file, pid_file] {
@@ -328,6 +330,7 @@ impl Container {
     pub(crate) async fn wire(
         &self,
         process: &Process,
+        unasked: Unasked,
         pid_file: &std::path::Path,
         command: impl AsyncFnOnce(Launch<'_>) -> Result<(), crate::runc::RuncError>,
     ) -> Result<(), TaskError> {
@@ -338,7 +341,7 @@ impl Container {
             command(Launch { pid_file, console_socket: Some(console.name()), streams }).await?;
             wiring.attach_terminal(stdio, console, &self.owner()).await?;
         } else {
-            let (streams, pending) = wiring.pipes(stdio, &self.owner()).await?;
+            let (streams, pending) = wiring.pipes(stdio, unasked, &self.owner()).await?;
             wiring.attach(stdio, pending)?;
             command(Launch { pid_file, console_socket: None, streams }).await?;
         }

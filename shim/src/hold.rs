@@ -19,6 +19,8 @@
 //! 3. It answers this and every later connection with the same byte.
 //! 4. [`GO`] lets the script succeed; anything else, a closed socket and silence included, makes it
 //!    fail.
+//! 5. At `pre-resume` the script says [`RESUMING`] and waits for the answer: from then on the shim can no
+//!    longer vouch that no task ran, should the restore fail yet.
 //!
 //! On the way the script brings up the loopback interface, which CRIU and runc leave down in a
 //! network namespace that they made: the tasks would find no way to 127.0.0.1.
@@ -30,6 +32,8 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -46,19 +50,26 @@ const INIT_VARIABLE: &str = "CRTOOLS_INIT_PID";
 const SOCKET_NAME: &str = "hold.sock";
 /// What the script says first.
 const HELD: u8 = b'H';
+/// What the script says before the tasks are let run.
+const RESUMING: u8 = b'R';
 /// Verdicts.
 const GO: u8 = b'G';
 const ABORT: u8 = b'A';
 /// How long the script waits for a verdict; longer than the shim ever takes to reach one.
 const VERDICT_TIME_MAX: Duration = Duration::from_secs(180);
+/// How long the script waits for the shim to take note of [`RESUMING`]; CRIU goes on in any case.
+const NOTE_TIME_MAX: Duration = Duration::from_secs(5);
 /// CRIU's name for the stage at which the tasks are complete and none has run.
-const STAGE: &str = "post-restore";
+const STAGE_HELD: &str = "post-restore";
+/// CRIU's name for the stage after which the tasks run, whatever the script says.
+const STAGE_RESUMING: &str = "pre-resume";
 
 /// The shim's side.
 pub(crate) struct Hold {
     path: PathBuf,
     held: mpsc::Receiver<()>,
     verdict: watch::Sender<Option<bool>>,
+    resuming: Arc<AtomicBool>,
     server: tokio::task::JoinHandle<()>,
 }
 
@@ -68,8 +79,9 @@ impl Hold {
         let listener = crate::wiring::bind_in(bundle, SOCKET_NAME)?;
         let (tell, held) = mpsc::channel(8);
         let (verdict, decided) = watch::channel(None);
-        let server = tokio::spawn(serve(listener, tell, decided));
-        Ok(Self { path: bundle.join(SOCKET_NAME), held, verdict, server })
+        let resuming = Arc::new(AtomicBool::new(false));
+        let server = tokio::spawn(serve(listener, tell, decided, resuming.clone()));
+        Ok(Self { path: bundle.join(SOCKET_NAME), held, verdict, resuming, server })
     }
 
     /// The program that CRIU is to run.
@@ -94,6 +106,11 @@ impl Hold {
         });
     }
 
+    /// Whether a task may have executed an instruction.
+    pub(crate) fn may_have_run(&self) -> bool {
+        self.resuming.load(Ordering::SeqCst)
+    }
+
     /// Whether the tasks were ever let run.
     pub(crate) fn was_granted(&self) -> bool {
         *self.verdict.borrow() == Some(true)
@@ -111,12 +128,20 @@ async fn serve(
     listener: UnixListener,
     tell: mpsc::Sender<()>,
     decided: watch::Receiver<Option<bool>>,
+    resuming: Arc<AtomicBool>,
 ) {
     while let Ok((mut stream, _)) = listener.accept().await {
         let (tell, mut decided) = (tell.clone(), decided.clone());
+        let resuming = resuming.clone();
         tokio::spawn(async move {
-            if stream.read_u8().await.ok() != Some(HELD) {
-                return;
+            match stream.read_u8().await {
+                Ok(HELD) => {}
+                Ok(RESUMING) => {
+                    resuming.store(true, Ordering::SeqCst);
+                    let _ = stream.write_u8(GO).await;
+                    return;
+                }
+                Ok(_) | Err(_) => return,
             }
             let _ = tell.try_send(());
             let may_run = match decided.wait_for(Option::is_some).await {
@@ -135,16 +160,25 @@ pub(crate) fn is_script() -> bool {
 
 /// The script's side: it succeeds where the restore may go on.
 pub(crate) fn script_main() -> ExitCode {
-    if std::env::var(STAGE_VARIABLE).as_deref() != Ok(STAGE) {
-        return ExitCode::SUCCESS;
+    let bundle = std::env::var_os(BUNDLE_VARIABLE);
+    match std::env::var(STAGE_VARIABLE).as_deref() {
+        Ok(STAGE_HELD) => {}
+        Ok(STAGE_RESUMING) => {
+            let noted = bundle.map(|bundle| ask(Path::new(&bundle), RESUMING, NOTE_TIME_MAX));
+            return if matches!(noted, Some(Ok(GO))) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            };
+        }
+        _ => return ExitCode::SUCCESS,
     }
     if let Ok(pid) = std::env::var(INIT_VARIABLE)
         && let Err(error) = raise_loopback(&pid)
     {
         eprintln!("loopback interface of the restored container: {error}");
     }
-    let bundle = std::env::var_os(BUNDLE_VARIABLE);
-    match bundle.map(|bundle| ask(Path::new(&bundle), VERDICT_TIME_MAX)) {
+    match bundle.map(|bundle| ask(Path::new(&bundle), HELD, VERDICT_TIME_MAX)) {
         Some(Ok(GO)) => ExitCode::SUCCESS,
         Some(Ok(_) | Err(_)) | None => ExitCode::FAILURE,
     }
@@ -157,12 +191,12 @@ fn raise_loopback(pid: &str) -> std::io::Result<()> {
     crate::sys::raise_loopback()
 }
 
-fn ask(bundle: &Path, limit: Duration) -> std::io::Result<u8> {
+fn ask(bundle: &Path, what: u8, limit: Duration) -> std::io::Result<u8> {
     let dir = std::fs::File::open(bundle)?;
     let mut stream =
         UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_raw_fd()))?;
     stream.set_read_timeout(Some(limit))?;
-    stream.write_all(&[HELD])?;
+    stream.write_all(&[what])?;
     let mut verdict = [0];
     stream.read_exact(&mut verdict)?;
     Ok(verdict[0])
@@ -176,7 +210,7 @@ mod tests {
 
     async fn ask_in(bundle: &Path, limit: Duration) -> std::io::Result<u8> {
         let bundle = bundle.to_owned();
-        tokio::task::spawn_blocking(move || ask(&bundle, limit)).await.unwrap()
+        tokio::task::spawn_blocking(move || ask(&bundle, HELD, limit)).await.unwrap()
     }
 
     /// Method: CRIU's two calls, one before and one after the verdict, and a verdict too late to
@@ -195,6 +229,18 @@ mod tests {
             assert_eq!(ask_in(dir.path(), VERDICT_TIME_MAX).await.unwrap(), byte);
             assert_eq!(hold.was_granted(), may_run);
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_may_have_run_is_noted_before_it_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let hold = Hold::listen(dir.path()).unwrap();
+        assert!(!hold.may_have_run());
+        let bundle = dir.path().to_owned();
+        let noted =
+            tokio::task::spawn_blocking(move || ask(&bundle, RESUMING, NOTE_TIME_MAX)).await;
+        assert_eq!(noted.unwrap().unwrap(), GO);
+        assert!(hold.may_have_run());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -28,6 +28,7 @@ use crate::process::Phase;
 use crate::reap::{Mark, Waiter};
 use crate::rootfs;
 use crate::spec::{CRIU_CONFIG, Spec};
+use crate::wiring::Unasked;
 
 /// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
 const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
@@ -82,8 +83,11 @@ impl Container {
         rootfs::mount(&self.rootfs, &self.bundle).await?;
         let since = self.shared.reaper.mark();
         let pid_file = self.pid_file();
-        let created =
-            self.wire(&self.init, &pid_file, async |launch| self.runc.create(launch).await).await;
+        let created = self
+            .wire(&self.init, Unasked::Null, &pid_file, async |launch| {
+                self.runc.create(launch).await
+            })
+            .await;
         match created.and_then(|()| read_pid(&pid_file)) {
             Ok(pid) => {
                 self.init.set_pid(pid);
@@ -177,8 +181,13 @@ impl Container {
             return self.start_fresh().await;
         }
         let begun = Instant::now();
+        let mut may_have_run = false;
         let outcome = match self.prepare(&acquired).await {
-            Ok(hold) => self.restore_held(hold, &mut daemon, &acquired).await,
+            Ok(mut hold) => {
+                let restored = self.restore_held(&mut hold, &mut daemon, &acquired).await;
+                may_have_run = hold.may_have_run();
+                restored
+            }
             Err(error) => Err(error),
         };
         let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -200,6 +209,7 @@ impl Container {
                 };
                 self.unmount_rootfs();
                 report.reason = chain(&error);
+                report.may_have_run = may_have_run;
                 Err(error)
             }
         };
@@ -257,7 +267,7 @@ impl Container {
     /// Restores, and lets the tasks run only with the daemon's grant.
     async fn restore_held(
         self: &Arc<Self>,
-        mut hold: Hold,
+        hold: &mut Hold,
         daemon: &mut Daemon,
         acquired: &AcquireResponse,
     ) -> Result<(u32, Waiter), TaskError> {
@@ -299,7 +309,7 @@ impl Container {
         let command = async |launch: crate::runc::Launch<'_>| {
             self.runc.restore(image_path, work_path, launch, RESTORE_TIME_MAX).await
         };
-        self.wire(&self.init, &pid_file, command).await?;
+        self.wire(&self.init, Unasked::Pipe, &pid_file, command).await?;
         let pid = read_pid(&pid_file)?;
         Ok((pid, self.shared.reaper.watch(pid, since)))
     }

@@ -120,6 +120,16 @@ fn decoded(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// What a process gets for a stream that nobody asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unasked {
+    /// `/dev/null`: the runtime opens the container's own.
+    Null,
+    /// A pipe that is empty, or whose contents are thrown away. A restore takes what it is given, and the
+    /// host's `/dev/null` lies on a mount that the next dump could not see.
+    Pipe,
+}
+
 /// Whose streams they are, for loggers and for pipe owners.
 pub(crate) struct Owner<'a> {
     pub(crate) namespace: &'a str,
@@ -160,6 +170,7 @@ impl Wiring {
     pub(crate) async fn pipes(
         &self,
         stdio: &Stdio,
+        unasked: Unasked,
         owner: &Owner<'_>,
     ) -> Result<(Streams, Pending), WiringError> {
         let mut streams = Streams::default();
@@ -168,6 +179,9 @@ impl Wiring {
             let (read, write) = owned_pipe(owner.options)?;
             streams.stdin = Some(read);
             pending.stdin = Some(write);
+        } else if unasked == Unasked::Pipe {
+            // Without a writer it reads as the end of the file.
+            streams.stdin = Some(owned_pipe(owner.options)?.0);
         }
         let sinks = [Sink::parse(&stdio.stdout)?, Sink::parse(&stdio.stderr)?];
         let [stdout, stderr] = sinks;
@@ -179,7 +193,7 @@ impl Wiring {
             return Ok((streams, pending));
         }
         for (sink, stream) in [(stdout, &mut streams.stdout), (stderr, &mut streams.stderr)] {
-            if sink != Sink::None {
+            if sink != Sink::None || unasked == Unasked::Pipe {
                 let (read, write) = owned_pipe(owner.options)?;
                 *stream = Some(write);
                 pending.outputs.push((read, sink));
@@ -265,7 +279,13 @@ impl Wiring {
                 }));
                 Ok(())
             }
-            Sink::None | Sink::Logger { .. } => Ok(()),
+            Sink::None => {
+                self.others().files.push(tokio::spawn(async move {
+                    let _ = tokio::io::copy(&mut from, &mut tokio::io::sink()).await;
+                }));
+                Ok(())
+            }
+            Sink::Logger { .. } => Ok(()),
         }
     }
 
@@ -457,7 +477,7 @@ mod tests {
         let owner = Owner { namespace: "ns", id: "c", options: &options, reaper: &reaper };
         let stdio = Stdio::new("", &format!("file://{}", log.display()), "", false);
         let wiring = Wiring::default();
-        let (streams, pending) = wiring.pipes(&stdio, &owner).await.unwrap();
+        let (streams, pending) = wiring.pipes(&stdio, Unasked::Null, &owner).await.unwrap();
         wiring.attach(&stdio, pending).unwrap();
         let mut command = Command::new("seq");
         command.arg("20000").stdout(streams.stdout.unwrap());
@@ -484,7 +504,7 @@ mod tests {
         let uri = format!("binary://{}?{}", script.display(), out.display());
         let stdio = Stdio::new("", &uri, &uri, false);
         let wiring = Wiring::default();
-        let (streams, pending) = wiring.pipes(&stdio, &owner).await.unwrap();
+        let (streams, pending) = wiring.pipes(&stdio, Unasked::Null, &owner).await.unwrap();
         wiring.attach(&stdio, pending).unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", "echo one; echo two >&2"]);

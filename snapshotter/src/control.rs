@@ -181,7 +181,8 @@ impl Control for Service {
     }
 
     async fn settle(&self, _context: &TtrpcContext, asked: SettleRequest) -> ttrpc::Result<Empty> {
-        let settlement = Settlement { running: asked.running, reason: asked.reason };
+        let (running, may_have_run) = (asked.running, asked.may_have_run);
+        let settlement = Settlement { running, reason: asked.reason, may_have_run };
         destination::settle(&self.node, &asked.session, settlement).await;
         Ok(Empty::new())
     }

@@ -161,8 +161,14 @@ impl Node {
     /// Forgets journalled containers that containerd no longer has.
     async fn forget_deleted(&self) -> Result<(), MigrationError> {
         for (container, entry) in self.journal.containers()? {
-            // What is being handed over is settled first.
-            if matches!(entry.ownership, Ownership::Offered(..) | Ownership::Claiming(..)) {
+            // What is being handed over is settled first, and a container that was never let run here stays known as
+            // such: its source may yet ask.
+            let open = match entry.ownership {
+                Ownership::Offered(..) | Ownership::Claiming(..) | Ownership::Returned(..) => true,
+                Ownership::Owner(_) => entry.session.is_some() && !entry.resumed,
+                Ownership::Released(..) => false,
+            };
+            if open {
                 continue;
             }
             let found = self.containerd.container(container.namespace(), container.id()).await;

@@ -107,13 +107,22 @@ pub struct Load {
 impl Load {
     /// Starts writing from a network namespace ([`crate::Bed::client_namespace`]).
     pub fn start(namespace: String, options: LoadOptions) -> Result<Self> {
+        let ledger = Ledger::new(options.keys, options.value_bytes);
+        Self::resume(namespace, options, ledger)
+    }
+
+    /// The same on a server that holds values already: `ledger` knows them.
+    pub fn resume(namespace: String, options: LoadOptions, ledger: Ledger) -> Result<Self> {
         if options.addresses.is_empty() || options.keys == 0 {
             bail!("a load needs an address and a key");
+        }
+        if (ledger.keys.len(), ledger.value_bytes) != (options.keys, options.value_bytes) {
+            bail!("the ledger is one of other keys or values than the load's");
         }
         let stop = Arc::new(AtomicBool::new(false));
         let acknowledged = Arc::new(AtomicU64::new(0));
         let beats = Arc::new(Mutex::new(vec![0; options.addresses.len()]));
-        let mut writer = Writer::new(options, &acknowledged, &beats);
+        let mut writer = Writer::new(options, ledger, &acknowledged, &beats);
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("load".into()).spawn(move || {
             in_namespace(&namespace, move || {
@@ -176,10 +185,10 @@ struct Writer {
 impl Writer {
     fn new(
         options: LoadOptions,
+        ledger: Ledger,
         acknowledged: &Arc<AtomicU64>,
         beats: &Arc<Mutex<Vec<u64>>>,
     ) -> Self {
-        let ledger = Ledger { keys: vec![(0, 0); options.keys], value_bytes: options.value_bytes };
         let report = Report {
             acknowledged: 0,
             unanswered: 0,
@@ -305,6 +314,22 @@ impl Writer {
 }
 
 impl Ledger {
+    /// Knows that keys `key:0` to `key:N-1` have no value.
+    pub fn new(keys: usize, value_bytes: usize) -> Self {
+        Self { keys: vec![(0, 0); keys], value_bytes }
+    }
+
+    /// Writes the next value of a key and waits for the acknowledgement.
+    pub fn write(&mut self, client: &mut Client, index: usize) -> Result<(), RedisError> {
+        let mut value = vec![0; self.value_bytes.max(pattern::HEADER_BYTES)];
+        let (acknowledged, tried) = &mut self.keys[index];
+        *tried += 1;
+        pattern::write_record(index as u64, *tried, &mut value);
+        client.set(&key_name(index), &value)?;
+        *acknowledged = *tried;
+        Ok(())
+    }
+
     /// Reads every key from a server and compares it with what was acknowledged and tried.
     ///
     /// Call it where `address` can be reached, see [`crate::Bed::as_client`].
@@ -349,7 +374,8 @@ impl Ledger {
     }
 }
 
-fn key_name(index: usize) -> String {
+/// Name of the key numbered `index`.
+pub fn key_name(index: usize) -> String {
     format!("key:{index}")
 }
 

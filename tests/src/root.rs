@@ -27,6 +27,7 @@ pub const RELEASE: &str = "trixie";
 pub const CRIU_RELEASE: &str = "forky";
 /// What nodes have besides a minimal Debian.
 pub const PACKAGES: &[&str] = &[
+    "attr",
     "busybox-static",
     "containerd",
     "crun",

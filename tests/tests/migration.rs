@@ -1,34 +1,35 @@
 //! Migrations between real nodes: state arrives whole, in both modes, and the source lets go.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
-use godwit_tests::images::Image;
-use godwit_tests::workload::{self, memhog};
+use godwit_tests::images::{self, Image};
+use godwit_tests::load::{Load, LoadOptions};
+use godwit_tests::workload::{self, Container, REDIS_PORT, memhog};
 use godwit_tests::{Bed, BedOptions, Node};
 
 /// The nodes that all tests share; torn down at exit.
-static BED: LazyLock<Bed> = LazyLock::new(|| start().expect("the test nodes start"));
+static BED: LazyLock<Bed> = LazyLock::new(|| {
+    Bed::start(&BedOptions::nodes(3).rate_mbit(1000)).expect("the test nodes start")
+});
 
-fn start() -> Result<Bed> {
-    Bed::start(&BedOptions::nodes(3).rate_mbit(1000))
-}
+const SOON: Duration = Duration::from_secs(10);
 
 fn node(index: usize) -> &'static Node {
     BED.node(index)
 }
 
-/// A memhog on node 0 with a volume and a network of its own name; the addresses on all nodes.
+/// A memhog on node 0 with a volume and a network of its own name: the addresses on all nodes, and which process it is.
 fn start_memhog(
     name: &'static str,
     first: u8,
     mib: usize,
     dirty: usize,
 ) -> Result<(Vec<Ipv4Addr>, u64)> {
-    godwit_tests::images::import(node(0), Image::Memhog, "godwit")?;
+    images::import(node(0), Image::Memhog, "godwit")?;
     let addresses = workload::networks(&BED, name, first)?;
     node(0).ok(&["godwit", "volume", "create", name])?;
     memhog(name, name, mib, dirty).start(node(0))?;
@@ -37,42 +38,268 @@ fn start_memhog(
 }
 
 /// Removes what a test left running on a node.
-fn remove(at: &Node, name: &str) -> Result<()> {
+fn remove(at: &Node, name: &str, has_volume: bool) -> Result<()> {
     at.ok(&["ctr", "tasks", "rm", "-f", name])?;
     at.ok(&["ctr", "containers", "rm", name])?;
-    at.ok(&["godwit", "volume", "rm", name]).map(drop)
-}
-
-/// The source has neither task nor container nor volume any more, and nothing is staged anywhere.
-fn is_gone_from(source: &Node, name: &str) -> Result<()> {
-    ensure!(workload::task(source, name)?.is_none(), "the source still has a task");
-    let containers = source.ok(&["ctr", "containers", "ls", "-q"])?;
-    ensure!(!containers.lines().any(|line| line == name), "the source still has the container");
-    let volumes = source.ok(&["godwit", "volume", "ls"])?;
-    ensure!(!volumes.contains(name), "the source still has the volume: {volumes}");
+    if has_volume {
+        at.ok(&["godwit", "volume", "rm", name])?;
+    }
     Ok(())
 }
 
-fn moves_whole(name: &'static str, first: u8, mode: &str) -> Result<()> {
+/// The source has neither task nor container nor volume any more, and nothing is staged.
+fn is_gone_from(source: &Node, name: &str) -> Result<()> {
+    wait_until("the source lets go", SOON, || {
+        let containers = source.ok(&["ctr", "containers", "ls", "-q"])?;
+        let volumes = source.ok(&["godwit", "volume", "ls"])?;
+        let staged =
+            source.sh("ls /var/lib/godwit/dump /var/lib/godwit/stage 2>/dev/null || true")?;
+        Ok(workload::task(source, name)?.is_none()
+            && !containers.lines().any(|line| line == name)
+            && !volumes.contains(name)
+            && staged.lines().all(|line| line.is_empty() || line.ends_with(':')))
+    })
+}
+
+fn goes_on(address: Ipv4Addr, beats: u64) -> Result<()> {
+    wait_until("it goes on", SOON, || Ok(workload::memhog_answers(&BED, address)?.beats > beats))
+}
+
+fn bytes_from(report: &serde_json::Value, node: &Node) -> u64 {
+    report["wire_bytes_by_node"][node.name()].as_u64().unwrap_or(0)
+}
+
+fn memhog_moves(name: &'static str, first: u8, mode: &str) -> Result<()> {
     let (addresses, incarnation) = start_memhog(name, first, 32, 5)?;
     let report = workload::migrated(node(1), name, node(0), node(1), &["--mode", mode])?;
     ensure!(report["mode"] == mode && report["rounds"].as_u64() > Some(0), "{report}");
-    let before = workload::memhog_is_whole(&BED, addresses[1], incarnation)?;
-    wait_until("it goes on", Duration::from_secs(5), || {
-        Ok(workload::memhog_answers(&BED, addresses[1])?.beats > before.beats)
-    })?;
+    let stat = workload::memhog_is_whole(&BED, addresses[1], incarnation)?;
+    goes_on(addresses[1], stat.beats)?;
     is_gone_from(node(0), name)?;
     let beats = node(1).sh(&format!("cat /var/lib/godwit/volumes/{name}/data/beats"))?;
     godwit_tests::memhog::longest_gap(&beats).context("beats on the volume")?;
-    remove(node(1), name)
+    remove(node(1), name, true)
 }
 
 #[test]
 fn memory_and_volume_move_whole_in_cooperative_mode() -> Result<()> {
-    moves_whole("coop", 0, "cooperative")
+    memhog_moves("coop", 0, "cooperative")
 }
 
 #[test]
 fn memory_and_volume_move_whole_in_traditional_mode() -> Result<()> {
-    moves_whole("trad", 10, "traditional")
+    memhog_moves("trad", 10, "traditional")
+}
+
+/// a -> b -> c -> a. What a node had before serves the container's return.
+#[test]
+fn a_chain_of_migrations_ends_where_it_began_with_everything_whole() -> Result<()> {
+    let name = "chain";
+    let (addresses, incarnation) = start_memhog(name, 20, 48, 2)?;
+    let mut last = None;
+    for (from, to) in [(0, 1), (1, 2), (2, 0)] {
+        // Asked from a node that is neither source nor destination.
+        let asked = node(3 - from - to);
+        let report = workload::migrated(asked, name, node(from), node(to), &[])?;
+        let stat = workload::memhog_is_whole(&BED, addresses[to], incarnation)?;
+        goes_on(addresses[to], stat.beats)?;
+        is_gone_from(node(from), name)?;
+        last = Some(report);
+    }
+    let report = last.context("a report")?;
+    let memory = 48 << 20;
+    let from_source = bytes_from(&report, node(2));
+    ensure!(
+        from_source < memory / 2,
+        "{from_source} bytes from the source although the destination has a snapshot: {report}"
+    );
+    remove(node(0), name, true)
+}
+
+/// The neighbour holds a snapshot, the destination nothing: only the difference comes from the source.
+#[test]
+fn a_neighbours_snapshot_spares_the_source() -> Result<()> {
+    let name = "spare";
+    let (addresses, incarnation) = start_memhog(name, 30, 64, 1)?;
+    workload::migrated(node(1), name, node(0), node(1), &[])?;
+    let report = workload::migrated(node(2), name, node(1), node(2), &[])?;
+    workload::memhog_is_whole(&BED, addresses[2], incarnation)?;
+    let (neighbour, source) = (bytes_from(&report, node(0)), bytes_from(&report, node(1)));
+    ensure!(neighbour > 32 << 20, "{neighbour} bytes from the neighbour: {report}");
+    ensure!(source < 24 << 20, "{source} bytes from the source: {report}");
+    remove(node(2), name, true)
+}
+
+/// Method: a shell counts into a file of its writable layer; the count goes on where it was.
+fn busybox_moves(name: &'static str, mode: &str) -> Result<()> {
+    images::import(node(0), Image::Busybox, "godwit")?;
+    let script = "mkdir -p /a; rm -f /etc/hostname; i=0; while :; do i=$((i+1)); echo $i > /a/count; usleep 20000; done";
+    Container::new(name, Image::Busybox).command(&["sh", "-c", script]).start(node(0))?;
+    let count = |at: &Node| -> Result<u64> {
+        let text = at.ok(&[
+            "ctr",
+            "tasks",
+            "exec",
+            "--exec-id",
+            &format!("c{}", std::process::id()),
+            name,
+            "cat",
+            "/a/count",
+        ])?;
+        text.trim().parse().with_context(|| format!("count {text:?}"))
+    };
+    wait_until("it counts", SOON, || Ok(count(node(0)).is_ok_and(|count| count > 20)))?;
+    let before = count(node(0))?;
+    workload::migrated(node(0), name, node(0), node(1), &["--mode", mode])?;
+    let after = count(node(1))?;
+    ensure!(after >= before, "{after} after {before}");
+    wait_until("it goes on", SOON, || Ok(count(node(1))? > after))?;
+    remove(node(1), name, false)
+}
+
+#[test]
+fn a_shell_and_its_writable_layer_move_in_cooperative_mode() -> Result<()> {
+    busybox_moves("shell-c", "cooperative")
+}
+
+#[test]
+fn a_shell_and_its_writable_layer_move_in_traditional_mode() -> Result<()> {
+    busybox_moves("shell-t", "traditional")
+}
+
+fn redis(name: &'static str) -> Container<'static> {
+    Container::new(name, Image::Redis).volume(name, "/data", "rw").network(name).command(&[
+        "redis-server",
+        "--protected-mode",
+        "no",
+        "--save",
+        "",
+        "--dir",
+        "/data",
+        "--appendonly",
+        "yes",
+        "--auto-aof-rewrite-percentage",
+        "0",
+    ])
+}
+
+/// Method: a client writes all the time and remembers what was acknowledged; no value may be lost or torn.
+fn redis_moves(name: &'static str, first: u8, mode: &str) -> Result<()> {
+    images::import(node(0), Image::Redis, "godwit")?;
+    let addresses = workload::networks(&BED, name, first)?;
+    node(0).ok(&["godwit", "volume", "create", name])?;
+    redis(name).start(node(0))?;
+    let sockets: Vec<_> =
+        addresses.iter().map(|address| SocketAddr::from((*address, REDIS_PORT))).collect();
+    let options = LoadOptions {
+        addresses: sockets.clone(),
+        bytes_per_s: 2 << 20,
+        value_bytes: 4096,
+        keys: 2000,
+    };
+    let load = Load::start(BED.client_namespace(), options)?;
+    load.wait_for(1000, Duration::from_secs(20))?;
+    workload::migrated(node(1), name, node(0), node(1), &["--mode", mode])?;
+    load.wait_for(300, Duration::from_secs(20))?;
+    let seen = load.stop()?;
+    let verdict = BED.as_client(|| seen.ledger.verify(sockets[1]))?;
+    ensure!(verdict.wrong.is_empty() && verdict.values > 300, "{verdict:?}");
+    ensure!(seen.beats[1] > 0, "no beat from the destination: {:?}", seen.beats);
+    remove(node(1), name, true)
+}
+
+#[test]
+fn redis_keeps_every_acknowledged_write_in_cooperative_mode() -> Result<()> {
+    redis_moves("redis-c", 40, "cooperative")
+}
+
+#[test]
+fn redis_keeps_every_acknowledged_write_in_traditional_mode() -> Result<()> {
+    redis_moves("redis-t", 50, "traditional")
+}
+
+/// Plain `ctr run` with the annotation, under another id; the source keeps its container, fenced.
+#[test]
+fn an_annotation_brings_a_container_here_under_another_id() -> Result<()> {
+    let name = "annotated";
+    let (addresses, incarnation) = start_memhog(name, 60, 16, 1)?;
+    images::import(node(1), Image::Memhog, "godwit")?;
+    let from = format!("{}/default/{name}", node(0).name());
+    let mut here = memhog(name, name, 1, 0).annotation("godwit.io/migrate-from", &from);
+    here.name = "renamed";
+    here.start(node(1))?;
+    workload::memhog_is_whole(&BED, addresses[1], incarnation)?;
+
+    // The source's container is stopped and may not be started again.
+    wait_until("the source's task has ended", SOON, || {
+        Ok(workload::task(node(0), name)?.as_deref() == Some("STOPPED"))
+    })?;
+    node(0).ok(&["ctr", "tasks", "rm", name])?;
+    let again = node(0).run(&["ctr", "tasks", "start", "-d", name])?;
+    let text = again.ok().unwrap_err().to_string();
+    ensure!(text.contains(&format!("moved to {}, epoch 1", node(1).name())), "{text}");
+    node(0).ok(&["ctr", "containers", "rm", name])?;
+
+    // The annotation is spent: a restart here is an ordinary start.
+    node(1).ok(&["ctr", "tasks", "rm", "-f", "renamed"])?;
+    node(1).ok(&["ctr", "tasks", "start", "-d", "renamed"])?;
+    let fresh = workload::memhog_answers(&BED, addresses[1])?;
+    ensure!(fresh.incarnation != incarnation, "it was restored a second time");
+    remove(node(1), "renamed", false)?;
+    node(1).ok(&["godwit", "volume", "rm", name]).map(drop)
+}
+
+/// The procedure of the first experiment: one round, and no writable layer.
+#[test]
+fn one_round_without_the_writable_layer_is_possible() -> Result<()> {
+    let name = "document";
+    let (addresses, incarnation) = start_memhog(name, 70, 16, 1)?;
+    let options = ["--max-rounds", "1", "--writable-layer", "no"];
+    let report = workload::migrated(node(0), name, node(0), node(1), &options)?;
+    ensure!(report["rounds"] == 1, "{report}");
+    let subjects = report["subjects"].to_string();
+    ensure!(!subjects.contains("layer|"), "{subjects}");
+    workload::memhog_is_whole(&BED, addresses[1], incarnation)?;
+    remove(node(1), name, true)
+}
+
+/// Regular files, directories, links, holes, modes, owners, times, attributes and odd names, on a volume.
+#[test]
+fn a_volume_and_a_read_only_volume_survive_bit_for_bit() -> Result<()> {
+    let name = "odd";
+    images::import(node(0), Image::Busybox, "godwit")?;
+    node(0).ok(&["godwit", "volume", "create", name])?;
+    node(0).sh(&format!(
+        "cd /var/lib/godwit/volumes/{name}/data
+         mkdir -p d/e; echo one > d/one; ln d/one two; ln -s ../nowhere d/link; mkfifo pipe
+         truncate -s 40M sparse; printf x | dd of=sparse bs=1 seek=20000000 conv=notrunc status=none
+         printf odd > \"$(printf 'new\\nline \\377')\"; chmod 4711 d/one; chown 12:34 d/e
+         head -c 3000000 /dev/urandom > noise; touch -d '2001-02-03 04:05:06.789' noise d
+         setfattr -n user.colour -v blue noise"
+    ))?;
+    // Everything that a tree has to keep, and no more: access times are not part of it.
+    let listing = "find . ! -type d -printf '%P|%y|%m|%U:%G|%s|%n|%T@|%l\\n' -o -printf '%P|%y|%m|%U:%G|%T@\\n' | LC_ALL=C sort; \
+        find . -type f -exec sha256sum -b {} + | LC_ALL=C sort; getfattr -dm- -R . 2>/dev/null; \
+        [ $(stat -c %b sparse) -lt 1000 ] && echo sparse";
+    let tree = |at: &Node, path: &str| at.sh(&format!("cd {path} && {{ {listing} ; }}"));
+    let path = format!("/var/lib/godwit/volumes/{name}/data");
+    let before = tree(node(0), &path)?;
+    let imported = node(0).ok(&["godwit", "volume", "import", &path])?.trim().to_owned();
+
+    Container::new(name, Image::Busybox)
+        .volume(name, "/data", "rw")
+        .volume(&imported, "/content", "ro")
+        .command(&["sh", "-c", "while :; do usleep 100000; done"])
+        .start(node(0))?;
+    let denied =
+        node(0).run(&["ctr", "tasks", "exec", "--exec-id", "w", name, "touch", "/content/x"])?;
+    ensure!(!denied.succeeded(), "read-only content was written to");
+    workload::migrated(node(2), name, node(0), node(2), &[])?;
+    let after = tree(node(2), &path)?;
+    ensure!(after == before, "before:\n{before}\nafter:\n{after}");
+    let content = imported.trim_start_matches("sha256:");
+    let content = tree(node(2), &format!("/var/lib/godwit/content/{content}"))?;
+    ensure!(content == before, "read-only content:\n{content}");
+    remove(node(2), name, true)?;
+    node(2).ok(&["godwit", "volume", "rm", &imported]).map(drop)
 }

@@ -38,7 +38,7 @@ async fn main() -> anyhow::Result<()> {
     let snapshots = snapshots::Snapshots::open(&config.state_dir.join("snapshots"))
         .context("cannot open the snapshots")?;
     let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
-    migrate::source::recover(&node)?;
+    migrate::release::recover(&node)?;
 
     let run_dir = &node.config.run_dir;
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;

@@ -11,14 +11,14 @@
 //! open of the daemon everything below `stage` is removed: sessions live in memory.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 
 use godwit_protos::peer::ObjectBatch;
 use godwit_protos::{Digest, Subject, VolumeId};
 
 use super::MigrationError;
-use super::destination::{Installed, Parsed, clear};
+use super::session::Parsed;
 use crate::content::encoding::Codec;
 use crate::content::materialize::materialize;
 use crate::content::{Source as _, memory, on};
@@ -35,7 +35,7 @@ pub struct Layout {
     volumes: Vec<(VolumeId, Digest)>,
     layer: Option<Digest>,
     memory: Option<Digest>,
-    installed: Installed,
+    installed: Vec<VolumeId>,
 }
 
 impl Layout {
@@ -150,6 +150,19 @@ impl Layout {
         }
         let _ = fs::remove_dir_all(&self.directory);
     }
+}
+
+/// Removes everything below a directory, but not the directory.
+fn clear(directory: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Keeps the objects of a stop-and-copy stream: each is decoded, checked against its digest, and stored.

@@ -15,9 +15,11 @@ pub mod image;
 pub mod journal;
 pub mod layout;
 pub mod ownership;
+pub mod release;
 pub mod report;
 pub mod request;
 pub mod rounds;
+pub mod session;
 pub mod shim;
 pub mod source;
 pub mod spec;
@@ -291,4 +293,11 @@ async fn remove_container(node: &Node, container: &ContainerRef) {
     if let Err(error) = removed.await {
         tracing::warn!(%container, %error, "cannot remove the container");
     }
+}
+
+/// Runs work that waits for disk or processor on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MigrationError> + Send + 'static,
+) -> Result<T, MigrationError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_cause| MigrationError::Interrupted)?
 }

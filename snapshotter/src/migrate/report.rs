@@ -1,9 +1,11 @@
 //! What a migration cost: the document that ends it. docs/protocol.md explains each field.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+use crate::peer::fetch::Brought;
 
 /// Milliseconds of each phase. All but `pre_copy` add up to the downtime.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -58,6 +60,34 @@ pub struct Report {
     pub stop_and_copy_bytes: u64,
     /// Share of each subject.
     pub subjects: Vec<Share>,
+}
+
+/// What each subject cost, for the report.
+#[derive(Default)]
+pub(super) struct Shares(HashMap<String, Share>);
+
+impl Shares {
+    fn of(&mut self, subject: &str) -> &mut Share {
+        let fresh = || Share { subject: subject.to_owned(), ..Share::default() };
+        self.0.entry(subject.to_owned()).or_insert_with(fresh)
+    }
+
+    pub(super) fn add(&mut self, subject: &str, brought: &Brought) {
+        let share = self.of(subject);
+        for (node, (_, bytes)) in brought {
+            *share.raw_bytes_by_node.entry(node.clone()).or_default() += bytes;
+        }
+    }
+
+    pub(super) fn size(&mut self, subject: &str, bytes: u64) {
+        self.of(subject).size_bytes = bytes;
+    }
+
+    pub(super) fn into_list(self) -> Vec<Share> {
+        let mut list: Vec<Share> = self.0.into_values().collect();
+        list.sort_by(|one, other| one.subject.cmp(&other.subject));
+        list
+    }
 }
 
 impl fmt::Display for Report {

@@ -10,8 +10,7 @@
 //!
 //! The stream is the session. Until `Released` is journalled its end, an abort and every error lead to a thaw and to
 //! `Owner`. After it nothing here may run the container, except the destination's journalled word that its tasks never
-//! ran; if the stream breaks then, [`settle_later`] asks the destination until it answers. On restart [`recover`] does the same
-//! for what the journal holds.
+//! ran; if the stream breaks then, [`super::release`] asks the destination until it answers.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -19,25 +18,25 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_protos::peer::{
-    Begin, Begun, FromSource, Manifest, ObjectBatch, OwnershipRequest, Refusal, Released,
-    RoundDone, Stopped, ToSource, from_source, to_source,
+    Begin, Begun, FromSource, Manifest, ObjectBatch, Refusal, Released, RoundDone, Stopped,
+    ToSource, from_source, to_source,
 };
-use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject, VolumeId};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
-use super::MigrationError;
 use super::describe::{Described, describe};
-use super::journal::Entry;
-use super::ownership::{Epoch, Event, Ownership};
+use super::ownership::{Epoch, Event};
+use super::release::{Remembered, settle_later, take_back, take_offer_back};
+use super::{MigrationError, blocking};
 use crate::content::capture::{Captured, Unchanged, capture};
 use crate::content::encoding::{Codec, Encoding};
 use crate::content::memory::{self, Previous};
 use crate::content::object::Kind;
 use crate::content::{ContentError, Source as _, difference::difference};
 use crate::node::Node;
-use crate::peer::{BATCH_BYTES, Connection};
+use crate::peer::BATCH_BYTES;
 use crate::store::{Lease, Snapshot, SnapshotId, Store};
 
 /// How long a frozen container waits for the destination's next word before it is thawed.
@@ -208,7 +207,7 @@ impl Session {
             Ok(to_source::Message::Settled(settled)) => Some(settled.running),
             _ => None,
         };
-        let remembered = Remembered::of(self);
+        let remembered = self.remembered();
         match verdict {
             Some(true) => remembered.let_go(&self.node).await,
             Some(false) => take_back(&self.node, &container, epoch).await,
@@ -318,105 +317,48 @@ impl Session {
         Ok(reading.await.map_err(|_cause| MigrationError::Interrupted)??)
     }
 
+    /// What is to be done once the container runs elsewhere.
+    fn remembered(&self) -> Remembered {
+        let mut snapshots = Vec::new();
+        let mut add = |subject: &Subject, kind: Kind, root: Digest, bytes: u64| {
+            if let Ok(manifest) = self.manifest(subject, root, bytes) {
+                let node = &self.node.config.node;
+                snapshots.push(super::snapshot(
+                    subject,
+                    kind,
+                    root,
+                    bytes,
+                    manifest.sequence,
+                    node,
+                ));
+            }
+        };
+        if let Some(memory) = &self.memory_last {
+            add(&self.described.memory, Kind::Memory, memory.digest, memory.bytes);
+        }
+        for tree in &self.trees {
+            if let Some(last) = tree.last {
+                add(&tree.subject, Kind::Tree, last.tree, last.bytes);
+            }
+        }
+        let volumes = self.described.writable_volumes.iter().map(|(id, _)| id.clone());
+        Remembered {
+            container: self.container.clone(),
+            destination: self.destination.clone(),
+            remove_source: self.remove_source,
+            volumes: volumes.collect(),
+            snapshots,
+            directory: Some(self.directory.clone()),
+            lease: Some(self.lease.clone()),
+        }
+    }
+
     /// Back to running here. Only before the release.
     async fn abort(&mut self) {
         let Some(epoch) = self.offered.take() else { return };
         take_offer_back(&self.node, &self.container, epoch).await;
         let _ = tokio::fs::remove_dir_all(&self.directory).await;
     }
-}
-
-/// Thaws a container whose offer came to nothing: 1. thaw, 2. journal. A crash between the two thaws again.
-async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
-    match super::shim::Shim::find(&node.config, container) {
-        Ok(shim) => {
-            if let Err(error) = shim.thaw(container.id()).await {
-                tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
-            }
-        }
-        Err(error) => tracing::warn!(%container, error = error.chain(), "no shim to thaw"),
-    }
-    if let Err(error) = node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
-        tracing::error!(%container, %error, "cannot journal the abort");
-    }
-}
-
-/// Runs a released container here again: the destination has journalled that it never ran it.
-async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
-    if let Err(error) = node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
-        tracing::error!(%container, %error, "cannot journal the return; the container stays frozen");
-        return;
-    }
-    tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
-    let thawed =
-        async { super::shim::Shim::find(&node.config, container)?.thaw(container.id()).await };
-    if let Err(error) = thawed.await {
-        tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
-    }
-}
-
-/// Asks the destination how the restore of a released container ended, until it answers.
-async fn settle_later(node: &Node, container: &ContainerRef, remembered: Option<Remembered>) {
-    let mut pause = Duration::from_millis(200);
-    loop {
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(30));
-        let entry = match node.journal.container(container) {
-            Ok(Some(Entry { ownership: Ownership::Released(epoch, to), .. })) => (epoch, to),
-            Ok(_) => return,
-            Err(error) => {
-                tracing::error!(%container, %error, "journal");
-                continue;
-            }
-        };
-        let answer = ask_owner(node, &entry.1).await;
-        match answer.as_ref().map(|(state, _)| state.as_str()) {
-            Ok("owner") => {
-                let remembered = match remembered {
-                    Some(remembered) => remembered,
-                    None => Remembered::after_restart(container),
-                };
-                return remembered.let_go(node).await;
-            }
-            Ok("returned") => return take_back(node, container, entry.0).await,
-            Ok(state) => tracing::info!(%container, state, "waiting for the destination"),
-            Err(error) => {
-                tracing::warn!(%container, error = error.chain(), "waiting for the destination");
-            }
-        }
-    }
-}
-
-/// What another node's journal says of a container.
-pub(super) async fn ask_owner(node: &Node, there: &str) -> Result<(String, Epoch), MigrationError> {
-    let MigrateFrom { node: peer, container } = there.parse()?;
-    let connection = Connection::open(&node.config, &peer, Duration::from_secs(5)).await?;
-    let asked = OwnershipRequest {
-        container: Some(godwit_protos::peer::Container {
-            namespace: container.namespace().to_owned(),
-            id: container.id().to_owned(),
-        }),
-    };
-    let answer = connection.client().ownership(asked).await;
-    let answer = answer.map_err(|status| connection.refused(status))?.into_inner();
-    Ok((answer.state, Epoch(answer.epoch)))
-}
-
-/// Goes on after a restart with what the journal holds: an offer is taken back, a release is settled.
-pub fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
-    for (container, entry) in node.journal.containers()? {
-        let node = node.clone();
-        match entry.ownership {
-            Ownership::Offered(epoch, _) => {
-                tokio::spawn(async move { take_offer_back(&node, &container, epoch).await });
-            }
-            Ownership::Released(..) => {
-                tokio::spawn(async move { settle_later(&node, &container, None).await });
-            }
-            Ownership::Owner(_) | Ownership::Claiming(..) | Ownership::Returned(..) => {}
-        }
-    }
-    Ok(())
 }
 
 /// Takes a snapshot of every subject of a running container, without freezing it, and records them.
@@ -458,99 +400,6 @@ pub async fn take_snapshots(
         Ok(taken)
     })
     .await
-}
-
-/// What remains to be done once the container runs elsewhere.
-struct Remembered {
-    container: ContainerRef,
-    destination: String,
-    remove_source: bool,
-    volumes: Vec<VolumeId>,
-    snapshots: Vec<Snapshot>,
-    directory: Option<PathBuf>,
-    lease: Option<Arc<Lease>>,
-}
-
-impl Remembered {
-    fn of(session: &Session) -> Self {
-        let mut snapshots = Vec::new();
-        let mut add = |subject: &Subject, kind: Kind, root: Digest, bytes: u64| {
-            if let Ok(manifest) = session.manifest(subject, root, bytes) {
-                let node = &session.node.config.node;
-                snapshots.push(super::snapshot(
-                    subject,
-                    kind,
-                    root,
-                    bytes,
-                    manifest.sequence,
-                    node,
-                ));
-            }
-        };
-        if let Some(memory) = &session.memory_last {
-            add(&session.described.memory, Kind::Memory, memory.digest, memory.bytes);
-        }
-        for tree in &session.trees {
-            if let Some(last) = tree.last {
-                add(&tree.subject, Kind::Tree, last.tree, last.bytes);
-            }
-        }
-        let volumes = session.described.writable_volumes.iter().map(|(id, _)| id.clone());
-        Self {
-            container: session.container.clone(),
-            destination: session.destination.clone(),
-            remove_source: session.remove_source,
-            volumes: volumes.collect(),
-            snapshots,
-            directory: Some(session.directory.clone()),
-            lease: Some(session.lease.clone()),
-        }
-    }
-
-    /// After a restart the session is gone; the container stays for its owner to delete, fenced.
-    fn after_restart(container: &ContainerRef) -> Self {
-        Self {
-            container: container.clone(),
-            destination: String::new(),
-            remove_source: false,
-            volumes: Vec::new(),
-            snapshots: Vec::new(),
-            directory: None,
-            lease: None,
-        }
-    }
-
-    /// Ends the tasks, keeps the snapshots, gives the volumes away. Each step is safe to leave undone: a snapshot less
-    /// makes the next migration slower, and a volume that stays is fenced with its container.
-    async fn let_go(self, node: &Node) {
-        let container = &self.container;
-        let ended = async {
-            super::shim::Shim::find(&node.config, container)?.let_go(container.id()).await
-        };
-        if let Err(error) = ended.await {
-            tracing::error!(%container, error = error.chain(), "cannot end the tasks that moved away");
-        }
-        let (store, snapshots, keep) = (node.store.clone(), self.snapshots, node.config.keep_last);
-        let kept =
-            tokio::task::spawn_blocking(move || super::keep_snapshots(&store, snapshots, keep));
-        if let Ok(Err(error)) = kept.await {
-            tracing::warn!(%container, %error, "cannot keep the snapshots");
-        }
-        if self.remove_source {
-            super::remove_container(node, container).await;
-        }
-        let (volumes, ids, to) = (node.volumes.clone(), self.volumes, self.destination);
-        let given = tokio::task::spawn_blocking(move || {
-            ids.iter().try_for_each(|id| volumes.give_away(id, &to))
-        });
-        if let Ok(Err(error)) = given.await {
-            tracing::warn!(%container, %error, "cannot remove a volume that moved away");
-        }
-        if let Some(directory) = self.directory {
-            let _ = tokio::fs::remove_dir_all(directory).await;
-        }
-        drop(self.lease);
-    }
 }
 
 impl TreeSubject {
@@ -675,12 +524,6 @@ fn stream_difference(
     }
     let _ = send.blocking_send(batch);
     Ok(())
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, MigrationError> + Send + 'static,
-) -> Result<T, MigrationError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_cause| MigrationError::Interrupted)?
 }
 
 fn micros(duration: Duration) -> u64 {

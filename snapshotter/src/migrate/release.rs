@@ -1,0 +1,176 @@
+//! How an offer ends at the source: taken back, given away for good, or run here again.
+//!
+//! Before the release an offer is taken back by a thaw. After it only the destination's word counts: that the tasks have run
+//! there ([`Remembered::let_go`] ends them here), or that they never did ([`take_back`]). If that word was lost,
+//! [`settle_later`] asks for it until it comes; [`recover`] goes on with that after a restart. A destination whose journal
+//! does not know the container answers neither, and the container stays frozen and fenced for an operator to decide.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protos::peer::OwnershipRequest;
+use godwit_protos::{ContainerRef, MigrateFrom, VolumeId};
+
+use super::MigrationError;
+use super::journal::Entry;
+use super::ownership::{Epoch, Event, Ownership};
+use super::shim::Shim;
+use crate::node::Node;
+use crate::peer::Connection;
+use crate::store::{Lease, Snapshot};
+
+/// Thaws a container whose offer came to nothing: 1. thaw, 2. journal. A crash between the two thaws again.
+pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
+    match Shim::find(&node.config, container) {
+        Ok(shim) => {
+            if let Err(error) = shim.thaw(container.id()).await {
+                tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
+            }
+        }
+        Err(error) => tracing::warn!(%container, error = error.chain(), "no shim to thaw"),
+    }
+    if let Err(error) = node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
+        tracing::error!(%container, %error, "cannot journal the abort");
+    }
+}
+
+/// Runs a released container here again: the destination has journalled that it never ran it.
+pub(super) async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
+    if let Err(error) = node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
+        tracing::error!(%container, %error, "cannot journal the return; the container stays frozen");
+        return;
+    }
+    tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
+    let thawed = async { Shim::find(&node.config, container)?.thaw(container.id()).await };
+    if let Err(error) = thawed.await {
+        tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
+    }
+}
+
+/// Asks the destination how the restore of a released container ended, until it answers.
+pub(super) async fn settle_later(
+    node: &Node,
+    container: &ContainerRef,
+    remembered: Option<Remembered>,
+) {
+    let mut pause = Duration::from_millis(200);
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(30));
+        let entry = match node.journal.container(container) {
+            Ok(Some(Entry { ownership: Ownership::Released(epoch, to), .. })) => (epoch, to),
+            Ok(_) => return,
+            Err(error) => {
+                tracing::error!(%container, %error, "journal");
+                continue;
+            }
+        };
+        let answer = ask_owner(node, &entry.1).await;
+        let answer =
+            answer.map(|(state, epoch)| if epoch < entry.0 { "unknown".to_owned() } else { state });
+        match answer.as_deref() {
+            // Whoever gave it on has owned it.
+            Ok("owner" | "offered" | "released") => {
+                let remembered = match remembered {
+                    Some(remembered) => remembered,
+                    None => Remembered::after_restart(container),
+                };
+                return remembered.let_go(node).await;
+            }
+            Ok("returned") => return take_back(node, container, entry.0).await,
+            Ok(state) => tracing::info!(%container, state, "waiting for the destination"),
+            Err(error) => {
+                tracing::warn!(%container, error = error.chain(), "waiting for the destination");
+            }
+        }
+    }
+}
+
+/// What another node's journal says of a container.
+pub(super) async fn ask_owner(node: &Node, there: &str) -> Result<(String, Epoch), MigrationError> {
+    let MigrateFrom { node: peer, container } = there.parse()?;
+    let connection = Connection::open(&node.config, &peer, Duration::from_secs(5)).await?;
+    let asked = OwnershipRequest {
+        container: Some(godwit_protos::peer::Container {
+            namespace: container.namespace().to_owned(),
+            id: container.id().to_owned(),
+        }),
+    };
+    let answer = connection.client().ownership(asked).await;
+    let answer = answer.map_err(|status| connection.refused(status))?.into_inner();
+    Ok((answer.state, Epoch(answer.epoch)))
+}
+
+/// Goes on after a restart with what the journal holds: an offer is taken back, a release is settled.
+pub fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
+    for (container, entry) in node.journal.containers()? {
+        let node = node.clone();
+        match entry.ownership {
+            Ownership::Offered(epoch, _) => {
+                tokio::spawn(async move { take_offer_back(&node, &container, epoch).await });
+            }
+            Ownership::Released(..) => {
+                tokio::spawn(async move { settle_later(&node, &container, None).await });
+            }
+            Ownership::Owner(_) | Ownership::Claiming(..) | Ownership::Returned(..) => {}
+        }
+    }
+    Ok(())
+}
+
+/// What remains to be done once the container runs elsewhere.
+pub(super) struct Remembered {
+    pub(super) container: ContainerRef,
+    pub(super) destination: String,
+    pub(super) remove_source: bool,
+    pub(super) volumes: Vec<VolumeId>,
+    pub(super) snapshots: Vec<Snapshot>,
+    pub(super) directory: Option<PathBuf>,
+    pub(super) lease: Option<Arc<Lease>>,
+}
+
+impl Remembered {
+    /// After a restart the session is gone; the container stays for its owner to delete, fenced.
+    fn after_restart(container: &ContainerRef) -> Self {
+        Self {
+            container: container.clone(),
+            destination: String::new(),
+            remove_source: false,
+            volumes: Vec::new(),
+            snapshots: Vec::new(),
+            directory: None,
+            lease: None,
+        }
+    }
+
+    /// Ends the tasks, keeps the snapshots, gives the volumes away. Each step is safe to leave undone: a snapshot less
+    /// makes the next migration slower, and a volume that stays is fenced with its container.
+    pub(super) async fn let_go(self, node: &Node) {
+        let container = &self.container;
+        let ended = async { Shim::find(&node.config, container)?.let_go(container.id()).await };
+        if let Err(error) = ended.await {
+            tracing::error!(%container, error = error.chain(), "cannot end the tasks that moved away");
+        }
+        let (store, snapshots, keep) = (node.store.clone(), self.snapshots, node.config.keep_last);
+        let kept =
+            tokio::task::spawn_blocking(move || super::keep_snapshots(&store, snapshots, keep));
+        if let Ok(Err(error)) = kept.await {
+            tracing::warn!(%container, %error, "cannot keep the snapshots");
+        }
+        if self.remove_source {
+            super::remove_container(node, container).await;
+        }
+        let (volumes, ids, to) = (node.volumes.clone(), self.volumes, self.destination);
+        let given = tokio::task::spawn_blocking(move || {
+            ids.iter().try_for_each(|id| volumes.give_away(id, &to))
+        });
+        if let Ok(Err(error)) = given.await {
+            tracing::warn!(%container, %error, "cannot remove a volume that moved away");
+        }
+        if let Some(directory) = self.directory {
+            let _ = tokio::fs::remove_dir_all(directory).await;
+        }
+        drop(self.lease);
+    }
+}

@@ -1,0 +1,467 @@
+//! One container on its way here, from the first connection to the report.
+//!
+//! The steps stand in [`Work::migrate`] in their order. Until the grant an error tells the source to abort and removes what was
+//! staged; from the grant on nothing is removed here unless the shim vouches that no task ran.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use godwit_protos::peer::{
+    Abort, Begin, FromSource, Manifest, Release, Round, Settled, Stop, Stopped, ToSource,
+    from_source, to_source,
+};
+use godwit_protos::{Digest, Subject, VolumeSource};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::destination::{
+    Acquire, Acquired, Command, Prepared, Session, Settlement, State, ask_again, connect,
+    give_back, kind_of, mode_word,
+};
+use super::layout::Layout;
+use super::ownership::{Epoch, Event};
+use super::report::{Phases, Report, Shares};
+use super::{MigrationError, blocking, rounds};
+use crate::containerd::TaskStatus;
+use crate::content::object::Kind;
+use crate::node::Node;
+use crate::peer::fetch::fetch;
+use crate::store::Lease;
+
+/// How long the source has for a round and for the cut.
+const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
+
+/// How long the shim has to restore and claim, and to report the end of the restore.
+const SHIM_MAX: Duration = Duration::from_secs(240);
+
+/// How long the shim has to end tasks that were refused.
+const UNDO_MAX: Duration = Duration::from_secs(30);
+
+/// Lifetime of the lease on what a migration brought; renewed with each round.
+const LEASE: Duration = Duration::from_secs(3600);
+
+/// Begins a session, which goes on by itself.
+pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
+    let prepared = node.sessions.take_prepared(&asked.container);
+    let id = node.new_id();
+    let (publish, state) = watch::channel(State::Working);
+    let (commands, inbox) = mpsc::channel(4);
+    let session = Session { id: id.clone(), state, commands };
+    tokio::spawn(async move {
+        let container = asked.container.clone();
+        let migration =
+            prepared.as_ref().map_or_else(|| id.clone(), |prepared| prepared.migration.clone());
+        let mut work =
+            Work { node: node.clone(), asked, id, publish, inbox, migration, may_discard: true };
+        match work.run(prepared).await {
+            Ok(report) => node.events.done(&work.migration, &report),
+            Err(error) => {
+                let error = Arc::new(error);
+                tracing::warn!(%container, error = error.chain(), "migration failed");
+                node.events.failed(&work.migration, &error);
+                let _ = work.publish.send(State::Failed(error));
+            }
+        }
+        // Dropping the publisher ends the session: the next acquire begins a new one.
+        drop(work);
+    });
+    session
+}
+
+struct Work {
+    node: Arc<Node>,
+    asked: Acquire,
+    id: String,
+    migration: String,
+    publish: watch::Sender<State>,
+    inbox: mpsc::Receiver<Command>,
+    /// False from the grant on: the tasks may have run, so what they run on stays.
+    may_discard: bool,
+}
+
+/// The two directions of the hand-off stream.
+struct Line {
+    to: mpsc::Sender<ToSource>,
+    from: Streaming<FromSource>,
+}
+
+impl Line {
+    async fn send(&self, message: to_source::Message) -> Result<(), MigrationError> {
+        let sent = self.to.send(ToSource { message: Some(message) }).await;
+        sent.map_err(|_cause| MigrationError::Broken("the source hung up".to_owned()))
+    }
+
+    async fn next(&mut self) -> Result<from_source::Message, MigrationError> {
+        match tokio::time::timeout(SOURCE_WORK_MAX, self.from.message()).await {
+            Err(_) => Err(MigrationError::Silent { patience: SOURCE_WORK_MAX }),
+            Ok(Err(status)) => Err(MigrationError::Broken(status.message().to_owned())),
+            Ok(Ok(None)) => Err(MigrationError::Broken("the source hung up".to_owned())),
+            Ok(Ok(Some(FromSource { message: None }))) => {
+                Err(MigrationError::Protocol("an empty message"))
+            }
+            Ok(Ok(Some(FromSource { message: Some(from_source::Message::Refusal(refusal)) }))) => {
+                Err(MigrationError::Refused { code: refusal.code, detail: refusal.detail })
+            }
+            Ok(Ok(Some(FromSource { message: Some(message) }))) => Ok(message),
+        }
+    }
+}
+
+impl Work {
+    async fn run(&mut self, prepared: Option<Prepared>) -> Result<Report, MigrationError> {
+        let prepared = match prepared {
+            Some(prepared) => prepared,
+            None => Prepared {
+                migration: self.migration.clone(),
+                begun: Instant::now(),
+                connections: connect(&self.node, &self.asked.from.node, &self.asked.settings)
+                    .await?,
+                remove_source: false,
+            },
+        };
+        for volume in &self.asked.volumes {
+            if let VolumeSource::Writable(id) = volume {
+                self.node.volumes.may_receive(id)?;
+            }
+        }
+        let lease = Arc::new(self.node.store.lease("migration", LEASE));
+        let mut layout = Layout::begin(&self.node, &self.id, self.asked.upper_dir.clone())?;
+        let mut line = self.open_line(&prepared).await?;
+        let outcome = self.migrate(&prepared, &lease, &mut layout, &mut line).await;
+        if let Err(error) = &outcome {
+            let reason = error.chain();
+            let _ = line.send(to_source::Message::Abort(Abort { reason })).await;
+            if self.may_discard {
+                let volumes = self.node.volumes.clone();
+                let _ = tokio::task::spawn_blocking(move || layout.discard(&volumes)).await;
+            }
+        }
+        outcome
+    }
+
+    async fn open_line(&self, prepared: &Prepared) -> Result<Line, MigrationError> {
+        let source = &prepared.connections.source;
+        let (to, outbound) = mpsc::channel(8);
+        let begin = Begin {
+            container: Some(godwit_protos::peer::Container {
+                namespace: self.asked.from.container.namespace().to_owned(),
+                id: self.asked.from.container.id().to_owned(),
+            }),
+            destination: self.node.config.node.clone(),
+            migration: self.migration.clone(),
+            without_writable_layer: !self.asked.settings.writable_layer
+                || self.asked.upper_dir.is_none(),
+            remove_source: prepared.remove_source,
+            r#as: Some(godwit_protos::peer::Container {
+                namespace: self.asked.container.namespace().to_owned(),
+                id: self.asked.container.id().to_owned(),
+            }),
+        };
+        let message = Some(to_source::Message::Begin(begin));
+        let sent = to.send(ToSource { message }).await;
+        sent.map_err(|_cause| MigrationError::Interrupted)?;
+        let call = source.client().hand_off(ReceiverStream::new(outbound)).await;
+        let from = call.map_err(|status| source.refused(status))?.into_inner();
+        Ok(Line { to, from })
+    }
+
+    async fn migrate(
+        &mut self,
+        prepared: &Prepared,
+        lease: &Arc<Lease>,
+        layout: &mut Layout,
+        line: &mut Line,
+    ) -> Result<Report, MigrationError> {
+        let epoch = match line.next().await? {
+            from_source::Message::Begun(begun) => Epoch(begun.epoch),
+            _ => return Err(MigrationError::Protocol("expected begun")),
+        };
+        let mut shares = Shares::default();
+        self.bring_contents(prepared, lease, &mut shares).await?;
+        let rounds = self.pre_copy(prepared, lease, layout, line, &mut shares).await?;
+        lease.renew()?;
+
+        let pre_copy = prepared.begun.elapsed();
+        let received = prepared.connections.source.traffic.received();
+        let stop = Instant::now();
+        self.node.events.step(&self.migration, "stop", "freezing the container at its source");
+        line.send(to_source::Message::Stop(Stop { held: Vec::new() })).await?;
+        let stopped = self.stop_and_copy(lease, layout, line).await?;
+        if Epoch(stopped.epoch) != epoch {
+            return Err(MigrationError::Protocol("the epoch changed"));
+        }
+        for manifest in &stopped.manifests {
+            shares.size(&manifest.subject, manifest.size_bytes);
+        }
+        let stop_and_copy_bytes = prepared.connections.source.traffic.received() - received;
+        let ready = Instant::now();
+
+        self.node.events.step(&self.migration, "hand-off", "restoring");
+        let _ = self.publish.send(State::Ready(Acquired::Restore {
+            session: self.id.clone(),
+            image_path: layout.images(),
+            work_path: layout.work(),
+        }));
+        self.hand_off(line, epoch).await?;
+        let running = Instant::now();
+
+        self.finish(lease, layout, &stopped).await;
+        let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
+        let source_ms = |us: u64| Duration::from_micros(us).as_secs_f64() * 1e3;
+        let (freeze, dump) = (source_ms(stopped.freeze_us), source_ms(stopped.dump_us));
+        let transfer = (millis(ready - stop) - freeze - dump).max(0.0);
+        let sources = std::iter::once(&prepared.connections.source);
+        Ok(Report {
+            migration: self.migration.clone(),
+            container: self.asked.container.to_string(),
+            mode: mode_word(&self.asked.settings).to_owned(),
+            source: self.asked.from.node.clone(),
+            destination: self.node.config.node.clone(),
+            total_ms: millis(running - prepared.begun),
+            downtime_ms: millis(running - stop),
+            rounds,
+            phases_ms: Phases {
+                pre_copy: millis(pre_copy),
+                freeze,
+                dump,
+                transfer,
+                restore: millis(running - ready),
+            },
+            wire_bytes_by_node: sources
+                .chain(&prepared.connections.neighbours)
+                .map(|peer| (peer.node.clone(), peer.traffic.received()))
+                .collect(),
+            stop_and_copy_bytes,
+            subjects: shares.into_list(),
+        })
+    }
+
+    /// Read-only volumes, by digest: neighbours first.
+    async fn bring_contents(
+        &self,
+        prepared: &Prepared,
+        lease: &Arc<Lease>,
+        shares: &mut Shares,
+    ) -> Result<(), MigrationError> {
+        for volume in &self.asked.volumes {
+            let VolumeSource::Content(digest) = volume else { continue };
+            if self.node.volumes.has_content(digest) {
+                continue;
+            }
+            self.node.events.step(&self.migration, "pre-copy", &format!("volume {digest}"));
+            let root = [(Kind::Tree, *digest)];
+            let brought =
+                fetch(&self.node.store, lease, &prepared.connections.peers(), &root).await?;
+            shares.add(&volume.to_string(), &brought);
+            let (volumes, digest) = (self.node.volumes.clone(), *digest);
+            blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await?;
+        }
+        Ok(())
+    }
+
+    async fn pre_copy(
+        &self,
+        prepared: &Prepared,
+        lease: &Arc<Lease>,
+        layout: &mut Layout,
+        line: &mut Line,
+        shares: &mut Shares,
+    ) -> Result<u32, MigrationError> {
+        let (mut changed, mut number) = (Vec::new(), 0);
+        while rounds::another(&changed, self.asked.settings.max_rounds) {
+            number += 1;
+            self.node.events.step(&self.migration, "pre-copy", &format!("round {number}"));
+            line.send(to_source::Message::Round(Round { number })).await?;
+            let done = match line.next().await? {
+                from_source::Message::RoundDone(done) if done.number == number => done,
+                _ => return Err(MigrationError::Protocol("expected the end of the round")),
+            };
+            changed.push(done.manifests.iter().map(|manifest| manifest.changed_bytes).sum());
+            lease.renew()?;
+            let manifests = parse_manifests(&done.manifests)?;
+            let peers = prepared.connections.peers();
+            for (subject, root, _) in &manifests {
+                let root = [(kind_of(subject), *root)];
+                let brought = fetch(&self.node.store, lease, &peers, &root).await?;
+                shares.add(&subject.to_string(), &brought);
+            }
+            // Patching trees each round keeps what is left for after the stop small; memory is staged once, below.
+            let (mut at, trees) = (layout.clone(), manifests);
+            *layout = blocking(move || at.stage(&trees).map(|()| at)).await?;
+        }
+        let mut at = layout.clone();
+        *layout = blocking(move || at.stage_memory().map(|()| at)).await?;
+        Ok(number)
+    }
+
+    async fn stop_and_copy(
+        &self,
+        lease: &Arc<Lease>,
+        layout: &mut Layout,
+        line: &mut Line,
+    ) -> Result<Stopped, MigrationError> {
+        let (batches, receive) = std::sync::mpsc::sync_channel(4);
+        let (store, lease) = (self.node.store.clone(), lease.clone());
+        let keeping = tokio::task::spawn_blocking(move || {
+            super::layout::keep_stream(&store, &lease, &receive)
+        });
+        let stopped = loop {
+            match line.next().await? {
+                from_source::Message::Objects(batch) => {
+                    let batches = batches.clone();
+                    let sent = tokio::task::spawn_blocking(move || batches.send(batch)).await;
+                    if !matches!(sent, Ok(Ok(()))) {
+                        break None;
+                    }
+                }
+                from_source::Message::Stopped(stopped) => break Some(stopped),
+                _ => {
+                    return Err(MigrationError::Protocol(
+                        "expected objects or the end of the stop",
+                    ));
+                }
+            }
+        };
+        drop(batches);
+        keeping.await.map_err(|_cause| MigrationError::Interrupted)??;
+        let stopped = stopped.ok_or(MigrationError::Interrupted)?;
+        let manifests = parse_manifests(&stopped.manifests)?;
+        let mut at = layout.clone();
+        let volumes = self.node.volumes.clone();
+        *layout = blocking(move || at.finish(&manifests, &volumes).map(|()| at)).await?;
+        Ok(stopped)
+    }
+
+    /// From the shim's claim to its word on how the restore ended.
+    async fn hand_off(&mut self, line: &mut Line, epoch: Epoch) -> Result<(), MigrationError> {
+        let container = self.asked.container.clone();
+        let answer = match self.command().await? {
+            Command::Claim(answer) => answer,
+            Command::Settle(settlement, done) => {
+                let _ = done.send(());
+                return Err(MigrationError::Restore(settlement.reason));
+            }
+        };
+        let from = self.asked.from.to_string();
+        let (session, migrate_from) = (self.id.clone(), from.clone());
+        self.node.journal.apply(&container, &Event::Claim(epoch, from.clone()), |entry| {
+            entry.session = Some(session);
+            entry.migrate_from = Some(migrate_from);
+            entry.resumed = false;
+        })?;
+        let asked = line.send(to_source::Message::Release(Release { epoch: epoch.0 })).await;
+        let told = match asked {
+            Ok(()) => line.next().await,
+            Err(error) => Err(error),
+        };
+        let verdict = match told {
+            Ok(from_source::Message::Released(released)) if Epoch(released.epoch) == epoch => {
+                let granted = self.node.journal.apply(&container, &Event::Granted(epoch), |_| {});
+                granted.map(drop).map_err(|error| error.to_string())
+            }
+            Err(MigrationError::Refused { code, detail }) => {
+                give_back(&self.node, &container, epoch, from)?;
+                Err(format!("the source refused ({code}): {detail}"))
+            }
+            // The answer is lost, which says nothing about the release.
+            _ => ask_again(&self.node, &container, epoch, &from).await,
+        };
+        self.may_discard = verdict.is_err();
+        let _ = answer.send(verdict.clone());
+        if let Err(reason) = verdict {
+            // The shim ends the held tasks before what they are made of goes.
+            if let Ok(Ok(Command::Settle(_, done))) =
+                tokio::time::timeout(UNDO_MAX, self.command()).await
+            {
+                let _ = done.send(());
+            }
+            return Err(MigrationError::Restore(reason));
+        }
+        self.settled(line, epoch).await
+    }
+
+    async fn settled(&mut self, line: &mut Line, epoch: Epoch) -> Result<(), MigrationError> {
+        let container = self.asked.container.clone();
+        let (settlement, done) = loop {
+            match self.command().await {
+                Ok(Command::Settle(settlement, done)) => break (settlement, done),
+                // The shim asks again when it lost the answer.
+                Ok(Command::Claim(answer)) => drop(answer.send(Ok(()))),
+                Err(error) if !self.runs_here().await => {
+                    tracing::error!(
+                        %container,
+                        "the shim died between grant and report; the source keeps the container frozen: \
+                         `godwit status` there names it"
+                    );
+                    return Err(error);
+                }
+                Err(_) => {
+                    let (settlement, (done, _)) = (Settlement::running(), oneshot::channel());
+                    break (settlement, done);
+                }
+            }
+        };
+        let ran = settlement.running || settlement.may_have_run;
+        if ran {
+            self.node.journal.mark_resumed(&container)?;
+        } else {
+            give_back(&self.node, &container, epoch, self.asked.from.to_string())?;
+            self.may_discard = true;
+        }
+        let _ = done.send(());
+        // What may have run here is ours, also when it has ended.
+        let told = Settled { running: ran, reason: settlement.reason.clone() };
+        // Should it be lost, the source asks.
+        let _ = line.send(to_source::Message::Settled(told)).await;
+        if settlement.running { Ok(()) } else { Err(MigrationError::Restore(settlement.reason)) }
+    }
+
+    /// Whether containerd has a running task of the container.
+    async fn runs_here(&self) -> bool {
+        let (namespace, id) = (self.asked.container.namespace(), self.asked.container.id());
+        let task = self.node.containerd.task(namespace, id).await;
+        matches!(task, Ok(Some(task)) if task.status == TaskStatus::Running)
+    }
+
+    async fn command(&mut self) -> Result<Command, MigrationError> {
+        match tokio::time::timeout(SHIM_MAX, self.inbox.recv()).await {
+            Ok(Some(command)) => Ok(command),
+            Ok(None) => Err(MigrationError::Interrupted),
+            Err(_) => Err(MigrationError::Unclaimed(SHIM_MAX)),
+        }
+    }
+
+    /// Keeps the cut as snapshots, which serve the next migration, and removes what was staged.
+    async fn finish(&self, lease: &Arc<Lease>, layout: &mut Layout, stopped: &Stopped) {
+        let Ok(manifests) = parse_manifests(&stopped.manifests) else { return };
+        let node = self.node.config.node.clone();
+        let sizes = stopped.manifests.iter().map(|manifest| manifest.size_bytes);
+        let snapshots = manifests.iter().zip(sizes).map(|((subject, root, sequence), bytes)| {
+            super::snapshot(subject, kind_of(subject), *root, bytes, *sequence, &node)
+        });
+        let (store, keep, snapshots) =
+            (self.node.store.clone(), self.node.config.keep_last, snapshots.collect());
+        let (lease, layout) = (lease.clone(), layout.clone());
+        let kept = tokio::task::spawn_blocking(move || {
+            let kept = super::keep_snapshots(&store, snapshots, keep);
+            layout.remove_staged();
+            drop(lease);
+            kept
+        });
+        if let Ok(Err(error)) = kept.await {
+            tracing::warn!(container = %self.asked.container, %error, "cannot keep the snapshots");
+        }
+    }
+}
+
+/// Subject, root and sequence of each manifest.
+pub(super) type Parsed = Vec<(Subject, Digest, u64)>;
+
+fn parse_manifests(manifests: &[Manifest]) -> Result<Parsed, MigrationError> {
+    let parse = |manifest: &Manifest| -> Result<_, MigrationError> {
+        let root = Digest::try_from(&manifest.digest[..])?;
+        Ok((manifest.subject.parse()?, root, manifest.sequence))
+    };
+    manifests.iter().map(parse).collect()
+}
