@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -90,6 +90,8 @@ pub(crate) struct Container {
     /// Processes that a signal had stopped when the container was frozen. Once it is, all look
     /// alike.
     stopped_when_frozen: Mutex<Vec<u32>>,
+    /// Frozen for a migration: only the daemon lets it run on.
+    pub(crate) is_handed_off: AtomicBool,
 }
 
 /// What a new container is made of.
@@ -127,6 +129,7 @@ impl Container {
             cgroup: OnceLock::new(),
             oom_kills: AtomicU64::new(0),
             stopped_when_frozen: Mutex::default(),
+            is_handed_off: AtomicBool::new(false),
         }
     }
 
@@ -419,6 +422,9 @@ impl Container {
         let _operation = self.operation.lock().await;
         if self.init.phase() != Phase::Paused {
             return Err(self.phase_error("a paused container can be resumed only"));
+        }
+        if self.is_handed_off.load(Ordering::SeqCst) {
+            return Err(self.phase_error("a migration froze it, and another node may run it"));
         }
         self.runc.resume().await?;
         self.note_resumed();

@@ -21,7 +21,7 @@ const ACQUIRE_TIME_MAX: Duration = Duration::from_secs(3600);
 /// How long a claim without an answer is asked again before the restore is undone.
 const CLAIM_TIME_MAX: Duration = Duration::from_secs(60);
 /// How often a report without an answer is sent again.
-const SETTLE_ATTEMPTS_MAX: u32 = 5;
+const SETTLE_ATTEMPTS_MAX: u32 = 300;
 /// Pause between attempts.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 

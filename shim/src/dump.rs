@@ -6,6 +6,7 @@
 //! container when a dump takes longer than it can, on which CRIU fails and the container runs on.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use containerd_shim::protos::events::task::TaskCheckpointed;
@@ -157,12 +158,21 @@ impl Container {
     }
 
     /// Stops every process where it is; a frozen container stays so. Returns how long it took.
+    ///
+    /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to run it.
     pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
         let begun = Instant::now();
+        self.is_handed_off.store(true, Ordering::SeqCst);
         if self.init.phase() != Phase::Paused {
             // What would block the dump costs no downtime when it is found here.
-            self.check_stopped(&self.cgroup()?)?;
-            self.pause().await?;
+            let paused = match self.cgroup().and_then(|cgroup| self.check_stopped(&cgroup)) {
+                Ok(()) => self.pause().await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = paused {
+                self.is_handed_off.store(false, Ordering::SeqCst);
+                return Err(error);
+            }
         }
         Ok(begun.elapsed())
     }
@@ -170,8 +180,12 @@ impl Container {
     /// Lets a frozen container run on; a running one does already.
     pub(crate) async fn thaw(&self) -> Result<Duration, TaskError> {
         let begun = Instant::now();
-        if self.init.phase() != Phase::Running {
-            self.resume().await?;
+        let _operation = self.operation.lock().await;
+        // Whatever the phase says: a freeze that was broken off may have got half way.
+        self.cgroup()?.thaw().map_err(TaskError::io("thawing the container"))?;
+        self.is_handed_off.store(false, Ordering::SeqCst);
+        if self.init.phase() == Phase::Paused {
+            self.note_resumed();
         }
         Ok(begun.elapsed())
     }

@@ -31,6 +31,8 @@ use crate::spec::{CRIU_CONFIG, Spec};
 use crate::wiring::Unasked;
 
 /// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
+/// How long CRIU is given to get from the grant to the resume when the runtime around it has failed.
+const CRIU_OUTLIVES_MAX: Duration = Duration::from_secs(2);
 const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
 /// Longest text of a fence that is repeated to the user, in bytes.
 const FENCE_BYTES_MAX: usize = 512;
@@ -185,6 +187,10 @@ impl Container {
         let outcome = match self.prepare(&acquired).await {
             Ok(mut hold) => {
                 let restored = self.restore_held(&mut hold, &mut daemon, &acquired).await;
+                if restored.is_err() && hold.was_granted() {
+                    // CRIU may outlive a runtime that was killed, and would say so on its way to the resume.
+                    tokio::time::sleep(CRIU_OUTLIVES_MAX).await;
+                }
                 may_have_run = hold.may_have_run();
                 restored
             }

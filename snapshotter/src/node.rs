@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use godwit_protos::peer::Progress;
@@ -14,11 +14,11 @@ use crate::config::Config;
 use crate::containerd::{Client, EventKind};
 use crate::content::object::{self, Kind, ObjectError};
 use crate::content::on;
-use crate::migrate::MigrationError;
 use crate::migrate::destination::Sessions;
 use crate::migrate::journal::Journal;
 use crate::migrate::ownership::Ownership;
 use crate::migrate::report::Report;
+use crate::migrate::{MigrationError, request};
 use crate::store::{Options, Store, SweepReport};
 use crate::volumes::{VolumeError, Volumes};
 
@@ -48,6 +48,8 @@ pub struct Node {
     /// What `criu --version` says; empty when there is no CRIU.
     pub criu_version: String,
     ids: AtomicU64,
+    /// Whether what an earlier daemon left in containerd was seen to.
+    recovered: AtomicBool,
 }
 
 /// Why a daemon cannot start.
@@ -106,6 +108,7 @@ impl Node {
             events,
             criu_version,
             ids,
+            recovered: AtomicBool::new(false),
         }))
     }
 
@@ -149,6 +152,10 @@ impl Node {
         let mut events = self.containerd.subscribe(&[filter]).await?;
         // Subscribed first, so that no deletion falls between the two.
         self.forget_deleted().await?;
+        if !self.recovered.load(Ordering::Relaxed) {
+            request::recover(&self).await?;
+            self.recovered.store(true, Ordering::Relaxed);
+        }
         while let Some(event) = events.next().await {
             if let EventKind::ContainerDeleted { id } = event?.kind {
                 tracing::debug!(id, "container deleted");
@@ -243,8 +250,8 @@ impl Events {
         self.send(migration, "done", report.to_string(), json);
     }
 
-    /// A migration failed; the container runs at its source.
-    pub fn failed(&self, migration: &str, error: &MigrationError) {
-        self.send(migration, "failed", error.chain(), String::new());
+    /// A migration failed, and what that means for the container.
+    pub fn failed(&self, migration: &str, error: &MigrationError, outlook: &str) {
+        self.send(migration, "failed", format!("{}; {outlook}", error.chain()), String::new());
     }
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use godwit_protos::{Digest, VolumeId, VolumeSource};
+use godwit_protos::{ContainerRef, Digest, VolumeId, VolumeSource};
 
 use crate::content::capture::{Unchanged, capture};
 use crate::content::materialize::materialize;
@@ -118,25 +118,27 @@ impl Volumes {
     fn writable(&self, id: &VolumeId) -> Result<PathBuf, VolumeError> {
         match self.journal.volume(id)? {
             None => Err(VolumeError::Unknown(id.clone())),
-            Some(VolumeEntry { moved_to: Some(to) }) => {
+            Some(VolumeEntry { moved_to: Some(to), .. }) => {
                 Err(VolumeError::Moved { id: id.clone(), to })
             }
-            Some(VolumeEntry { moved_to: None }) => Ok(self.data_path(id)),
+            Some(VolumeEntry { moved_to: None, .. }) => Ok(self.data_path(id)),
         }
     }
 
     /// Whether a migration may bring a volume of this name here. Errors: [`VolumeError::Exists`].
     pub fn may_receive(&self, id: &VolumeId) -> Result<(), VolumeError> {
         match self.journal.volume(id)? {
-            Some(VolumeEntry { moved_to: None }) => Err(VolumeError::Exists(id.clone())),
+            // One that was arriving with a container that never ran here is replaced.
+            Some(VolumeEntry { moved_to: None, arriving: None }) => {
+                Err(VolumeError::Exists(id.clone()))
+            }
             _ => Ok(()),
         }
     }
 
     /// Makes an empty writable volume.
     ///
-    /// 1. make the directory, 2. journal the volume. A directory without an entry is empty and is used by the next
-    ///    `create`.
+    /// 1. remove a directory that no entry names, 2. make it, 3. journal the volume.
     pub fn create(&self, id: &VolumeId) -> Result<PathBuf, VolumeError> {
         match self.writable(id) {
             Err(VolumeError::Unknown(_)) => {}
@@ -144,16 +146,23 @@ impl Volumes {
             Err(error) => return Err(error),
         }
         let path = self.data_path(id);
+        self.discard(&path)?;
         fs::create_dir_all(&path).map_err(on("make directory", &path))?;
-        self.journal.set_volume(id, Some(&VolumeEntry { moved_to: None }))?;
+        self.journal.set_volume(id, Some(&VolumeEntry { moved_to: None, arriving: None }))?;
         Ok(path)
     }
 
-    /// Makes the directory `staged` the writable volume `id`; it must lie on the same file system.
+    /// Makes the directory `staged` the writable volume `id`; it must lie on the same file system. It counts as
+    /// arriving with `container` until [`Volumes::arrived`].
     ///
     /// 1. move what is left of the volume to the trash, 2. rename, 3. journal. Repeating it after a crash is safe
     ///    as long as `staged` is still there; before 3. the volume counts as not here.
-    pub fn install(&self, id: &VolumeId, staged: &Path) -> Result<(), VolumeError> {
+    pub fn install(
+        &self,
+        id: &VolumeId,
+        staged: &Path,
+        container: &ContainerRef,
+    ) -> Result<(), VolumeError> {
         self.may_receive(id)?;
         let path = self.data_path(id);
         self.discard(&path)?;
@@ -161,7 +170,35 @@ impl Volumes {
             fs::create_dir_all(parent).map_err(on("make directory", parent))?;
         }
         fs::rename(staged, &path).map_err(on("move into place", &path))?;
-        Ok(self.journal.set_volume(id, Some(&VolumeEntry { moved_to: None }))?)
+        let arriving = Some(container.to_string());
+        Ok(self.journal.set_volume(id, Some(&VolumeEntry { moved_to: None, arriving }))?)
+    }
+
+    /// The container that volumes came with has run here: they are this node's.
+    pub fn arrived(&self, container: &ContainerRef) -> Result<(), VolumeError> {
+        for id in self.arriving_with(container)? {
+            self.journal.set_volume(&id, Some(&VolumeEntry { moved_to: None, arriving: None }))?;
+        }
+        Ok(())
+    }
+
+    /// Volumes that were arriving with a container.
+    pub fn arriving_with(&self, container: &ContainerRef) -> Result<Vec<VolumeId>, VolumeError> {
+        let name = container.to_string();
+        let entries = self.journal.volumes()?.into_iter();
+        let arriving = entries.filter(|(_, entry)| entry.arriving.as_ref() == Some(&name));
+        Ok(arriving.map(|(id, _)| id).collect())
+    }
+
+    /// Every container that volumes are arriving with.
+    pub fn arriving(&self) -> Result<Vec<ContainerRef>, VolumeError> {
+        let entries = self.journal.volumes()?.into_iter();
+        let names = entries.filter_map(|(_, entry)| entry.arriving);
+        let parts = |name: String| {
+            let (namespace, id) = name.split_once('/')?;
+            ContainerRef::new(namespace, id).ok()
+        };
+        Ok(names.filter_map(parts).collect())
     }
 
     /// Undoes [`Volumes::install`] for a container that will never run here.
@@ -174,7 +211,8 @@ impl Volumes {
     ///
     /// 1. journal, 2. move to the trash. Repeating it is safe.
     pub fn give_away(&self, id: &VolumeId, node: &str) -> Result<(), VolumeError> {
-        self.journal.set_volume(id, Some(&VolumeEntry { moved_to: Some(node.to_owned()) }))?;
+        let entry = VolumeEntry { moved_to: Some(node.to_owned()), arriving: None };
+        self.journal.set_volume(id, Some(&entry))?;
         self.discard(&self.data_path(id))
     }
 
@@ -212,23 +250,34 @@ impl Volumes {
 
     /// Lays out a tree that the store holds as read-only content, unless it is there already.
     ///
-    /// 1. write `HEX.tmp`, 2. rename it to `HEX`.
+    /// 1. write `HEX-N.tmp`, 2. make it and the objects durable, 3. rename it to `HEX`. Two at once do not meet: the one
+    ///    that comes second drops its own.
     pub fn lay_out(&self, tree: &Digest) -> Result<PathBuf, VolumeError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = self.content_path(tree);
         if path.is_dir() {
             return Ok(path);
         }
-        let partial = path.with_extension("tmp");
-        if partial.exists() {
-            self.discard(&partial)?;
-        }
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let partial = path.with_file_name(format!("{}-{number}.tmp", tree.hex()));
         fs::create_dir(&partial).map_err(on("make directory", &partial))?;
-        if let Err(error) = materialize(&self.store, tree, None, &partial) {
-            self.discard(&partial)?;
-            return Err(error.into());
+        let laid_out = materialize(&self.store, tree, None, &partial).and_then(|()| {
+            self.store.sync()?;
+            let directory = fs::File::open(&partial).map_err(on("open", &partial))?;
+            nix::unistd::syncfs(directory).map_err(on("sync", &partial))
+        });
+        match laid_out.map(|()| fs::rename(&partial, &path)) {
+            Ok(Ok(())) => Ok(path),
+            Ok(Err(_)) if path.is_dir() => {
+                self.discard(&partial)?;
+                Ok(path)
+            }
+            Ok(Err(error)) => Err(on("move into place", &path)(error).into()),
+            Err(error) => {
+                self.discard(&partial)?;
+                Err(error.into())
+            }
         }
-        fs::rename(&partial, &path).map_err(on("move into place", &path))?;
-        Ok(path)
     }
 
     /// The digests of the read-only content that is laid out here.
@@ -329,7 +378,10 @@ mod tests {
         assert!(matches!(volumes.create(&id), Err(VolumeError::Moved { .. })));
         let staged = dir.path().join("staged");
         fs::create_dir(&staged).unwrap();
-        volumes.install(&id, &staged).unwrap();
+        let container = ContainerRef::new("default", "cache").unwrap();
+        volumes.install(&id, &staged, &container).unwrap();
+        volumes.may_receive(&id).expect("what never ran here is replaced");
+        volumes.arrived(&container).unwrap();
         assert_eq!(volumes.path(&named("data"), false).unwrap(), path);
         assert!(matches!(volumes.may_receive(&id), Err(VolumeError::Exists(_))));
     }

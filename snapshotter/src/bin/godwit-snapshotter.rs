@@ -70,6 +70,8 @@ async fn main() -> anyhow::Result<()> {
         .await
         .context("cannot serve the snapshotter socket")?;
     control_server.shutdown().await.ok();
+    // Nobody would thaw what stays frozen.
+    migrate::release::take_offers_back(&node).await;
     tracing::info!("stopped");
     Ok(())
 }

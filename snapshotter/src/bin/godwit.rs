@@ -239,11 +239,7 @@ async fn migrate(
             }
             "failed" => {
                 bar.finish_and_clear();
-                bail!(
-                    "{}: {}; it runs on at its source, nothing is left at the destination",
-                    asked.name,
-                    event.text
-                );
+                bail!("{}: {}", asked.name, event.text);
             }
             step => bar.set_message(format!("{step}: {}", event.text)),
         }

@@ -97,7 +97,8 @@ impl Client {
     /// [`ClientError::NotFound`].
     pub async fn start_task(&self, namespace: &str, id: &str) -> Result<u32, ClientError> {
         let message = api::StartRequest { container_id: id.to_owned(), exec_id: String::new() };
-        let answer = self.tasks().start(self.work_request(namespace, message)?).await;
+        // A start with the migrate-from annotation takes as long as the migration.
+        let answer = self.tasks().start(self.open_request(namespace, message)?).await;
         let answer =
             answer.map_err(|status| self.failed("start", task_of(namespace, id), &status))?;
         Ok(answer.into_inner().pid)

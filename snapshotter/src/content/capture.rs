@@ -210,9 +210,11 @@ impl Reader<'_> {
                         let node = Node::HardLink(first.clone());
                         return Ok(Entry { name: entry_name, attributes: None, node });
                     }
-                    self.linked.insert(inode, self.names.clone());
                 }
-                let (bytes, content) = self.file(parent, name)?;
+                let (bytes, content) = self.file(parent, name, &stat)?;
+                if stat.st_nlink > 1 {
+                    self.linked.insert((stat.st_dev, stat.st_ino), self.names.clone());
+                }
                 Node::File(bytes, content)
             }
             S_IFDIR => {
@@ -265,12 +267,22 @@ impl Reader<'_> {
         })
     }
 
-    fn file(&mut self, parent: &OwnedFd, name: &CStr) -> Result<(u64, Content), ContentError> {
+    /// `listed` is what the name was when it was looked at: a container may have put a device in its place, which
+    /// is not read.
+    fn file(
+        &mut self,
+        parent: &OwnedFd,
+        name: &CStr,
+        listed: &FileStat,
+    ) -> Result<(u64, Content), ContentError> {
         let path = self.path.clone();
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let file = openat(parent, name, flags, Mode::empty()).map_err(on("open", &path))?;
         let stat = fstat(&file).map_err(on("stat", &path))?;
         let inode = (stat.st_dev, stat.st_ino);
+        if inode != (listed.st_dev, listed.st_ino) || stat.st_mode != listed.st_mode {
+            return Err(on("read", &path)(Errno::ENOENT));
+        }
         let times = ((stat.st_mtime, stat.st_mtime_nsec), (stat.st_ctime, stat.st_ctime_nsec));
         let trusted = self.trusts_times && !self.mapped.contains(&stat.st_ino);
         if let Some(seen) = self.known.get(&inode).filter(|seen| {

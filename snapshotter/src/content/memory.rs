@@ -15,14 +15,16 @@ use std::path::Path;
 
 use criu_wrapper::live;
 use criu_wrapper::pagemap::{
-    Form, ImageDirectory, PRESENT, PagemapFile, PagemapWriter, link_parent,
+    Form, ImageDirectory, PAGEMAP_BYTES_MAX, PRESENT, PagemapFile, PagemapWriter, link_parent,
 };
 use godwit_protos::Digest;
 use rayon::prelude::*;
 
 use super::capture::{Unchanged, capture};
 use super::materialize::materialize;
-use super::object::{Map, Memory, Object as _, PAGE_BYTES, PAGES_PER_BLOCK, Pages};
+use super::object::{
+    Kind, Map, Memory, Node, Object as _, ObjectError, PAGE_BYTES, PAGES_PER_BLOCK, Pages, Tree,
+};
 use super::{ContentError, Sink, Source, on};
 
 /// Bytes of pages that are hashed at once, on all processors.
@@ -275,6 +277,7 @@ pub fn stage_images<S: Source>(
     let (root, base) = (*memory, Previous::load(source, base.copied())?);
     let memory: Memory = source.decode(&root)?;
     let tree = memory.images.ok_or(ContentError::Missing(root))?;
+    check_images(source, &tree, &memory)?;
     materialize(source, &tree, None, images)?;
     let all = Previous::load(source, Some(root))?;
     for map in &memory.maps {
@@ -304,11 +307,61 @@ pub fn stage_images<S: Source>(
     Ok(())
 }
 
+/// A peer's image directory holds what CRIU writes: regular files side by side, none of which stands for pages that
+/// we did not check. Errors: [`ContentError::Object`] with the rule.
+fn check_images<S: Source>(source: &S, tree: &Digest, memory: &Memory) -> Result<(), ContentError> {
+    let broken = |rule| ContentError::Object {
+        digest: *tree,
+        source: ObjectError::Rule { kind: Kind::Tree, rule },
+    };
+    let root = source.decode::<Tree>(tree)?.root;
+    for entry in source.entries(&root)? {
+        let Node::File(bytes, _) = entry.node else {
+            return Err(broken("an image directory holds regular files"));
+        };
+        let name = String::from_utf8_lossy(&entry.name);
+        let name = name.strip_suffix(".img").unwrap_or(&name);
+        if bytes > PAGEMAP_BYTES_MAX || name.starts_with("pages-") || name == "parent" {
+            return Err(broken("an image is small, and is neither pages nor a parent"));
+        }
+        if name.starts_with("pagemap-") && !memory.maps.iter().any(|map| map.name == name) {
+            return Err(broken("every page map has its pages"));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::content::fake::Objects;
     use criu_wrapper::pagemap::LAZY;
+
+    #[test]
+    fn an_image_directory_of_a_hostile_peer_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for hostile in ["pages-7.img", "parent", "pagemap-9.img"] {
+            let from = dir.path().join(format!("from-{hostile}"));
+            dump(&from, &[(1, 1)]);
+            let mut objects = Objects::default();
+            let honest = capture_dump(&from, &mut objects, &Previous::default()).unwrap();
+            if hostile == "parent" {
+                std::os::unix::fs::symlink("/etc", from.join(hostile)).unwrap();
+            } else {
+                fs::write(from.join(hostile), b"x").unwrap();
+            }
+            let none = std::collections::HashSet::new();
+            let tree = capture(&from, &mut objects, &mut Unchanged::default(), &none).unwrap().tree;
+            let mut memory: Memory = objects.decode(&honest.digest).unwrap();
+            memory.images = Some(tree);
+            let lie = objects.put(&memory.encode()).unwrap();
+            let images = dir.path().join(format!("images-{hostile}"));
+            fs::create_dir(&images).unwrap();
+            let refused = stage_images(&objects, &lie, None, dir.path(), &images);
+            assert!(matches!(refused, Err(ContentError::Object { .. })), "{hostile}");
+            assert_eq!(fs::read_dir(&images).unwrap().count(), 0, "{hostile}");
+        }
+    }
 
     fn page(content: u8) -> Vec<u8> {
         vec![content; PAGE_BYTES]

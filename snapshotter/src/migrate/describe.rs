@@ -133,7 +133,8 @@ pub fn mapped_inodes(pids: &[u32]) -> HashSet<u64> {
     let mut inodes = HashSet::new();
     for pid in pids {
         // A process that has ended maps nothing.
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let maps = String::from_utf8_lossy(&maps);
         for line in maps.lines() {
             let mut fields = line.split_ascii_whitespace();
             let permissions = fields.nth(1).unwrap_or_default().as_bytes();

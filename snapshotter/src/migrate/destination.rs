@@ -74,7 +74,7 @@ pub struct Prepared {
 }
 
 /// What a shim asks for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Acquire {
     /// The container, as it is called here.
     pub container: ContainerRef,
@@ -135,6 +135,7 @@ pub(super) enum Command {
 
 pub(super) struct Session {
     pub(super) id: String,
+    pub(super) asked: Acquire,
     pub(super) state: watch::Receiver<State>,
     pub(super) commands: mpsc::Sender<Command>,
 }
@@ -166,6 +167,14 @@ impl Sessions {
     /// Takes back what was prepared.
     pub fn take_prepared(&self, container: &ContainerRef) -> Option<Prepared> {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).remove(container)
+    }
+
+    /// Drops an ended session, unless a newer one has taken its place.
+    pub(super) fn forget(&self, container: &ContainerRef, id: &str) {
+        let mut live = self.live();
+        if live.get(container).is_some_and(|session| session.id == id) {
+            live.remove(container);
+        }
     }
 
     fn by_id(&self, id: &str) -> Option<Arc<Session>> {
@@ -211,7 +220,13 @@ pub async fn acquire(node: &Arc<Node>, asked: Acquire) -> Result<Acquired, Arc<M
     let session = {
         let mut live = node.sessions.live();
         match live.get(&asked.container) {
-            Some(session) if session.state.has_changed().is_ok() => session.clone(),
+            Some(session) if session.state.has_changed().is_ok() => {
+                if session.asked != asked {
+                    let (container, to) = (asked.container, node.config.node.clone());
+                    return Err(Arc::new(MigrationError::Busy { container, to }));
+                }
+                session.clone()
+            }
             _ => {
                 let session = Arc::new(begin(node.clone(), asked.clone()));
                 live.insert(asked.container.clone(), session.clone());
@@ -255,7 +270,12 @@ pub async fn settle(node: &Arc<Node>, session: &str, settlement: Settlement) {
     if let Some((container, entry)) = journalled(node, session) {
         let ran = settlement.running || settlement.may_have_run;
         let outcome = match (&entry.ownership, &entry.migrate_from, ran) {
-            (_, _, true) => node.journal.mark_resumed(&container),
+            (_, _, true) => {
+                if let Err(error) = node.volumes.arrived(&container) {
+                    tracing::error!(%container, %error, "cannot journal its volumes");
+                }
+                node.journal.mark_resumed(&container)
+            }
             (Ownership::Claiming(epoch, _) | Ownership::Owner(epoch), Some(from), false)
                 if !entry.resumed =>
             {
@@ -321,6 +341,9 @@ pub(super) async fn ask_again(
             }
         }
         if Instant::now() > deadline {
+            // Nothing has run and nothing will: should the source have released it, it may run it again.
+            let given = give_back(node, container, epoch, from.to_owned());
+            given.map_err(|error| error.to_string())?;
             return Err("the source does not say whether it released the container".to_owned());
         }
         tokio::time::sleep(Duration::from_millis(300)).await;

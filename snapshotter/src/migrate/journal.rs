@@ -3,8 +3,9 @@
 //! One embedded database, `node.redb`. Every change is one transaction, durable (fsynced by redb) before the
 //! function returns: the caller acts only afterwards.
 //!
-//! Releasing is two steps on disk: 1. journal `Released`, 2. write the fence that shims read. On open: a fence is
-//! written for each `Released` entry and removed where there is none, so a crash between the two heals.
+//! Releasing is two steps on disk: 1. write the fence that shims read, 2. journal `Released`. So an error means that
+//! nothing was released. Whatever else happens is journalled first, and the fence removed then. On open: a fence is written for
+//! each `Released` entry and removed where there is none, so a crash between the two heals.
 
 use std::fs;
 use std::io;
@@ -34,6 +35,12 @@ pub struct Entry {
     pub migrate_from: Option<String>,
     /// At a destination: whether the tasks have run.
     pub resumed: bool,
+    /// At a source: the writable volumes that go with the container.
+    #[serde(default)]
+    pub volumes: Vec<String>,
+    /// At a source: whether task and container are removed in the end.
+    #[serde(default)]
+    pub remove_source: bool,
 }
 
 /// What is journalled of a writable volume.
@@ -41,6 +48,9 @@ pub struct Entry {
 pub struct VolumeEntry {
     /// The node that it moved to, if it did; its data are then gone from here.
     pub moved_to: Option<String>,
+    /// The container that it comes here with, `NAMESPACE/ID`, until that has run here.
+    #[serde(default)]
+    pub arriving: Option<String>,
 }
 
 /// Why the journal could not be read or written. The daemon must not act on what it wanted to journal.
@@ -178,13 +188,23 @@ impl Journal {
                 session: None,
                 migrate_from: None,
                 resumed: false,
+                volumes: Vec::new(),
+                remove_source: false,
             });
             entry.ownership = after;
             change(&mut entry);
+            if matches!(entry.ownership, Ownership::Released(..)) {
+                self.set_fence(container, &entry.ownership)?;
+            }
             put(&mut table, &key, &entry).map_err(|error| self.failed(error))?;
             Ok(entry)
         })?;
-        self.set_fence(container, &entry.ownership)?;
+        if !matches!(entry.ownership, Ownership::Released(..))
+            && let Err(error) = self.remove_fence(container)
+        {
+            // It keeps the container from being created anew here, no more; opening removes it.
+            tracing::error!(%container, %error, "a fence stays");
+        }
         Ok(entry)
     }
 
@@ -289,9 +309,24 @@ impl Journal {
         }
     }
 
+    /// A fence for each released container, and none for any other.
     fn restore_fences(&self) -> Result<(), JournalError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| JournalError::Fence { path, source }
+        };
+        fs::create_dir_all(&self.fences).map_err(failed(&self.fences))?;
+        for namespace in fs::read_dir(&self.fences).map_err(failed(&self.fences))? {
+            let namespace = namespace.map_err(failed(&self.fences))?.path();
+            for fence in fs::read_dir(&namespace).map_err(failed(&namespace))? {
+                let fence = fence.map_err(failed(&namespace))?.path();
+                fs::remove_file(&fence).map_err(failed(&fence))?;
+            }
+        }
         for (container, entry) in self.containers()? {
-            self.set_fence(&container, &entry.ownership)?;
+            if matches!(entry.ownership, Ownership::Released(..)) {
+                self.set_fence(&container, &entry.ownership)?;
+            }
         }
         Ok(())
     }
@@ -341,7 +376,9 @@ mod tests {
     fn a_release_is_fenced_and_survives_reopening() {
         let dir = tempfile::tempdir().unwrap();
         let journal = open(dir.path());
-        journal.apply(&container(), &Event::Offer("edge-b/default/cache".into()), |_| {}).unwrap();
+        journal
+            .apply(&container(), &Event::Offer("edge-b/default/cache".into(), Epoch(0)), |_| {})
+            .unwrap();
         journal.apply(&container(), &Event::Release(Epoch(1)), |_| {}).unwrap();
         let fence = dir.path().join("fences/default/cache");
         assert_eq!(fs::read_to_string(&fence).unwrap(), "moved to edge-b, epoch 1");

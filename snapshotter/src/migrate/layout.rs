@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 
 use godwit_protos::peer::ObjectBatch;
-use godwit_protos::{Digest, Subject, VolumeId};
+use godwit_protos::{ContainerRef, Digest, Subject, VolumeId};
 
 use super::MigrationError;
 use super::session::Parsed;
@@ -115,7 +115,12 @@ impl Layout {
     }
 
     /// Brings everything to the cut and puts the volumes into place.
-    pub fn finish(&mut self, manifests: &Parsed, volumes: &Volumes) -> Result<(), MigrationError> {
+    pub fn finish(
+        &mut self,
+        manifests: &Parsed,
+        volumes: &Volumes,
+        container: &ContainerRef,
+    ) -> Result<(), MigrationError> {
         let base = self.memory;
         let cut = manifests.iter().find(|(subject, ..)| matches!(subject, Subject::Memory { .. }));
         let (_, cut, _) = cut.ok_or(MigrationError::Protocol("the cut has no memory"))?;
@@ -123,7 +128,7 @@ impl Layout {
         self.stage(manifests)?;
         for (id, _) in &self.volumes {
             let staged = self.directory.join(format!("volume-{id}"));
-            volumes.install(id, &staged)?;
+            volumes.install(id, &staged, container)?;
             self.installed.push(id.clone());
         }
         Ok(())

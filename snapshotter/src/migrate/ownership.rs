@@ -19,6 +19,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Epoch(pub u64);
 
+impl Epoch {
+    /// The fence of the next offer.
+    pub fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
 /// What this node knows of a container's owner. A container that was never offered has no entry and is ours.
 /// The text is the container's name at the other node: `NODE/NAMESPACE/CONTAINER`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,8 +45,8 @@ pub enum Ownership {
 /// What happens to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The source freezes the container and offers it under this name.
-    Offer(String),
+    /// The source freezes the container and offers it under this name, with an epoch beyond the one given.
+    Offer(String, Epoch),
     /// The source takes an offer back.
     Abort(Epoch),
     /// The source gives the container away.
@@ -62,8 +69,10 @@ impl Ownership {
     pub fn on(before: Option<&Self>, event: &Event) -> Option<Self> {
         use {Event as E, Ownership as S};
         match (before, event) {
-            (None, E::Offer(to)) => Some(S::Offered(Epoch(1), to.clone())),
-            (Some(S::Owner(now)), E::Offer(to)) => Some(S::Offered(Epoch(now.0 + 1), to.clone())),
+            (None, E::Offer(to, known)) => Some(S::Offered(known.next(), to.clone())),
+            (Some(S::Owner(now)), E::Offer(to, known)) => {
+                Some(S::Offered(now.max(known).next(), to.clone()))
+            }
             (Some(S::Offered(now, _)), E::Abort(of)) => (of == now).then_some(S::Owner(*now)),
             (Some(S::Offered(now, to)), E::Release(of)) => {
                 (of == now).then(|| S::Released(*now, to.clone()))
@@ -89,15 +98,15 @@ impl Ownership {
             | (Some(S::Owner(_)), E::Abort(_) | E::Release(_) | E::Returned(_) | E::Granted(_))
             | (
                 Some(S::Offered(..)),
-                E::Offer(_) | E::Returned(_) | E::Claim(..) | E::Granted(_) | E::GiveBack(..),
+                E::Offer(..) | E::Returned(_) | E::Claim(..) | E::Granted(_) | E::GiveBack(..),
             )
             | (
                 Some(S::Released(..)),
-                E::Offer(_) | E::Abort(_) | E::Release(_) | E::Granted(_) | E::GiveBack(..),
+                E::Offer(..) | E::Abort(_) | E::Release(_) | E::Granted(_) | E::GiveBack(..),
             )
             | (
                 Some(S::Claiming(..) | S::Returned(..)),
-                E::Offer(_) | E::Abort(_) | E::Release(_) | E::Returned(_),
+                E::Offer(..) | E::Abort(_) | E::Release(_) | E::Returned(_),
             )
             | (Some(S::Returned(..)), E::Granted(_) | E::GiveBack(..)) => None,
         }
@@ -184,7 +193,7 @@ mod tests {
             let (mut source, mut destination) = (Some(Ownership::Owner(Epoch(0))), None);
             for one in moves {
                 match one {
-                    Move::Offer => step(&mut source, Event::Offer("b".into())),
+                    Move::Offer => step(&mut source, Event::Offer("b".into(), Epoch(0))),
                     Move::Abort(epoch) => step(&mut source, Event::Abort(Epoch(epoch))),
                     // The destination claims what it was offered at some time.
                     Move::Claim(epoch) if source.as_ref().is_some_and(|s| s.epoch() >= Epoch(epoch)) => {
@@ -228,9 +237,9 @@ mod tests {
     #[test]
     fn an_epoch_is_never_reused() {
         let mut state = None;
-        step(&mut state, Event::Offer("b".into()));
+        step(&mut state, Event::Offer("b".into(), Epoch(0)));
         step(&mut state, Event::Abort(Epoch(1)));
-        step(&mut state, Event::Offer("b".into()));
+        step(&mut state, Event::Offer("b".into(), Epoch(0)));
         assert_eq!(state, Some(Ownership::Offered(Epoch(2), "b".into())));
     }
 }

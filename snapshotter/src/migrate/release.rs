@@ -20,31 +20,57 @@ use crate::node::Node;
 use crate::peer::Connection;
 use crate::store::{Lease, Snapshot};
 
-/// Thaws a container whose offer came to nothing: 1. thaw, 2. journal. A crash between the two thaws again.
+/// Attempts to thaw: a dump that hangs holds the container until its watchdog ends it.
+const THAWS_MAX: u32 = 300;
+
+/// Pause between them.
+const THAW_PAUSE: Duration = Duration::from_secs(2);
+
+/// Takes an offer back: 1. thaw, 2. journal. A crash between the two thaws again.
+///
+/// The journal decides, not the caller: what is not `Offered` any more is left as it is.
 pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
-    match Shim::find(&node.config, container) {
-        Ok(shim) => {
-            if let Err(error) = shim.thaw(container.id()).await {
-                tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
-            }
+    match node.journal.container(container) {
+        Ok(Some(Entry { ownership: Ownership::Offered(now, _), .. })) if now == epoch => {}
+        Ok(_) => return,
+        Err(error) => {
+            tracing::error!(%container, %error, "the journal cannot be read; the container stays frozen");
+            return;
         }
-        Err(error) => tracing::warn!(%container, error = error.chain(), "no shim to thaw"),
     }
+    thaw(node, container).await;
     if let Err(error) = node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
         tracing::error!(%container, %error, "cannot journal the abort");
     }
 }
 
-/// Runs a released container here again: the destination has journalled that it never ran it.
+/// Runs a released container here again: the destination has journalled that it never ran it, which is final.
+/// 1. thaw, 2. journal: after a crash between the two the destination is asked, and thaws again.
 pub(super) async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
-    if let Err(error) = node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
-        tracing::error!(%container, %error, "cannot journal the return; the container stays frozen");
-        return;
-    }
     tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
-    let thawed = async { Shim::find(&node.config, container)?.thaw(container.id()).await };
-    if let Err(error) = thawed.await {
-        tracing::error!(%container, error = error.chain(), "cannot thaw; run `ctr tasks resume`");
+    thaw(node, container).await;
+    if let Err(error) = node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
+        tracing::error!(%container, %error, "cannot journal the return");
+    }
+}
+
+/// Thaws until it succeeds, or until there is nothing left to thaw.
+async fn thaw(node: &Node, container: &ContainerRef) {
+    for attempt in 0..THAWS_MAX {
+        let thawed = match Shim::find(&node.config, container) {
+            Ok(shim) => shim.thaw(container.id()).await,
+            Err(error) => {
+                tracing::warn!(%container, error = error.chain(), "nothing to thaw");
+                return;
+            }
+        };
+        match thawed {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::error!(%container, attempt, error = error.chain(), "cannot thaw");
+            }
+        }
+        tokio::time::sleep(THAW_PAUSE).await;
     }
 }
 
@@ -59,8 +85,11 @@ pub(super) async fn settle_later(
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_secs(30));
         let entry = match node.journal.container(container) {
-            Ok(Some(Entry { ownership: Ownership::Released(epoch, to), .. })) => (epoch, to),
-            Ok(_) => return,
+            Ok(Some(entry)) => match entry.ownership.clone() {
+                Ownership::Released(epoch, to) => (epoch, to, entry),
+                _ => return,
+            },
+            Ok(None) => return,
             Err(error) => {
                 tracing::error!(%container, %error, "journal");
                 continue;
@@ -74,7 +103,7 @@ pub(super) async fn settle_later(
             Ok("owner" | "offered" | "released") => {
                 let remembered = match remembered {
                     Some(remembered) => remembered,
-                    None => Remembered::after_restart(container),
+                    None => Remembered::after_restart(container, &entry.1, &entry.2),
                 };
                 return remembered.let_go(node).await;
             }
@@ -119,6 +148,15 @@ pub fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
     Ok(())
 }
 
+/// Takes back every offer, before the daemon ends.
+pub async fn take_offers_back(node: &Node) {
+    for (container, entry) in node.journal.containers().unwrap_or_default() {
+        if let Ownership::Offered(epoch, _) = entry.ownership {
+            take_offer_back(node, &container, epoch).await;
+        }
+    }
+}
+
 /// What remains to be done once the container runs elsewhere.
 pub(super) struct Remembered {
     pub(super) container: ContainerRef,
@@ -131,13 +169,13 @@ pub(super) struct Remembered {
 }
 
 impl Remembered {
-    /// After a restart the session is gone; the container stays for its owner to delete, fenced.
-    fn after_restart(container: &ContainerRef) -> Self {
+    /// After a restart the session is gone: what the journal knows. The snapshots of the cut are not among it.
+    fn after_restart(container: &ContainerRef, offered_as: &str, entry: &Entry) -> Self {
         Self {
             container: container.clone(),
-            destination: String::new(),
-            remove_source: false,
-            volumes: Vec::new(),
+            destination: offered_as.split('/').next().unwrap_or_default().to_owned(),
+            remove_source: entry.remove_source,
+            volumes: entry.volumes.iter().filter_map(|id| id.parse().ok()).collect(),
             snapshots: Vec::new(),
             directory: None,
             lease: None,

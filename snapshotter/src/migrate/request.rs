@@ -8,18 +8,28 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use godwit_protos::peer::{Container as PeerContainer, DescribeRequest, DescribeResponse};
+use godwit_protos::peer::{
+    Container as PeerContainer, DescribeRequest, DescribeResponse, HelloResponse,
+};
 use godwit_protos::{ContainerRef, MigrateFrom, annotation};
 
 use super::destination::{Prepared, Settings, connect, mode_word};
+use super::ownership::Ownership;
 use super::{MigrationError, image, spec};
-use crate::containerd::{ClientError, Container, Descriptor, Runtime};
+use crate::containerd::{ClientError, Container, Descriptor, Runtime, TaskStatus};
 use crate::node::Node;
+use crate::volumes::VolumeError;
 
 /// The runtime that migrated containers run under.
 const RUNTIME: &str = "io.containerd.runc.godwit.v1";
+
+/// containerd label of a container that a migration created.
+const LABEL: &str = "godwit.io/migrated-from";
+
+/// How long a shim may take to undo a restore whose daemon has died: longer than it asks for a claim.
+const UNDO_MAX: Duration = Duration::from_secs(75);
 
 /// A request to bring a container here.
 #[derive(Clone, Debug)]
@@ -51,7 +61,7 @@ pub async fn migrate(
     }
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, container).await?;
-    pre_flight(node, &described)?;
+    pre_flight(node, &connections.source.hello, &described)?;
     for warning in &described.warnings {
         node.events.step(migration, "request", warning);
     }
@@ -78,14 +88,95 @@ pub async fn migrate(
         Ok(_) => Ok(()),
         Err(error) => {
             node.sessions.take_prepared(container);
-            super::remove_container(node, container).await;
-            let _ = node.containerd.remove_snapshot(namespace, &described.snapshotter, id).await;
+            // An error of the call says nothing of the container, which may have come and run.
+            if !has_come(node, container)? {
+                super::remove_container(node, container).await;
+                let _ =
+                    node.containerd.remove_snapshot(namespace, &described.snapshotter, id).await;
+            }
             Err(match error {
                 ClientError::Failed { reason, .. } => MigrationError::Restore(reason),
                 other => other.into(),
             })
         }
     }
+}
+
+/// Removes containers that a daemon had created for a migration when it died. Those that were let run here stay.
+///
+/// Errors: containerd's, when it does not answer; call again then.
+pub async fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
+    settle_what_came(node).await?;
+    for namespace in node.containerd.namespaces().await? {
+        for record in node.containerd.list_containers(&namespace).await? {
+            let container = ContainerRef::new(&namespace, &record.id)?;
+            if !record.labels.contains_key(LABEL) || has_come(node, &container)? {
+                continue;
+            }
+            let node = node.clone();
+            tokio::spawn(async move {
+                tracing::warn!(%container, "left by a migration that was cut short");
+                tokio::time::sleep(UNDO_MAX).await;
+                // The shim may have asked again meanwhile, and been granted.
+                if matches!(has_come(&node, &container), Ok(false)) {
+                    super::remove_container(&node, &container).await;
+                }
+            });
+        }
+    }
+    for container in node.volumes.arriving()? {
+        let node = node.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(UNDO_MAX).await;
+            if matches!(has_come(&node, &container), Ok(false))
+                && let Err(error) = remove_arriving(&node, &container)
+            {
+                tracing::warn!(%container, %error, "cannot remove a volume of a migration that was cut short");
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Removes the volumes that were to come with a container.
+fn remove_arriving(node: &Node, container: &ContainerRef) -> Result<(), VolumeError> {
+    let mut arriving = node.volumes.arriving_with(container)?.into_iter();
+    arriving.try_for_each(|id| node.volumes.uninstall(&id))
+}
+
+/// Containers that were granted to this node, run here, and whose shim could not report it to a daemon that had died.
+async fn settle_what_came(node: &Arc<Node>) -> Result<(), MigrationError> {
+    for (container, entry) in node.journal.containers()? {
+        if !matches!(entry.ownership, Ownership::Owner(_))
+            || entry.resumed
+            || entry.session.is_none()
+        {
+            continue;
+        }
+        let task = node.containerd.task(container.namespace(), container.id()).await?;
+        if task.is_some_and(|task| matches!(task.status, TaskStatus::Running | TaskStatus::Paused))
+        {
+            node.journal.mark_resumed(&container)?;
+            node.volumes.arrived(&container)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a failed request means for the container.
+pub fn outlook(node: &Node, request: &Request) -> &'static str {
+    match has_come(node, &request.from.container) {
+        Ok(false) => super::session::RUNS_ON,
+        _ => "`godwit status` on both nodes tells who owns it",
+    }
+}
+
+/// Whether a container that a migration created was given to this node.
+fn has_come(node: &Node, container: &ContainerRef) -> Result<bool, MigrationError> {
+    let entry = node.journal.container(container)?;
+    Ok(entry.is_some_and(|entry| {
+        !matches!(entry.ownership, Ownership::Claiming(..) | Ownership::Returned(..))
+    }))
 }
 
 /// What the source says of a container.
@@ -115,7 +206,18 @@ fn image_of(described: &DescribeResponse) -> Result<Descriptor, MigrationError> 
 }
 
 /// What would make the restore fail, before anything moves.
-fn pre_flight(node: &Node, described: &DescribeResponse) -> Result<(), MigrationError> {
+fn pre_flight(
+    node: &Node,
+    source: &HelloResponse,
+    described: &DescribeResponse,
+) -> Result<(), MigrationError> {
+    if source.architecture != std::env::consts::ARCH {
+        return Err(MigrationError::Incompatible(format!(
+            "the source is {}, this node is {}",
+            source.architecture,
+            std::env::consts::ARCH
+        )));
+    }
     let parse = |text: &str| text.parse::<criu_wrapper::version::Version>().ok();
     let (there, here) = (parse(&described.criu_version), parse(&node.criu_version));
     match (there, here) {
@@ -148,13 +250,15 @@ fn record(
     let wanted = spec::Wanted { from: &request.from, netns, settings: &settings };
     let spec = spec::derive(&described.spec_json, &node.config.admit, &wanted)?;
     let id = request.from.container.id().to_owned();
+    let mut labels = described.labels.clone();
+    labels.insert(LABEL.to_owned(), request.from.to_string());
     Ok(Container {
         snapshot_key: id.clone(),
         id,
         image: described.image.clone(),
         runtime: Runtime { name: RUNTIME.to_owned(), options: None },
         snapshotter: described.snapshotter.clone(),
-        labels: described.labels.clone(),
+        labels,
         spec: serde_json::to_vec(&spec).map_err(spec::SpecError::Parse)?,
     })
 }

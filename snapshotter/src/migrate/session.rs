@@ -25,6 +25,7 @@ use super::report::{Phases, Report, Shares};
 use super::{MigrationError, blocking, rounds};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
+use crate::content::on;
 use crate::node::Node;
 use crate::peer::fetch::fetch;
 use crate::store::Lease;
@@ -35,8 +36,20 @@ const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
 /// How long the shim has to restore and claim, and to report the end of the restore.
 const SHIM_MAX: Duration = Duration::from_secs(240);
 
+/// How often a caller is looked for.
+const CALLER_PAUSE: Duration = Duration::from_millis(100);
+
 /// How long the shim has to end tasks that were refused.
 const UNDO_MAX: Duration = Duration::from_secs(30);
+
+/// Largest place in a lineage that a peer may name, far beyond any that is reached.
+const SEQUENCE_MAX: u64 = 1 << 60;
+
+/// What a failure before the grant means.
+pub(super) const RUNS_ON: &str = "it runs on at its source, and nothing is left here";
+
+/// What a failure after it means.
+const UNDECIDED: &str = "`godwit status` on both nodes tells who owns it";
 
 /// Lifetime of the lease on what a migration brought; renewed with each round.
 const LEASE: Duration = Duration::from_secs(3600);
@@ -47,7 +60,7 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
     let id = node.new_id();
     let (publish, state) = watch::channel(State::Working);
     let (commands, inbox) = mpsc::channel(4);
-    let session = Session { id: id.clone(), state, commands };
+    let session = Session { id: id.clone(), asked: asked.clone(), state, commands };
     tokio::spawn(async move {
         let container = asked.container.clone();
         let migration =
@@ -59,10 +72,12 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
             Err(error) => {
                 let error = Arc::new(error);
                 tracing::warn!(%container, error = error.chain(), "migration failed");
-                node.events.failed(&work.migration, &error);
+                let outlook = if work.may_discard { RUNS_ON } else { UNDECIDED };
+                node.events.failed(&work.migration, &error, outlook);
                 let _ = work.publish.send(State::Failed(error));
             }
         }
+        node.sessions.forget(&container, &work.id);
         // Dropping the publisher ends the session: the next acquire begins a new one.
         drop(work);
     });
@@ -132,12 +147,37 @@ impl Work {
         if let Err(error) = &outcome {
             let reason = error.chain();
             let _ = line.send(to_source::Message::Abort(Abort { reason })).await;
+            // The source thaws before anything is removed here.
+            drop(line);
             if self.may_discard {
                 let volumes = self.node.volumes.clone();
                 let _ = tokio::task::spawn_blocking(move || layout.discard(&volumes)).await;
             }
         }
         outcome
+    }
+
+    /// Errors: also a subject that is not part of the container that was asked for.
+    fn parse_manifests(&self, manifests: &[Manifest]) -> Result<Parsed, MigrationError> {
+        let from = &self.asked.from.container;
+        let parse = |manifest: &Manifest| -> Result<_, MigrationError> {
+            let subject: Subject = manifest.subject.parse()?;
+            let is_asked = match &subject {
+                Subject::Volume(id) => {
+                    self.asked.volumes.contains(&VolumeSource::Writable(id.clone()))
+                }
+                Subject::Layer(container) => container == from,
+                Subject::Memory { namespace, .. } => namespace == from.namespace(),
+            };
+            if !is_asked || manifest.sequence > SEQUENCE_MAX {
+                return Err(MigrationError::Protocol("a subject that is not the container's"));
+            }
+            Ok((subject, Digest::try_from(&manifest.digest[..])?, manifest.sequence))
+        };
+        let parsed = manifests.iter().map(parse).collect::<Result<Parsed, _>>()?;
+        let memories =
+            parsed.iter().filter(|(subject, ..)| matches!(subject, Subject::Memory { .. }));
+        if memories.count() == 1 { Ok(parsed) } else { Err(MigrationError::Protocol("one memory")) }
     }
 
     async fn open_line(&self, prepared: &Prepared) -> Result<Line, MigrationError> {
@@ -153,6 +193,11 @@ impl Work {
             without_writable_layer: !self.asked.settings.writable_layer
                 || self.asked.upper_dir.is_none(),
             remove_source: prepared.remove_source,
+            known_epoch: self
+                .node
+                .journal
+                .container(&self.asked.container)?
+                .map_or(0, |entry| entry.epoch().0),
             r#as: Some(godwit_protos::peer::Container {
                 namespace: self.asked.container.namespace().to_owned(),
                 id: self.asked.container.id().to_owned(),
@@ -182,6 +227,7 @@ impl Work {
         let rounds = self.pre_copy(prepared, lease, layout, line, &mut shares).await?;
         lease.renew()?;
 
+        self.somebody_waits().await?;
         let pre_copy = prepared.begun.elapsed();
         let received = prepared.connections.source.traffic.received();
         let stop = Instant::now();
@@ -237,6 +283,19 @@ impl Work {
         })
     }
 
+    /// Nothing is frozen for a caller that has gone away: another one may come, such as a kubelet's second attempt.
+    async fn somebody_waits(&self) -> Result<(), MigrationError> {
+        let deadline = Instant::now() + SHIM_MAX;
+        // The session itself holds one receiver.
+        while self.publish.receiver_count() < 2 {
+            if Instant::now() > deadline {
+                return Err(MigrationError::Unclaimed(SHIM_MAX));
+            }
+            tokio::time::sleep(CALLER_PAUSE).await;
+        }
+        Ok(())
+    }
+
     /// Read-only volumes, by digest: neighbours first.
     async fn bring_contents(
         &self,
@@ -277,9 +336,10 @@ impl Work {
                 from_source::Message::RoundDone(done) if done.number == number => done,
                 _ => return Err(MigrationError::Protocol("expected the end of the round")),
             };
-            changed.push(done.manifests.iter().map(|manifest| manifest.changed_bytes).sum());
+            let sizes = done.manifests.iter().map(|manifest| manifest.changed_bytes);
+            changed.push(sizes.fold(0, u64::saturating_add));
             lease.renew()?;
-            let manifests = parse_manifests(&done.manifests)?;
+            let manifests = self.parse_manifests(&done.manifests)?;
             let peers = prepared.connections.peers();
             for (subject, root, _) in &manifests {
                 let root = [(kind_of(subject), *root)];
@@ -326,10 +386,11 @@ impl Work {
         drop(batches);
         keeping.await.map_err(|_cause| MigrationError::Interrupted)??;
         let stopped = stopped.ok_or(MigrationError::Interrupted)?;
-        let manifests = parse_manifests(&stopped.manifests)?;
+        let manifests = self.parse_manifests(&stopped.manifests)?;
         let mut at = layout.clone();
-        let volumes = self.node.volumes.clone();
-        *layout = blocking(move || at.finish(&manifests, &volumes).map(|()| at)).await?;
+        let (volumes, container) = (self.node.volumes.clone(), self.asked.container.clone());
+        *layout =
+            blocking(move || at.finish(&manifests, &volumes, &container).map(|()| at)).await?;
         Ok(stopped)
     }
 
@@ -405,11 +466,17 @@ impl Work {
         let ran = settlement.running || settlement.may_have_run;
         if ran {
             self.node.journal.mark_resumed(&container)?;
+            self.node.volumes.arrived(&container)?;
         } else {
             give_back(&self.node, &container, epoch, self.asked.from.to_string())?;
             self.may_discard = true;
         }
         let _ = done.send(());
+        if ran {
+            // The source removes its copy when it hears of it.
+            let state_dir = self.node.config.state_dir.clone();
+            blocking(move || sync_file_system(&state_dir)).await?;
+        }
         // What may have run here is ours, also when it has ended.
         let told = Settled { running: ran, reason: settlement.reason.clone() };
         // Should it be lost, the source asks.
@@ -434,7 +501,7 @@ impl Work {
 
     /// Keeps the cut as snapshots, which serve the next migration, and removes what was staged.
     async fn finish(&self, lease: &Arc<Lease>, layout: &mut Layout, stopped: &Stopped) {
-        let Ok(manifests) = parse_manifests(&stopped.manifests) else { return };
+        let Ok(manifests) = self.parse_manifests(&stopped.manifests) else { return };
         let node = self.node.config.node.clone();
         let sizes = stopped.manifests.iter().map(|manifest| manifest.size_bytes);
         let snapshots = manifests.iter().zip(sizes).map(|((subject, root, sequence), bytes)| {
@@ -458,10 +525,8 @@ impl Work {
 /// Subject, root and sequence of each manifest.
 pub(super) type Parsed = Vec<(Subject, Digest, u64)>;
 
-fn parse_manifests(manifests: &[Manifest]) -> Result<Parsed, MigrationError> {
-    let parse = |manifest: &Manifest| -> Result<_, MigrationError> {
-        let root = Digest::try_from(&manifest.digest[..])?;
-        Ok((manifest.subject.parse()?, root, manifest.sequence))
-    };
-    manifests.iter().map(parse).collect()
+/// Makes everything on the file system of `path` durable.
+fn sync_file_system(path: &std::path::Path) -> Result<(), MigrationError> {
+    let directory = std::fs::File::open(path).map_err(on("open", path))?;
+    Ok(nix::unistd::syncfs(directory).map_err(on("sync", path))?)
 }

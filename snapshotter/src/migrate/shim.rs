@@ -13,8 +13,8 @@ use crate::config::Config;
 /// Deadline of calls that take milliseconds.
 const SHORT: Duration = Duration::from_secs(15);
 
-/// Deadline of a dump: the shim's own watchdog ends it earlier.
-const DUMP: Duration = Duration::from_secs(180);
+/// Deadline of a dump: the shim's own watchdog, which grows with the memory, ends it earlier.
+const DUMP: Duration = Duration::from_secs(3600);
 
 /// The shim of one running container.
 #[derive(Clone)]

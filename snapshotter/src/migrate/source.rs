@@ -29,6 +29,7 @@ use tonic::{Status, Streaming};
 use super::describe::{Described, describe};
 use super::ownership::{Epoch, Event};
 use super::release::{Remembered, settle_later, take_back, take_offer_back};
+use super::rounds::ROUNDS_MAX;
 use super::{MigrationError, blocking};
 use crate::content::capture::{Captured, Unchanged, capture};
 use crate::content::encoding::{Codec, Encoding};
@@ -44,6 +45,9 @@ const FROZEN_MAX: Duration = Duration::from_secs(300);
 
 /// How long a session may be idle while the container runs.
 const IDLE_MAX: Duration = Duration::from_secs(3600);
+
+/// Largest epoch that a destination may claim to know, far beyond any that is reached.
+const EPOCH_MAX: u64 = 1 << 60;
 
 /// Messages on their way to the destination.
 const QUEUE: usize = 4;
@@ -105,6 +109,7 @@ struct Session {
     /// The destination's node, and what the container is called there.
     destination: String,
     offered_as: MigrateFrom,
+    known_epoch: Epoch,
     remove_source: bool,
     described: Described,
     trees: Vec<TreeSubject>,
@@ -151,11 +156,12 @@ impl Session {
             }
             _ => {}
         }
-        let directory = node.config.state_dir.join("dump").join(sanitize(&begin.migration));
+        let directory = node.config.state_dir.join("dump").join(node.new_id());
         let lease = Arc::new(node.store.lease("migration", IDLE_MAX));
         Ok(Self {
             destination: begin.destination,
             offered_as,
+            known_epoch: Epoch(begin.known_epoch.min(EPOCH_MAX)),
             remove_source: begin.remove_source,
             memory_last: None,
             offered: None,
@@ -170,7 +176,9 @@ impl Session {
     }
 
     async fn send(&self, message: from_source::Message) -> Result<(), MigrationError> {
-        let sent = self.outbound.send(Ok(FromSource { message: Some(message) })).await;
+        let sending = self.outbound.send(Ok(FromSource { message: Some(message) }));
+        let sent = tokio::time::timeout(FROZEN_MAX, sending).await;
+        let sent = sent.map_err(|_late| MigrationError::Silent { patience: FROZEN_MAX })?;
         sent.map_err(|_cause| MigrationError::Broken("the destination hung up".to_owned()))
     }
 
@@ -179,7 +187,9 @@ impl Session {
         self.send(from_source::Message::Begun(Begun { epoch: epoch.0 })).await?;
         loop {
             match next(inbound, IDLE_MAX).await? {
-                to_source::Message::Round(round) => self.round(round.number).await?,
+                to_source::Message::Round(round) if round.number <= ROUNDS_MAX => {
+                    self.round(round.number).await?;
+                }
                 to_source::Message::Stop(_) => break,
                 to_source::Message::Abort(abort) => {
                     return Err(MigrationError::Aborted(abort.reason));
@@ -223,11 +233,12 @@ impl Session {
 
     fn epoch(&self) -> Result<Epoch, MigrationError> {
         let entry = self.node.journal.container(&self.container)?;
-        Ok(Epoch(entry.map_or(0, |entry| entry.epoch().0) + 1))
+        Ok(entry.map_or(Epoch(0), |entry| entry.epoch()).max(self.known_epoch).next())
     }
 
     async fn round(&mut self, number: u32) -> Result<(), MigrationError> {
         let begun = Instant::now();
+        self.lease.renew()?;
         let pids =
             self.node.containerd.pids(self.container.namespace(), self.container.id()).await?;
         let trees = std::mem::take(&mut self.trees);
@@ -244,8 +255,15 @@ impl Session {
     /// Freezes the container, makes the cut and sends what the destination lacks.
     async fn stop(&mut self) -> Result<(), MigrationError> {
         let container = self.container.clone();
-        let offer = Event::Offer(self.offered_as.to_string());
-        let epoch = self.node.journal.apply(&container, &offer, |_| {})?.epoch();
+        let offer = Event::Offer(self.offered_as.to_string(), self.known_epoch);
+        let volumes =
+            self.described.writable_volumes.iter().map(|(id, _)| id.to_string()).collect();
+        let remove_source = self.remove_source;
+        let offered = self.node.journal.apply(&container, &offer, |entry| {
+            entry.volumes = volumes;
+            entry.remove_source = remove_source;
+        });
+        let epoch = offered?.epoch();
         self.offered = Some(epoch);
 
         let begun = Instant::now();
@@ -262,7 +280,10 @@ impl Session {
         let memory_base = self.memory_last.clone();
         let trees = std::mem::take(&mut self.trees);
         let capture = Capture::of(self);
-        let mapped = self.described.mapped_inodes.clone();
+        // Now that nothing runs: what is mapped at the cut, and what was at an earlier capture.
+        let pids = self.node.containerd.pids(container.namespace(), container.id()).await?;
+        let mut mapped = super::describe::mapped_inodes(&pids);
+        mapped.extend(&self.described.mapped_inodes);
         let reading = tokio::task::spawn_blocking(move || capture.trees(trees, &mapped));
         let dumped = self.described.shim.dump(container.id(), &images, &work).await;
         let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
@@ -463,6 +484,10 @@ impl Capture {
     ) -> Result<Vec<TreeSubject>, MigrationError> {
         let mut writer = self.store.writer(&self.lease);
         for tree in &mut trees {
+            if matches!(tree.subject, Subject::Layer(_)) && !mapped.is_empty() {
+                // A mapping of an overlay's file need not show the inode of its upper file.
+                tree.unchanged = Unchanged::default();
+            }
             let captured = capture(&tree.path, &mut writer, &mut tree.unchanged, mapped)?;
             tree.last = Some(captured);
         }
@@ -492,7 +517,7 @@ fn changed_bytes(store: &Store, new: Digest, before: Option<Digest>) -> Result<u
     Ok(bytes)
 }
 
-/// Encodes the difference of each pair into batches. Ends early when the receiver is gone.
+/// Encodes the difference of each pair into batches.
 fn stream_difference(
     store: &Store,
     pairs: &[(Kind, Digest, Option<Digest>)],
@@ -513,12 +538,13 @@ fn stream_difference(
                     object.data = patch.into();
                 }
             }
-            bytes += object.data.len();
-            batch.objects.push(object);
-            if bytes >= BATCH_BYTES {
+            if bytes + object.data.len() > BATCH_BYTES && !batch.objects.is_empty() {
                 bytes = 0;
+                // A receiver that is gone has ended the session; the rest of the walk is cheap.
                 let _ = send.blocking_send(std::mem::take(&mut batch));
             }
+            bytes += object.data.len();
+            batch.objects.push(object);
             Ok(())
         })?;
     }
@@ -528,9 +554,4 @@ fn stream_difference(
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// A migration's identifier comes from a peer and becomes a directory name.
-fn sanitize(text: &str) -> String {
-    text.chars().filter(char::is_ascii_alphanumeric).take(64).collect()
 }

@@ -6,12 +6,12 @@
 //! up with less than it had would fail later and elsewhere.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use godwit_protos::{MigrateFrom, VolumeSource, annotation};
 use oci_spec::runtime::{
-    Capability, LinuxBuilder, LinuxCapabilities, LinuxNamespaceType, Mount, ProcessBuilder,
-    RootBuilder, Spec, SpecBuilder,
+    Capability, LinuxBuilder, LinuxCapabilities, LinuxDeviceCgroup, LinuxNamespaceType, Mount,
+    ProcessBuilder, RootBuilder, Spec, SpecBuilder,
 };
 
 use crate::config::Admit;
@@ -44,8 +44,30 @@ pub struct Wanted<'a> {
     pub settings: &'a [(&'static str, String)],
 }
 
-/// File systems without a device that a container may mount.
-const PLAIN_MOUNTS: [&str; 6] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup"];
+/// Namespaces that a container must have of its own.
+const OWN_NAMESPACES: [LinuxNamespaceType; 5] = [
+    LinuxNamespaceType::Pid,
+    LinuxNamespaceType::Mount,
+    LinuxNamespaceType::Network,
+    LinuxNamespaceType::Ipc,
+    LinuxNamespaceType::Uts,
+];
+
+/// Paths that stay hidden whatever the source says; containerd's own list.
+const MASKED_PATHS: [&str; 8] = [
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/sys/firmware",
+];
+
+/// Paths that stay read-only; containerd's own list.
+const READ_ONLY_PATHS: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// The specification under which the container described by `description` may run here.
 ///
@@ -60,12 +82,16 @@ pub fn derive(description: &str, admit: &Admit, wanted: &Wanted<'_>) -> Result<S
     none(from.hooks().is_some(), "hooks")?;
     none(linux.devices().as_ref().is_some_and(|devices| !devices.is_empty()), "devices")?;
     none(linux.uid_mappings().as_ref().is_some_and(|maps| !maps.is_empty()), "user namespaces")?;
+    let allows = |rules: &Vec<LinuxDeviceCgroup>| rules.iter().any(LinuxDeviceCgroup::allow);
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
+    none(rules.is_some_and(allows), "device rules")?;
     none(linux.sysctl().as_ref().is_some_and(|sysctl| !sysctl.is_empty()), "sysctls")?;
     if let Some(held) = process.capabilities() {
         check_capabilities(held, admit)?;
     }
     let mounts = from.mounts().as_deref().unwrap_or_default();
-    mounts.iter().try_for_each(|mount| check_mount(mount, admit))?;
+    let mounts =
+        mounts.iter().map(|mount| fresh_mount(mount, admit)).collect::<Result<Vec<_>, _>>()?;
 
     let mut fresh = ProcessBuilder::default()
         .terminal(process.terminal().unwrap_or(false))
@@ -86,7 +112,7 @@ pub fn derive(description: &str, admit: &Admit, wanted: &Wanted<'_>) -> Result<S
         .version(from.version().clone())
         .process(fresh.build()?)
         .root(RootBuilder::default().path("rootfs").readonly(read_only).build()?)
-        .mounts(mounts.to_vec())
+        .mounts(mounts)
         .linux(fresh_linux(linux, wanted)?)
         .annotations(annotations(&from, wanted));
     if let Some(hostname) = from.hostname() {
@@ -115,25 +141,31 @@ fn fresh_linux(
         }
         namespaces.push(namespace);
     }
-    let of = |kind: LinuxNamespaceType| namespaces.iter().any(|one| one.typ() == kind);
-    if !of(LinuxNamespaceType::Pid) || !of(LinuxNamespaceType::Mount) {
-        return Err(SpecError::NotAdmitted(
-            "a container in the host's pid or mount namespace".to_owned(),
-        ));
+    for kind in OWN_NAMESPACES {
+        if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
+            return Err(SpecError::NotAdmitted(format!(
+                "a container in the host's {kind} namespace"
+            )));
+        }
     }
     let mut linux = LinuxBuilder::default().namespaces(namespaces);
-    if let Some(path) = from.cgroups_path() {
-        linux = linux.cgroups_path(path.clone());
-    }
+    let container = &wanted.from.container;
+    linux = linux.cgroups_path(format!("/{}/{}", container.namespace(), container.id()));
     if let Some(resources) = from.resources() {
         linux = linux.resources(resources.clone());
     }
     if let Some(seccomp) = from.seccomp() {
         linux = linux.seccomp(seccomp.clone());
     }
-    linux = linux.masked_paths(from.masked_paths().clone().unwrap_or_default());
-    linux = linux.readonly_paths(from.readonly_paths().clone().unwrap_or_default());
+    linux = linux.masked_paths(at_least(&MASKED_PATHS, from.masked_paths().as_deref()));
+    linux = linux.readonly_paths(at_least(&READ_ONLY_PATHS, from.readonly_paths().as_deref()));
     Ok(linux.build()?)
+}
+
+/// `ours` and whatever of `theirs` is not among them.
+fn at_least(ours: &[&str], theirs: Option<&[String]>) -> Vec<String> {
+    let more = theirs.unwrap_or_default().iter().filter(|path| !ours.contains(&path.as_str()));
+    ours.iter().map(|path| (*path).to_owned()).chain(more.cloned()).collect()
 }
 
 /// Whether `path` is where `ip netns` keeps the network namespaces of this node.
@@ -168,26 +200,43 @@ fn check_capabilities(held: &LinuxCapabilities, admit: &Admit) -> Result<(), Spe
     }
 }
 
-fn check_mount(mount: &Mount, admit: &Admit) -> Result<(), SpecError> {
+/// A mount with the options that this node insists on.
+fn fresh_mount(mount: &Mount, admit: &Admit) -> Result<Mount, SpecError> {
     let kind = mount.typ().as_deref().unwrap_or("");
     let refuse = |what: String| Err(SpecError::NotAdmitted(what));
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
-    match kind {
-        plain if PLAIN_MOUNTS.contains(&plain) => Ok(()),
+    // The runtime bind-mounts whatever has such an option, of any type.
+    let binds = |option: &String| option == "bind" || option == "rbind";
+    let kind = if mount.options().iter().flatten().any(binds) { "bind" } else { kind };
+    let required: &[&str] = match kind {
+        "proc" => &["nosuid", "noexec", "nodev"],
+        "sysfs" | "cgroup" => &["nosuid", "noexec", "nodev", "ro"],
+        "tmpfs" | "devpts" | "mqueue" => &["nosuid"],
         "godwit" => match source.to_str().unwrap_or("").parse::<VolumeSource>() {
-            Ok(_) => Ok(()),
-            Err(error) => refuse(error.to_string()),
+            Ok(_) => &[],
+            Err(error) => return refuse(error.to_string()),
         },
         "bind" => {
-            let plain = !source.components().any(|part| part == std::path::Component::ParentDir);
-            if plain && admit.bind_sources.iter().any(|allowed| source.starts_with(allowed)) {
-                Ok(())
-            } else {
-                refuse(format!("the bind mount of {}", source.display()))
+            let plain = !source.components().any(|part| part == Component::ParentDir);
+            if !plain || !admit.bind_sources.iter().any(|allowed| source.starts_with(allowed)) {
+                return refuse(format!("the bind mount of {}", source.display()));
             }
+            &[]
         }
-        other => refuse(format!("a mount of type {other:?} at {}", mount.destination().display())),
-    }
+        other => {
+            let at = mount.destination().display();
+            return refuse(format!("a mount of type {other:?} at {at}"));
+        }
+    };
+    let mut options = mount.options().clone().unwrap_or_default();
+    let opposite = |option: &String| required.contains(&"ro") && option == "rw";
+    options.retain(|option| !opposite(option));
+    let missing = required.iter().filter(|option| !options.iter().any(|has| has == *option));
+    let missing: Vec<String> = missing.map(|option| (*option).to_owned()).collect();
+    options.extend(missing);
+    let mut fresh = mount.clone();
+    fresh.set_options(Some(options));
+    Ok(fresh)
 }
 
 #[cfg(test)]
@@ -209,7 +258,7 @@ mod tests {
                 {"destination": "/data", "type": "godwit", "source": "redis-data", "options": ["rw"]},
             ],
             "annotations": {"godwit.io/user": "anna", "godwit.io/mode": "x", "org.criu.config": "/evil"},
-            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network", "path": "/run/netns/r"}]},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network", "path": "/run/netns/r"}, {"type": "ipc"}, {"type": "uts"}]},
         })
     }
 
@@ -254,10 +303,18 @@ mod tests {
             json!({"destination": "/h", "type": "ext4", "source": "/dev/sda"}),
             "ext4",
         );
+        let disguised =
+            json!({"destination": "/h", "type": "tmpfs", "source": "/", "options": ["rbind"]});
+        refused("/mounts/0", disguised, "bind mount of /");
         refused("/mounts/1/source", json!("../../etc"), "volume id");
         refused("/linux/namespaces/2/path", json!("/proc/1/ns/net"), "/proc/1/ns/net");
         refused("/linux/namespaces/2/path", json!("/run/netns/../x"), "netns/../x");
         refused("/linux/namespaces", json!([]), "pid");
+        let mut with = description();
+        with["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+        assert!(
+            derived(&with, &Admit::default()).unwrap_err().to_string().contains("device rules")
+        );
         let mut with = description();
         with["hooks"] = json!({"prestart": [{"path": "/bin/sh"}]});
         assert!(derived(&with, &Admit::default()).unwrap_err().to_string().contains("hooks"));
@@ -265,6 +322,19 @@ mod tests {
         with["linux"]["devices"] =
             json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
         assert!(derived(&with, &Admit::default()).unwrap_err().to_string().contains("devices"));
+    }
+
+    #[test]
+    fn what_keeps_a_container_in_is_this_nodes_own() {
+        let mut with = description();
+        with["linux"]["cgroupsPath"] = json!("/system.slice/sshd.service");
+        with["mounts"][0]["options"] = json!(["rw"]);
+        let spec = derived(&with, &Admit::default()).unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/default/cache")));
+        assert!(linux.masked_paths().as_ref().unwrap().iter().any(|path| path == "/proc/kcore"));
+        let proc = &spec.mounts().as_ref().unwrap()[0];
+        assert!(proc.options().as_ref().unwrap().iter().any(|option| option == "noexec"));
     }
 
     #[test]

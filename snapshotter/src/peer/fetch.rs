@@ -8,13 +8,14 @@
 //! - The source is asked only for what every neighbour that still answers has been asked for in vain.
 //!
 //! So a byte comes from the source only if nobody else has it, a dead neighbour costs one deadline, and a lying one
-//! nothing but its own bytes: each object is checked against its digest before it is kept.
+//! nothing but its own bytes: each object is checked against its digest before it is kept. Whoever failed once is
+//! not asked again, neither in this level nor in the next ones.
 //!
 //! On failure everything that arrived stays in the store; fetching again goes on from there.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_protos::Digest;
 use godwit_protos::peer::{FetchObjectsRequest, ObjectBatch};
@@ -32,9 +33,20 @@ const BATCH_OBJECTS: usize = 128;
 /// Requests on their way to one peer at once: the next is asked for while one arrives.
 const REQUESTS_PER_PEER: usize = 2;
 
-/// Longest wait for the next message of a neighbour, and of the source, which nobody can replace.
-const PATIENCE: Duration = Duration::from_secs(2);
-const PATIENCE_SOURCE: Duration = Duration::from_secs(20);
+/// Below this a neighbour is too slow to be of use: its bytes per second and request, uncompressed, looked at once
+/// a request has lasted as long as the longest wait for a message.
+const SLOWEST_BYTES_PER_SECOND: u64 = 64 << 10;
+
+/// Longest wait for the next message.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    pub(super) neighbour: Duration,
+    /// Longer, as nobody can replace it.
+    pub(super) source: Duration,
+}
+
+const PATIENCE: Patience =
+    Patience { neighbour: Duration::from_secs(2), source: Duration::from_secs(20) };
 
 /// Why a version could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -87,16 +99,31 @@ pub async fn fetch(
     peers: &Peers,
     roots: &[(Kind, Digest)],
 ) -> Result<Brought, FetchError> {
-    let mut brought = Brought::new();
+    fetch_within(store, lease, peers, roots, PATIENCE).await
+}
+
+/// [`fetch`] with a given patience.
+pub(super) async fn fetch_within(
+    store: &Store,
+    lease: &Arc<Lease>,
+    peers: &Peers,
+    roots: &[(Kind, Digest)],
+    patience: Patience,
+) -> Result<Brought, FetchError> {
+    let mut so_far = SoFar { alive: all_alive(peers), brought: Brought::new() };
     let mut level: Vec<(Kind, Digest)> = roots.to_vec();
+    // By kind too: a file may hold the very bytes of a directory, and only the directory has children.
     let mut seen = HashSet::new();
     while !level.is_empty() {
-        level.retain(|(_, digest)| seen.insert(*digest));
-        let wanted: Vec<Digest> = level.iter().map(|(_, digest)| *digest).collect();
+        level.retain(|one| seen.insert(one.1));
+        // In the order of the level, which is about the one in which a peer has them on its disk.
+        let mut named = HashSet::new();
+        let wanted = level.iter().map(|(_, digest)| *digest).filter(|digest| named.insert(*digest));
+        let wanted: Vec<Digest> = wanted.collect();
         let here = store.clone();
         let missing = blocking(move || Ok(here.missing(&wanted)?)).await?;
         if !missing.is_empty() {
-            fetch_level(store, lease, peers, missing, &mut brought).await?;
+            fetch_level(store, lease, peers, missing, patience, &mut so_far).await?;
         }
         let here = store.clone();
         level = blocking(move || {
@@ -110,7 +137,23 @@ pub async fn fetch(
         })
         .await?;
     }
-    Ok(brought)
+    Ok(so_far.brought)
+}
+
+/// What one level hands on to the next.
+struct SoFar {
+    /// Neighbours that still answer, as a bit set.
+    alive: u64,
+    brought: Brought,
+}
+
+/// The neighbours that are asked at all: a bit set of them fits in a word.
+fn asked_neighbours(peers: &Peers) -> &[Arc<Connection>] {
+    &peers.neighbours[..peers.neighbours.len().min(63)]
+}
+
+fn all_alive(peers: &Peers) -> u64 {
+    (1 << asked_neighbours(peers).len()) - 1
 }
 
 async fn blocking<T: Send + 'static>(
@@ -125,12 +168,19 @@ struct Level {
     changed: Notify,
 }
 
+/// Where each object of a level is: open, in the rest, with a worker, or in the store.
+///
+/// ```text
+/// open --take--> neighbour --give_back--> open, or rest when no neighbour is left to ask
+/// rest --take--> source    --give_back--> rest, and the source is not asked again
+/// ```
 struct State {
-    /// Objects to be asked of neighbours, each with the set of those that were asked in vain.
-    open: VecDeque<(Digest, u64)>,
+    /// Objects to be asked of neighbours, by the set of those that were asked in vain. No set holds all that live.
+    open: BTreeMap<u64, VecDeque<Digest>>,
     /// Objects that only the source can have.
     rest: VecDeque<Digest>,
-    outstanding: usize,
+    /// Objects that neighbours are being asked for, and that may therefore come back to `open` or `rest`.
+    with_neighbours: usize,
     /// Neighbours that still answer, as a bit set.
     alive: u64,
     source_error: Option<String>,
@@ -139,20 +189,23 @@ struct State {
     brought: Brought,
 }
 
+/// Objects on their way, each with the set of neighbours that were asked in vain.
+type Batch = Vec<(Digest, u64)>;
+
 impl Level {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next batch for a worker; `None` when nothing is left for it, ever.
-    async fn take(&self, neighbour: Option<usize>) -> Option<Vec<(Digest, u64)>> {
+    async fn take(&self, neighbour: Option<usize>) -> Option<Batch> {
         loop {
+            // Registered before looking, so that no change between the look and the wait is missed.
             let changed = self.changed.notified();
             {
                 let mut state = self.lock();
                 let batch = state.take(neighbour);
                 if !batch.is_empty() {
-                    state.outstanding += batch.len();
                     return Some(batch);
                 }
                 if state.is_over(neighbour) {
@@ -163,68 +216,121 @@ impl Level {
         }
     }
 
-    /// Gives back what a peer did not deliver.
-    fn give_back(&self, neighbour: Option<usize>, batch: Vec<(Digest, u64)>) {
-        let mut state = self.lock();
-        state.outstanding -= batch.len();
-        for (digest, asked) in batch {
-            match neighbour {
-                Some(index) => state.open.push_back((digest, asked | 1 << index)),
-                None => state.nowhere = Some(digest),
+    /// Waits until this peer is not to be asked any more, because of what another worker met.
+    async fn gives_up(&self, neighbour: Option<usize>) {
+        loop {
+            let changed = self.changed.notified();
+            if self.lock().has_given_up(neighbour) {
+                return;
             }
+            changed.await;
         }
-        state.sort_out();
-        drop(state);
+    }
+
+    /// Tells everyone about a change of the state.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
         self.changed.notify_waiters();
     }
 }
 
 impl State {
-    fn take(&mut self, neighbour: Option<usize>) -> Vec<(Digest, u64)> {
-        if self.nowhere.is_some() || self.failed.is_some() {
-            return Vec::new();
+    fn new(missing: Vec<Digest>, so_far: &mut SoFar) -> Self {
+        let mut state = Self {
+            open: BTreeMap::from([(0, missing.into())]),
+            rest: VecDeque::new(),
+            with_neighbours: 0,
+            alive: so_far.alive,
+            source_error: None,
+            nowhere: None,
+            failed: None,
+            brought: std::mem::take(&mut so_far.brought),
+        };
+        state.sort_out();
+        state
+    }
+
+    fn take(&mut self, neighbour: Option<usize>) -> Batch {
+        let mut batch = Batch::new();
+        if self.has_given_up(neighbour) {
+            return batch;
         }
         let Some(index) = neighbour else {
             let count = self.rest.len().min(BATCH_OBJECTS);
             return self.rest.drain(..count).map(|digest| (digest, 0)).collect();
         };
-        if self.alive & 1 << index == 0 {
-            return Vec::new();
+        for (asked, digests) in self.open.iter_mut().filter(|(asked, _)| *asked & 1 << index == 0) {
+            let count = digests.len().min(BATCH_OBJECTS - batch.len());
+            batch.extend(digests.drain(..count).map(|digest| (digest, *asked)));
         }
-        let mut batch = Vec::new();
-        let mut skipped = VecDeque::new();
-        while batch.len() < BATCH_OBJECTS {
-            match self.open.pop_front() {
-                Some((digest, asked)) if asked & 1 << index == 0 => batch.push((digest, asked)),
-                Some(other) => skipped.push_back(other),
-                None => break,
-            }
-        }
-        skipped.append(&mut self.open);
-        self.open = skipped;
+        self.open.retain(|_, digests| !digests.is_empty());
+        self.with_neighbours += batch.len();
         batch
+    }
+
+    /// Takes back what is left of a batch of `taken` objects. `failure`: why the peer is not to be asked again.
+    fn give_back(
+        &mut self,
+        neighbour: Option<usize>,
+        taken: usize,
+        left: Batch,
+        failure: Option<String>,
+    ) {
+        let Some(index) = neighbour else {
+            self.rest.extend(left.into_iter().map(|(digest, _)| digest));
+            // The first reason is the cause, the other worker's often a consequence.
+            self.source_error = self.source_error.take().or(failure);
+            return;
+        };
+        self.with_neighbours -= taken;
+        for (digest, asked) in left {
+            self.open.entry(asked | 1 << index).or_default().push_back(digest);
+        }
+        if failure.is_some() {
+            self.alive &= !(1 << index);
+        }
+        self.sort_out();
     }
 
     /// Moves to the source's queue what no neighbour is left for.
     fn sort_out(&mut self) {
         let alive = self.alive;
-        let rest = &mut self.rest;
-        self.open.retain(|(digest, asked)| {
-            let hope = alive & !asked != 0;
-            if !hope {
-                rest.push_back(*digest);
-            }
-            hope
-        });
+        for (_, digests) in self.open.extract_if(.., |asked, _| alive & !*asked == 0) {
+            self.rest.extend(digests);
+        }
     }
 
-    fn is_over(&self, neighbour: Option<usize>) -> bool {
+    /// Whether this peer is not to be asked any more, whatever is left.
+    fn has_given_up(&self, neighbour: Option<usize>) -> bool {
         let gone = match neighbour {
             Some(index) => self.alive & 1 << index == 0,
             None => self.source_error.is_some(),
         };
-        let empty = self.open.is_empty() && self.rest.is_empty() && self.outstanding == 0;
-        gone || empty || self.nowhere.is_some() || self.failed.is_some()
+        gone || self.nowhere.is_some() || self.failed.is_some()
+    }
+
+    /// Whether a worker that finds nothing to take will never find anything.
+    ///
+    /// Its queue grows only by what comes back from a neighbour, or for the source by what a neighbour still has
+    /// to be asked for; what comes back from the source goes to nobody.
+    fn is_over(&self, neighbour: Option<usize>) -> bool {
+        let settled = self.with_neighbours == 0 && self.open.is_empty() && self.rest.is_empty();
+        settled || self.has_given_up(neighbour)
+    }
+
+    /// How a level that all workers have left went.
+    fn outcome(&mut self) -> Result<(), FetchError> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        if let Some(digest) = self.nowhere {
+            return Err(FetchError::Nowhere(digest));
+        }
+        let missing = self.open.values().map(VecDeque::len).sum::<usize>() + self.rest.len();
+        match self.source_error.take() {
+            Some(reason) if missing > 0 => Err(FetchError::SourceFailed { missing, reason }),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -233,30 +339,21 @@ async fn fetch_level(
     lease: &Arc<Lease>,
     peers: &Peers,
     missing: Vec<Digest>,
-    brought: &mut Brought,
+    patience: Patience,
+    so_far: &mut SoFar,
 ) -> Result<(), FetchError> {
-    // A bit set of neighbours fits in a word.
-    let neighbours = &peers.neighbours[..peers.neighbours.len().min(63)];
-    let mut state = State {
-        open: missing.into_iter().map(|digest| (digest, 0)).collect(),
-        rest: VecDeque::new(),
-        outstanding: 0,
-        alive: (1u64 << neighbours.len()) - 1,
-        source_error: None,
-        nowhere: None,
-        failed: None,
-        brought: std::mem::take(brought),
-    };
-    state.sort_out();
-    let level = Arc::new(Level { state: Mutex::new(state), changed: Notify::new() });
+    let state = Mutex::new(State::new(missing, so_far));
+    let level = Arc::new(Level { state, changed: Notify::new() });
     let mut workers = tokio::task::JoinSet::new();
-    let everyone = neighbours.iter().enumerate().map(|(index, one)| (Some(index), one));
-    for (neighbour, peer) in everyone.chain([(None, &peers.source)]) {
+    let neighbours = asked_neighbours(peers).iter().enumerate();
+    let everyone = neighbours.map(|(index, one)| (Some(index), one, patience.neighbour));
+    for (neighbour, peer, patience) in everyone.chain([(None, &peers.source, patience.source)]) {
         for _ in 0..REQUESTS_PER_PEER {
             let worker = Worker {
                 level: level.clone(),
                 peer: peer.clone(),
                 neighbour,
+                patience,
                 store: store.clone(),
                 lease: lease.clone(),
             };
@@ -264,29 +361,21 @@ async fn fetch_level(
         }
     }
     while let Some(done) = workers.join_next().await {
+        // A worker that panicked has taken its batch along; leaving stops the others, who may wait for it.
         if done.is_err() {
             return Err(FetchError::Interrupted);
         }
     }
     let mut state = level.lock();
-    *brought = std::mem::take(&mut state.brought);
-    if let Some(error) = state.failed.take() {
-        return Err(error);
-    }
-    if let Some(digest) = state.nowhere {
-        return Err(FetchError::Nowhere(digest));
-    }
-    let missing = state.open.len() + state.rest.len();
-    match state.source_error.take() {
-        Some(reason) if missing > 0 => Err(FetchError::SourceFailed { missing, reason }),
-        _ => Ok(()),
-    }
+    so_far.brought = std::mem::take(&mut state.brought);
+    state.outcome()
 }
 
 struct Worker {
     level: Arc<Level>,
     peer: Arc<Connection>,
     neighbour: Option<usize>,
+    patience: Duration,
     store: Store,
     lease: Arc<Lease>,
 }
@@ -294,78 +383,105 @@ struct Worker {
 impl Worker {
     async fn run(self) {
         while let Some(batch) = self.level.take(self.neighbour).await {
-            let mut left: BTreeMap<Digest, u64> = batch.iter().copied().collect();
-            let outcome = self.request(&batch, &mut left).await;
-            let delivered = batch.len() - left.len();
-            self.level.lock().outstanding -= delivered;
-            if let Err(reason) = outcome {
-                tracing::warn!(node = %self.peer.node, %reason, "peer failed; asking elsewhere");
-                let mut state = self.level.lock();
-                match self.neighbour {
-                    Some(index) => state.alive &= !(1 << index),
-                    None => {
-                        state.outstanding -= left.len();
-                        state.rest.extend(left.keys());
-                        left.clear();
-                        state.source_error = Some(reason);
-                    }
+            let mut left: HashMap<Digest, u64> = batch.iter().copied().collect();
+            let failure = self.request(&batch, &mut left).await.err();
+            let left = left.into_iter().collect();
+            self.level.change(|state| {
+                if let Some(reason) = failure.as_ref().filter(|_| !state.has_given_up(self.neighbour)) {
+                    tracing::warn!(node = %self.peer.node, %reason, "peer failed; asking elsewhere");
                 }
-            }
-            self.level.give_back(self.neighbour, left.into_iter().collect());
+                state.give_back(self.neighbour, batch.len(), left, failure);
+            });
         }
-        self.level.changed.notify_waiters();
     }
 
     /// Asks for a batch and takes out of `left` what arrived. Errors: why this peer is not to be asked again.
     async fn request(
         &self,
         batch: &[(Digest, u64)],
-        left: &mut BTreeMap<Digest, u64>,
+        left: &mut HashMap<Digest, u64>,
     ) -> Result<(), String> {
-        let patience = if self.neighbour.is_some() { PATIENCE } else { PATIENCE_SOURCE };
-        let late = |_| format!("no answer within {} ms", patience.as_millis());
+        let begun = Instant::now();
+        let mut unanswered: HashSet<Digest> = left.keys().copied().collect();
         let digests = batch.iter().map(|(digest, _)| digest.as_bytes().to_vec().into()).collect();
         let mut client = self.peer.client();
         let call = client.fetch_objects(FetchObjectsRequest { digests });
-        let mut stream = tokio::time::timeout(patience, call)
-            .await
-            .map_err(late)?
-            .map_err(|status| status.message().to_owned())?
-            .into_inner();
-        loop {
-            let message = tokio::time::timeout(patience, stream.message()).await.map_err(late)?;
-            match message.map_err(|status| status.message().to_owned())? {
-                None => return Ok(()),
-                Some(message) => self.keep(message, left).await?,
+        let mut stream = self.patiently(call).await?.into_inner();
+        let mut bytes = 0;
+        while let Some(message) = self.patiently(stream.message()).await? {
+            let before = unanswered.len();
+            let missing = message.missing.clone();
+            bytes += self.keep(message, &mut unanswered, left).await?;
+            for digest in missing.iter().filter_map(|digest| Digest::try_from(&digest[..]).ok()) {
+                if unanswered.remove(&digest) && self.neighbour.is_none() {
+                    self.level.change(|state| state.nowhere = Some(digest));
+                }
             }
+            if unanswered.len() == before {
+                // An honest answer may end with an empty message; one that goes on with them never ends.
+                let done = unanswered.is_empty();
+                return if done { Ok(()) } else { Err("it sent a message of nothing".into()) };
+            }
+            if self.neighbour.is_some() && !unanswered.is_empty() && self.is_too_slow(bytes, begun)
+            {
+                return Err(format!("only {bytes} bytes in {} ms", begun.elapsed().as_millis()));
+            }
+        }
+        match unanswered.len() {
+            0 => Ok(()),
+            count => Err(format!("its answer ended without a word on {count} objects")),
         }
     }
 
+    fn is_too_slow(&self, bytes: u64, begun: Instant) -> bool {
+        let elapsed = begun.elapsed();
+        elapsed > self.patience
+            && u128::from(bytes) * 1000 < u128::from(SLOWEST_BYTES_PER_SECOND) * elapsed.as_millis()
+    }
+
+    /// Waits for a peer's answer, but not too long, and not when another worker has given the peer up.
+    async fn patiently<T>(
+        &self,
+        answer: impl Future<Output = Result<T, tonic::Status>>,
+    ) -> Result<T, String> {
+        tokio::select! {
+            answer = tokio::time::timeout(self.patience, answer) => match answer {
+                Ok(answer) => answer.map_err(|status| status.message().to_owned()),
+                Err(_) => Err(format!("no answer within {} ms", self.patience.as_millis())),
+            },
+            () = self.level.gives_up(self.neighbour) => Err("given up".to_owned()),
+        }
+    }
+
+    /// Keeps the objects of a message and takes them out of `unanswered` and `left`. Returns their bytes.
     async fn keep(
         &self,
         message: ObjectBatch,
-        left: &mut BTreeMap<Digest, u64>,
-    ) -> Result<(), String> {
-        let (store, lease) = (self.store.clone(), self.lease.clone());
-        let wanted: HashSet<Digest> = left.keys().copied().collect();
+        unanswered: &mut HashSet<Digest>,
+        left: &mut HashMap<Digest, u64>,
+    ) -> Result<u64, String> {
+        let (store, lease, wanted) = (self.store.clone(), self.lease.clone(), unanswered.clone());
         let kept =
-            tokio::task::spawn_blocking(move || keep(&store, &lease, &message, &wanted)).await;
+            tokio::task::spawn_blocking(move || keep(&store, &lease, &message, wanted)).await;
         let (kept, bytes, wrong) = match kept {
             Ok(Ok(kept)) => kept,
             Ok(Err(error)) => {
-                self.level.lock().failed = Some(error.into());
+                self.level.change(|state| state.failed = Some(error.into()));
                 return Err("what arrived cannot be kept".into());
             }
             Err(_) => return Err("interrupted".into()),
         };
         for digest in &kept {
+            unanswered.remove(digest);
             left.remove(digest);
         }
-        let mut state = self.level.lock();
-        let count = state.brought.entry(self.peer.node.clone()).or_default();
-        count.0 += kept.len() as u64;
-        count.1 += bytes;
-        wrong.map_or(Ok(()), Err)
+        if !kept.is_empty() {
+            let mut state = self.level.lock();
+            let count = state.brought.entry(self.peer.node.clone()).or_default();
+            count.0 += kept.len() as u64;
+            count.1 += bytes;
+        }
+        wrong.map_or(Ok(bytes), Err)
     }
 }
 
@@ -374,7 +490,7 @@ fn keep(
     store: &Store,
     lease: &Lease,
     message: &ObjectBatch,
-    wanted: &HashSet<Digest>,
+    mut wanted: HashSet<Digest>,
 ) -> Result<(Vec<Digest>, u64, Option<String>), ContentError> {
     let mut writer = store.writer(lease);
     let (mut codec, mut kept, mut bytes, mut wrong) = (Codec::default(), Vec::new(), 0, None);
@@ -397,4 +513,104 @@ fn keep(
     }
     writer.flush()?;
     Ok((kept, bytes, wrong))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A worker without its network: idle, on its way with a batch, or gone.
+    enum Doing {
+        Nothing,
+        Asking(Batch),
+        Gone,
+    }
+
+    struct Model {
+        state: State,
+        workers: Vec<(Option<usize>, Doing)>,
+        delivered: HashSet<Digest>,
+        /// By object: which neighbours have answered for it.
+        answered: HashMap<Digest, u64>,
+    }
+
+    impl Model {
+        fn new(neighbours: usize, objects: u32) -> Self {
+            let missing = (0..objects).map(|number| Digest::of(&number.to_le_bytes())).collect();
+            let mut so_far = SoFar { alive: (1 << neighbours) - 1, brought: Brought::new() };
+            let peers = (0..neighbours).map(Some).chain([None]);
+            let workers =
+                peers.flat_map(|peer| [(peer, Doing::Nothing), (peer, Doing::Nothing)]).collect();
+            let state = State::new(missing, &mut so_far);
+            Self { state, workers, delivered: HashSet::new(), answered: HashMap::new() }
+        }
+
+        /// Lets a worker take the next step. Returns whether there was one to take.
+        fn step(&mut self, worker: usize, outcome: u8) -> bool {
+            let (peer, doing) = &mut self.workers[worker];
+            match std::mem::replace(doing, Doing::Nothing) {
+                Doing::Gone => *doing = Doing::Gone,
+                Doing::Nothing => {
+                    let batch = self.state.take(*peer);
+                    if batch.is_empty() {
+                        let is_over = self.state.is_over(*peer);
+                        *doing = if is_over { Doing::Gone } else { Doing::Nothing };
+                        return is_over;
+                    }
+                    for (digest, _) in batch.iter().filter(|_| peer.is_none()) {
+                        let answered = self.answered.get(digest).copied().unwrap_or(0);
+                        assert_eq!(self.state.alive & !answered, 0, "a neighbour was left out");
+                    }
+                    *doing = Doing::Asking(batch);
+                    return true;
+                }
+                Doing::Asking(batch) => {
+                    let taken = batch.len();
+                    let arrives = [taken, taken / 2, taken / 2, 0][usize::from(outcome % 4)];
+                    // What the source neither sends nor fails to send is nowhere, which ends everything at once.
+                    let fails = outcome % 4 >= 2 || (peer.is_none() && arrives < taken);
+                    let mut left = batch;
+                    for (digest, _) in left.drain(..arrives) {
+                        assert!(self.delivered.insert(digest), "it came twice");
+                    }
+                    for (digest, _) in &left {
+                        let bit = peer.map_or(0, |index| 1 << index);
+                        *self.answered.entry(*digest).or_default() |= bit;
+                    }
+                    self.state.give_back(*peer, taken, left, fails.then(|| "cut".to_owned()));
+                    return true;
+                }
+            }
+            false
+        }
+    }
+
+    proptest! {
+        /// Method: workers without a network take, deliver, lack and fail in any order; after that all deliver.
+        #[test]
+        fn in_any_order_of_answers_nothing_is_lost_and_nobody_waits_for_ever(
+            neighbours in 0usize..4,
+            objects in 0u32..900,
+            steps: Vec<(u8, u8)>,
+        ) {
+            let mut model = Model::new(neighbours, objects);
+            let count = model.workers.len();
+            for (worker, outcome) in steps {
+                model.step(usize::from(worker) % count, outcome);
+            }
+            while (0..count).fold(false, |any, worker| model.step(worker, 0) || any) {}
+            let waits = |(_, doing): &(Option<usize>, Doing)| !matches!(doing, Doing::Gone);
+            prop_assert!(!model.workers.iter().any(waits), "a worker waits for ever");
+            prop_assert_eq!(model.state.with_neighbours, 0);
+            let delivered = model.delivered.len();
+            match model.state.outcome() {
+                Ok(()) => prop_assert_eq!(delivered, objects as usize),
+                Err(FetchError::SourceFailed { missing, .. }) => {
+                    prop_assert_eq!(delivered + missing, objects as usize);
+                }
+                Err(other) => prop_assert!(false, "{}", other),
+            }
+        }
+    }
 }

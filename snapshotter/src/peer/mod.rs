@@ -262,14 +262,4 @@ impl AsyncWrite for Counted {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_newest_version_that_both_speak_is_chosen() {
-        assert_eq!(Version::agree(1, 1), Some(1));
-        assert_eq!(Version::agree(1, 9), Some(Version::NEWEST as u32));
-        assert_eq!(Version::agree(2, 9), None);
-        assert_eq!(Version::agree(0, 0), None);
-    }
-}
+mod tests;

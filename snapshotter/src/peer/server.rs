@@ -259,7 +259,7 @@ pub fn follow(node: &Arc<Node>, wanted: request::Request) -> Pinned<Progress> {
             let (node, migration) = (node.clone(), migration.clone());
             async move {
                 if let Err(error) = request::migrate(&node, &migration, &wanted).await {
-                    node.events.failed(&migration, &error);
+                    node.events.failed(&migration, &error, request::outlook(&node, &wanted));
                 }
             }
         });
@@ -316,6 +316,12 @@ fn send_objects(
     for digest in digests {
         match store.get_stored(digest) {
             Ok(Some(stored)) => {
+                if bytes + stored.bytes.len() > BATCH_BYTES && !batch.objects.is_empty() {
+                    bytes = 0;
+                    if send.blocking_send(Ok(std::mem::take(&mut batch))).is_err() {
+                        return;
+                    }
+                }
                 bytes += stored.bytes.len();
                 batch.objects.push(stored_object(*digest, stored));
             }
@@ -323,12 +329,6 @@ fn send_objects(
             Err(error) => {
                 tracing::warn!(%digest, %error, "object cannot be served");
                 batch.missing.push(digest.as_bytes().to_vec().into());
-            }
-        }
-        if bytes >= BATCH_BYTES {
-            bytes = 0;
-            if send.blocking_send(Ok(std::mem::take(&mut batch))).is_err() {
-                return;
             }
         }
     }

@@ -144,11 +144,12 @@ impl<'a> Arm<'a> {
         self.story.tell(&format!("a client has filled redis: {} keys, {mib} MiB", self.keys));
 
         let first = self.migrate(self.neighbour, self.source, Mode::Cooperative)?;
-        let seconds = first.total_ms / 1e3;
         self.story.tell(&format!(
-            "redis has moved from {NEIGHBOUR} to {SOURCE} in {seconds:.1} s, all links still at {} \
-             Mbit/s; {NEIGHBOUR} keeps a snapshot",
-            self.settings.link_mbit
+            "redis has moved from {NEIGHBOUR} to {SOURCE} in {:.1} s, all links still at {} Mbit/s; \
+             {NEIGHBOUR} keeps {}",
+            first.total_ms / 1e3,
+            self.settings.link_mbit,
+            self.cached_snapshots()?,
         ));
         self.check_data(0, &ledger, &mut problems)?;
 
@@ -186,6 +187,15 @@ impl<'a> Arm<'a> {
             "redis runs on {NEIGHBOUR}, with an append-only file on volume {VOLUME} and {mib} MiB read-only"
         ));
         Ok(read_only)
+    }
+
+    /// What the neighbour has kept, in words. Errors: nothing, so that there is nothing to show.
+    fn cached_snapshots(&self) -> Result<String> {
+        let listed = self.neighbour.ok(&["godwit", "--output", "json", "snapshot", "ls"])?;
+        let listed: Vec<Value> = serde_json::from_str(&listed).context("list of snapshots")?;
+        ensure!(!listed.is_empty(), "{NEIGHBOUR} keeps no snapshot");
+        let bytes: u64 = listed.iter().filter_map(|one| one["size_bytes"].as_u64()).sum();
+        Ok(format!("{} snapshots of {} MiB", listed.len(), bytes >> 20))
     }
 
     /// Changes part of the data, and takes the digests of everything. The link is still fast.

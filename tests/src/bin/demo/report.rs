@@ -7,7 +7,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use crate::arm::{DESTINATION, Outcome, SOURCE};
 
@@ -39,6 +38,18 @@ pub(crate) struct Phases<T> {
     pub(crate) dump: T,
     pub(crate) transfer: T,
     pub(crate) restore: T,
+}
+
+/// `report.json`.
+#[derive(Debug, Serialize)]
+struct Report {
+    modes: Modes,
+}
+
+#[derive(Debug, Serialize)]
+struct Modes {
+    traditional: ModeReport,
+    cooperative: ModeReport,
 }
 
 /// One mode in `report.json`.
@@ -132,9 +143,8 @@ fn rounded(milliseconds: f64) -> u64 {
 
 /// Writes `report.json`; returns its text.
 pub(crate) fn write(path: &Path, traditional: &Outcome, cooperative: &Outcome) -> Result<String> {
-    let modes = [traditional, cooperative].map(|arm| (arm.mode.to_string(), arm.for_programs()));
-    let report = json!({ "modes": BTreeMap::from(modes) });
-    let text = serde_json::to_string_pretty(&report)?;
+    let (traditional, cooperative) = (traditional.for_programs(), cooperative.for_programs());
+    let text = serde_json::to_string_pretty(&Report { modes: Modes { traditional, cooperative } })?;
     let write = || {
         fs::create_dir_all(path.parent().unwrap_or(path))?;
         fs::write(path, format!("{text}\n"))
@@ -238,10 +248,10 @@ impl Table {
         self.head();
         let [one, other] = values;
         let cell = |value: f64| format!("{value:.digits$} {unit:<3}");
-        let ratio = ratio(one, other);
-        let ratio =
-            if ratio.is_finite() { format!("{:.0}%", ratio * 100.0) } else { String::new() };
-        self.line(name, cell(one).as_str(), cell(other).as_str(), &ratio);
+        // Less than one of its unit is what an idle link carries: nothing to compare with.
+        let percent = format!("{:.0}%", ratio(one, other) * 100.0);
+        let ratio = if one >= 1.0 { percent.as_str() } else { "" };
+        self.line(name, &cell(one), &cell(other), ratio);
     }
 
     fn head(&mut self) {
@@ -324,6 +334,18 @@ mod tests {
             arm.report.wire_bytes_by_node.insert(SOURCE.to_owned(), 301);
         };
         assert!(wrong(bytes).contains("more than 30%"));
+    }
+
+    #[test]
+    fn the_table_compares_what_can_be_compared() {
+        let [one, mut other] = good();
+        other.report.wire_bytes_by_node.insert("edge-c".to_owned(), 3 << 20);
+        let table = table(&one, &other);
+        let line = |name: &str| table.lines().find(|line| line.starts_with(name)).unwrap();
+        assert!(line("total time").ends_with("98%"), "{table}");
+        assert!(line("from edge-c").ends_with("3.0 MiB"), "{table}");
+        assert!(line("every value verified").ends_with("yes"), "{table}");
+        assert!(table.lines().all(|line| line.len() <= 70), "{table}");
     }
 
     #[test]

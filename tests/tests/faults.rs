@@ -1,0 +1,361 @@
+//! Migrations that fail: a clear error, the container running at its source, nothing left anywhere.
+
+use std::net::Ipv4Addr;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::command::wait_until;
+use godwit_tests::images::{self, Image};
+use godwit_tests::workload::{self, Container, memhog};
+use godwit_tests::{Bed, BedOptions, Node};
+
+/// The nodes that all tests share; torn down at exit.
+static BED: LazyLock<Bed> = LazyLock::new(|| {
+    let bed = Bed::start(&BedOptions::nodes(2).rate_mbit(1000)).expect("the test nodes start");
+    for image in [Image::Busybox, Image::Memhog] {
+        images::import(bed.node(0), image, "godwit").expect("images can be imported");
+    }
+    bed
+});
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn source() -> &'static Node {
+    BED.node(0)
+}
+
+fn destination() -> &'static Node {
+    BED.node(1)
+}
+
+/// A memhog at the source, with a volume and a network of its own name: its address there.
+fn start_memhog(name: &'static str, first: u8, mib: usize) -> Result<Ipv4Addr> {
+    let addresses = workload::networks(&BED, name, first)?;
+    source().ok(&["godwit", "volume", "create", name])?;
+    memhog(name, name, mib, 1).start(source())?;
+    workload::memhog_answers(&BED, addresses[0])?;
+    Ok(addresses[0])
+}
+
+fn remove(name: &str) -> Result<()> {
+    source().ok(&["ctr", "tasks", "rm", "-f", name])?;
+    source().ok(&["ctr", "containers", "rm", name]).map(drop)
+}
+
+/// A migration that must fail; what it says.
+fn refused(name: &str, options: &[&str]) -> Result<String> {
+    let done = workload::migrate(source(), name, source(), destination(), options)?;
+    ensure!(!done.succeeded(), "{name} was migrated");
+    Ok(done.ok().unwrap_err().to_string())
+}
+
+/// The destination has nothing of the container: no record, task, snapshot, volume, staged file.
+fn nothing_is_left(name: &str) -> Result<()> {
+    let left = || {
+        let mut left = String::new();
+        for command in [
+            "ctr containers ls -q",
+            "ctr tasks ls -q",
+            "ctr snapshots --snapshotter godwit ls | awk '$3 == \"Active\" {print $1}'",
+            "godwit volume ls",
+            "ls /var/lib/godwit/stage",
+            "ls /run/containerd/io.containerd.runtime.v2.task/default 2>/dev/null || true",
+            "grep -o '/var/lib/godwit/stage[^ ]*' /proc/mounts || true",
+        ] {
+            let command =
+                command.replace("awk '$3 == \"Active\" {print $1}'", "grep Active || true");
+            left += &destination().sh(&command)?;
+        }
+        let name_or_stage = |line: &&str| line.contains(name) || line.contains("stage");
+        anyhow::Ok(left.lines().filter(name_or_stage).collect::<Vec<_>>().join("\n"))
+    };
+    wait_until("nothing is left at the destination", SOON, || Ok(left()?.is_empty()))
+        .with_context(|| left().unwrap_or_default())
+}
+
+/// The memhog at the source has lost nothing and goes on.
+fn runs_on(name: &str, address: Ipv4Addr) -> Result<()> {
+    wait_until("the source runs", SOON, || {
+        Ok(workload::task(source(), name)?.as_deref() == Some("RUNNING"))
+    })?;
+    let before = workload::memhog_answers(&BED, address)?;
+    workload::memhog_is_whole(&BED, address, before.incarnation)?;
+    wait_until("it goes on", SOON, || {
+        Ok(workload::memhog_answers(&BED, address)?.beats > before.beats)
+    })
+}
+
+#[test]
+fn an_unknown_container_is_named() -> Result<()> {
+    let text = refused("nosuch", &[])?;
+    ensure!(text.contains("container default/nosuch is not on node edge-a"), "{text}");
+    nothing_is_left("nosuch")
+}
+
+#[test]
+fn an_unknown_node_is_named() -> Result<()> {
+    for (from, to) in [("edge-a", "edge-z"), ("edge-z", "edge-a")] {
+        let done = source().run(&["godwit", "migrate", "x", "--from", from, "--to", to])?;
+        let text = done.ok().unwrap_err().to_string();
+        ensure!(text.contains("\"edge-z\" is not among this node's peers"), "{text}");
+    }
+    let same = source().run(&["godwit", "migrate", "x", "--from", "edge-a", "--to", "edge-a"])?;
+    let text = same.ok().unwrap_err().to_string();
+    ensure!(text.contains("both edge-a"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn an_unknown_volume_is_named_with_what_to_do() -> Result<()> {
+    let wanted = Container::new("novolume", Image::Busybox).volume("nosuch", "/data", "rw");
+    let text = wanted.run(source())?.ok().unwrap_err().to_string();
+    ensure!(text.contains("volume nosuch is not on this node"), "{text}");
+    ensure!(text.contains("godwit volume create nosuch"), "{text}");
+    let content = format!("sha256:{}", "0".repeat(64));
+    let wanted = Container::new("nocontent", Image::Busybox).volume(&content, "/data", "ro");
+    let text = wanted.run(source())?.ok().unwrap_err().to_string();
+    ensure!(text.contains("godwit volume import"), "{text}");
+    let left =
+        source().sh("ctr tasks ls -q; ls /run/containerd/io.containerd.runtime.v2.task/default")?;
+    ensure!(!left.contains("novolume") && !left.contains("nocontent"), "{left}");
+    Ok(())
+}
+
+#[test]
+fn a_stopped_container_and_one_of_another_runtime_are_refused() -> Result<()> {
+    Container::new("ended", Image::Busybox).command(&["true"]).start(source())?;
+    wait_until("it ends", SOON, || {
+        Ok(workload::task(source(), "ended")?.as_deref() == Some("STOPPED"))
+    })?;
+    let text = refused("ended", &[])?;
+    ensure!(text.contains("container default/ended is stopped, not running"), "{text}");
+    remove("ended")?;
+    let image = Image::Busybox.reference();
+    source().ok(&[
+        "ctr",
+        "run",
+        "-d",
+        "--snapshotter",
+        "godwit",
+        image,
+        "plain",
+        "sleep",
+        "1000",
+    ])?;
+    let text = refused("plain", &[])?;
+    ensure!(text.contains("does not run under io.containerd.runc.godwit.v1"), "{text}");
+    remove("plain")
+}
+
+#[test]
+fn a_name_that_is_taken_at_the_destination_is_refused() -> Result<()> {
+    let name = "taken";
+    let address = start_memhog(name, 0, 8)?;
+    images::import(destination(), Image::Busybox, "godwit")?;
+    let image = Image::Busybox.reference();
+    destination().ok(&["ctr", "containers", "create", "--snapshotter", "godwit", image, name])?;
+    let text = refused(name, &[])?;
+    ensure!(text.contains("container default/taken exists on this node already"), "{text}");
+    destination().ok(&["ctr", "containers", "rm", name])?;
+
+    destination().ok(&["godwit", "volume", "create", name])?;
+    let text = refused(name, &[])?;
+    ensure!(text.contains("volume taken exists on this node already"), "{text}");
+    destination().ok(&["godwit", "volume", "rm", name])?;
+    runs_on(name, address)?;
+    nothing_is_left(name)?;
+    remove(name)
+}
+
+#[test]
+fn a_node_that_does_not_answer_is_named() -> Result<()> {
+    let name = "unheard";
+    let address = start_memhog(name, 4, 8)?;
+    destination().kill_daemon()?;
+    let text = refused(name, &[])?;
+    ensure!(text.contains("node edge-b does not answer at"), "{text}");
+    destination().start_daemon()?;
+    runs_on(name, address)?;
+    remove(name)
+}
+
+/// Method: a listening socket bound to an address that the destination's network does not have.
+#[test]
+fn a_restore_that_fails_leaves_the_source_running_and_gives_crius_reason() -> Result<()> {
+    let name = "bound";
+    let addresses = workload::networks(&BED, name, 8)?;
+    let address = addresses[0].to_string();
+    let script = format!(
+        "i=0; (while :; do i=$((i+1)); echo $i > /count; usleep 20000; done) & exec nc -lk -s {address} -p 7000 -e cat"
+    );
+    Container::new(name, Image::Busybox)
+        .network(name)
+        .command(&["sh", "-c", &script])
+        .start(source())?;
+    let count = || {
+        source()
+            .sh(&format!("cat /proc/$(ctr tasks ps {name} | sed -n 2p | cut -d' ' -f1)/root/count"))
+    };
+    wait_until("it counts", SOON, || Ok(count().is_ok_and(|count| !count.is_empty())))?;
+    let text = refused(name, &[])?;
+    ensure!(text.contains("bind") && text.contains("runs on at its source"), "{text}");
+    ensure!(!text.contains("errno 0"), "CRIU's reason is missing: {text}");
+    let before = count()?;
+    wait_until("it goes on", SOON, || Ok(count()? != before))?;
+    nothing_is_left(name)?;
+    remove(name)
+}
+
+/// Method: an unlinked open file beyond CRIU's limit, which is a refusal at the dump.
+#[test]
+fn a_dump_that_criu_refuses_leaves_the_container_running_and_gives_the_reason() -> Result<()> {
+    let name = "ghost";
+    let script = "dd if=/dev/zero of=/big bs=1M count=80 2>/dev/null; exec 3</big; rm /big; while :; do usleep 50000; done";
+    Container::new(name, Image::Busybox).command(&["sh", "-c", script]).start(source())?;
+    std::thread::sleep(Duration::from_secs(2));
+    let text = refused(name, &[])?;
+    ensure!(text.to_lowercase().contains("ghost"), "{text}");
+    ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "not running");
+    nothing_is_left(name)?;
+    remove(name)
+}
+
+#[test]
+fn a_stopped_process_is_refused_before_criu_would_hang() -> Result<()> {
+    let name = "sigstop";
+    let script = "sleep 1000 & kill -STOP $!; while :; do usleep 50000; done";
+    Container::new(name, Image::Busybox).command(&["sh", "-c", script]).start(source())?;
+    std::thread::sleep(Duration::from_secs(1));
+    let text = refused(name, &[])?;
+    ensure!(text.contains("stopped") || text.contains("SIGSTOP"), "{text}");
+    ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "not running");
+    remove(name)
+}
+
+/// Method: the destination's state lies on a small disk while this test lasts.
+#[test]
+fn a_full_disk_at_the_destination_leaves_the_source_running() -> Result<()> {
+    let name = "full";
+    let address = start_memhog(name, 12, 160)?;
+    let all = "for image in $(ctr images ls -q); do ctr images rm --sync $image; done";
+    destination().sh(all)?;
+    destination().stop_daemon()?;
+    destination().sh("mount -t tmpfs -o size=180m tmpfs /var/lib/godwit")?;
+    destination().start_daemon()?;
+    let outcome = refused(name, &[]);
+    let left = nothing_is_left(name);
+    destination().stop_daemon()?;
+    destination().sh("umount /var/lib/godwit")?;
+    destination().start_daemon()?;
+    let text = outcome?;
+    ensure!(text.contains("no room left") || text.contains("No space left"), "{text}");
+    left?;
+    runs_on(name, address)?;
+    remove(name)
+}
+
+/// CRIU at a node takes `seconds` longer for everything.
+fn slow_criu(node: &Node, seconds: u32) -> Result<()> {
+    node.sh(&format!(
+        "[ -e /usr/local/bin/criu ] && [ ! -e /usr/local/bin/criu.real ] && mv /usr/local/bin/criu /usr/local/bin/criu.real
+         real=/usr/local/bin/criu.real; [ -e $real ] || real=/usr/sbin/criu
+         printf '#!/bin/sh\\n[ \"$1\" = swrk ] && sleep {seconds}\\nexec %s \"$@\"\\n' $real > /usr/local/bin/criu
+         chmod 755 /usr/local/bin/criu"
+    ))
+    .map(drop)
+}
+
+fn normal_criu(node: &Node) -> Result<()> {
+    node.sh("rm /usr/local/bin/criu; [ ! -e /usr/local/bin/criu.real ] || mv /usr/local/bin/criu.real /usr/local/bin/criu").map(drop)
+}
+
+/// Starts a migration in the background and waits until the source is frozen, while the destination restores slowly.
+fn frozen(name: &'static str) -> Result<godwit_tests::Background> {
+    slow_criu(destination(), 6)?;
+    let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
+    let running = source().spawn(&words, &format!("migrate-{name}"))?;
+    wait_until("the source is frozen", SOON, || {
+        Ok(workload::task(source(), name)?.as_deref() == Some("PAUSED"))
+    })?;
+    // Until the dump is over and the restore has begun.
+    std::thread::sleep(Duration::from_secs(2));
+    Ok(running)
+}
+
+#[test]
+fn a_destination_that_dies_while_it_restores_leaves_the_source_running() -> Result<()> {
+    let name = "dies-d";
+    let address = start_memhog(name, 16, 8)?;
+    let mut running = frozen(name)?;
+    destination().kill_daemon()?;
+    runs_on(name, address)?;
+    destination().start_daemon()?;
+    normal_criu(destination())?;
+    let _ = running.wait(SOON)?;
+    // The restore that is still held there asks the new daemon, and is refused.
+    wait_until("the destination's task is gone", Duration::from_secs(60), || {
+        Ok(!matches!(workload::task(destination(), name)?.as_deref(), Some("RUNNING" | "PAUSED")))
+    })?;
+    runs_on(name, address)?;
+    wait_until("the destination is cleaned up", Duration::from_secs(120), || {
+        Ok(!destination().ok(&["ctr", "containers", "ls", "-q"])?.contains(name))
+    })?;
+    nothing_is_left(name)?;
+    remove(name)
+}
+
+#[test]
+fn a_source_whose_daemon_dies_while_frozen_runs_on_after_its_restart() -> Result<()> {
+    let name = "dies-s";
+    let address = start_memhog(name, 20, 8)?;
+    let mut running = frozen(name)?;
+    source().kill_daemon()?;
+    source().start_daemon()?;
+    runs_on(name, address)?;
+    let _ = running.wait(Duration::from_secs(120))?;
+    normal_criu(destination())?;
+    nothing_is_left(name)?;
+    runs_on(name, address)?;
+    remove(name)
+}
+
+#[test]
+fn a_link_that_is_cut_while_frozen_thaws_the_source() -> Result<()> {
+    let name = "cut";
+    let address = start_memhog(name, 24, 8)?;
+    let mut running = frozen(name)?;
+    destination().cut_link()?;
+    runs_on(name, address)?;
+    destination().mend_link()?;
+    let _ = running.wait(Duration::from_secs(120))?;
+    normal_criu(destination())?;
+    nothing_is_left(name)?;
+    runs_on(name, address)?;
+    remove(name)
+}
+
+/// Method: the whole destination crashes during pre-copy over a slow link.
+#[test]
+fn a_cut_during_pre_copy_costs_nothing() -> Result<()> {
+    let name = "precopy";
+    let address = start_memhog(name, 28, 32)?;
+    source().set_rate(Some(30))?;
+    let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
+    let mut running = source().spawn(&words, "migrate-precopy")?;
+    std::thread::sleep(Duration::from_secs(3));
+    destination().cut_link()?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "not running");
+    let code = running.wait(Duration::from_secs(60))?;
+    destination().mend_link()?;
+    source().set_rate(Some(1000))?;
+    ensure!(code != 0, "it was migrated over a cut link");
+    runs_on(name, address)?;
+    nothing_is_left(name)?;
+    // What arrived serves the next attempt.
+    workload::migrated(source(), name, source(), destination(), &[])?;
+    destination().ok(&["ctr", "tasks", "rm", "-f", name])?;
+    destination().ok(&["ctr", "containers", "rm", name])?;
+    destination().ok(&["godwit", "volume", "rm", name]).map(drop)
+}
