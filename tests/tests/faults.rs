@@ -1,12 +1,13 @@
 //! Migrations that fail: a clear error, the container running at its source, nothing left anywhere.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
+use godwit_tests::redis::Client;
 use godwit_tests::workload::{self, Container, memhog};
 use godwit_tests::{Bed, BedOptions, Node};
 
@@ -47,25 +48,27 @@ fn remove(name: &str) -> Result<()> {
 fn refused(name: &str, options: &[&str]) -> Result<String> {
     let done = workload::migrate(source(), name, source(), destination(), options)?;
     ensure!(!done.succeeded(), "{name} was migrated");
-    Ok(done.ok().unwrap_err().to_string())
+    Ok(done.ok().expect_err("it failed").to_string())
 }
 
 /// The destination has nothing of the container: no record, task, snapshot, volume, staged file.
 fn nothing_is_left(name: &str) -> Result<()> {
+    nothing_is_left_at(destination(), name)
+}
+
+fn nothing_is_left_at(at: &Node, name: &str) -> Result<()> {
     let left = || {
         let mut left = String::new();
         for command in [
             "ctr containers ls -q",
             "ctr tasks ls -q",
-            "ctr snapshots --snapshotter godwit ls | awk '$3 == \"Active\" {print $1}'",
+            "ctr snapshots --snapshotter godwit ls | grep Active || true",
             "godwit volume ls",
-            "ls /var/lib/godwit/stage",
+            "ls /var/lib/godwit/stage 2>/dev/null || true",
             "ls /run/containerd/io.containerd.runtime.v2.task/default 2>/dev/null || true",
             "grep -o '/var/lib/godwit/stage[^ ]*' /proc/mounts || true",
         ] {
-            let command =
-                command.replace("awk '$3 == \"Active\" {print $1}'", "grep Active || true");
-            left += &destination().sh(&command)?;
+            left += &at.sh(command)?;
         }
         let name_or_stage = |line: &&str| line.contains(name) || line.contains("stage");
         anyhow::Ok(left.lines().filter(name_or_stage).collect::<Vec<_>>().join("\n"))
@@ -97,11 +100,11 @@ fn an_unknown_container_is_named() -> Result<()> {
 fn an_unknown_node_is_named() -> Result<()> {
     for (from, to) in [("edge-a", "edge-z"), ("edge-z", "edge-a")] {
         let done = source().run(&["godwit", "migrate", "x", "--from", from, "--to", to])?;
-        let text = done.ok().unwrap_err().to_string();
+        let text = done.ok().expect_err("it failed").to_string();
         ensure!(text.contains("\"edge-z\" is not among this node's peers"), "{text}");
     }
     let same = source().run(&["godwit", "migrate", "x", "--from", "edge-a", "--to", "edge-a"])?;
-    let text = same.ok().unwrap_err().to_string();
+    let text = same.ok().expect_err("it failed").to_string();
     ensure!(text.contains("both edge-a"), "{text}");
     Ok(())
 }
@@ -109,12 +112,12 @@ fn an_unknown_node_is_named() -> Result<()> {
 #[test]
 fn an_unknown_volume_is_named_with_what_to_do() -> Result<()> {
     let wanted = Container::new("novolume", Image::Busybox).volume("nosuch", "/data", "rw");
-    let text = wanted.run(source())?.ok().unwrap_err().to_string();
+    let text = wanted.run(source())?.ok().expect_err("it failed").to_string();
     ensure!(text.contains("volume nosuch is not on this node"), "{text}");
     ensure!(text.contains("godwit volume create nosuch"), "{text}");
     let content = format!("sha256:{}", "0".repeat(64));
     let wanted = Container::new("nocontent", Image::Busybox).volume(&content, "/data", "ro");
-    let text = wanted.run(source())?.ok().unwrap_err().to_string();
+    let text = wanted.run(source())?.ok().expect_err("it failed").to_string();
     ensure!(text.contains("godwit volume import"), "{text}");
     let left =
         source().sh("ctr tasks ls -q; ls /run/containerd/io.containerd.runtime.v2.task/default")?;
@@ -180,29 +183,33 @@ fn a_node_that_does_not_answer_is_named() -> Result<()> {
     remove(name)
 }
 
-/// Method: a listening socket bound to an address that the destination's network does not have.
+/// Method: a socket bound to an address that the container's network has at the source only.
 #[test]
 fn a_restore_that_fails_leaves_the_source_running_and_gives_crius_reason() -> Result<()> {
     let name = "bound";
-    let addresses = workload::networks(&BED, name, 8)?;
-    let address = addresses[0].to_string();
-    let script = format!(
-        "i=0; (while :; do i=$((i+1)); echo $i > /count; usleep 20000; done) & exec nc -lk -s {address} -p 7000 -e cat"
-    );
-    Container::new(name, Image::Busybox)
-        .network(name)
-        .command(&["sh", "-c", &script])
-        .start(source())?;
-    let count = || {
-        source()
-            .sh(&format!("cat /proc/$(ctr tasks ps {name} | sed -n 2p | cut -d' ' -f1)/root/count"))
-    };
-    wait_until("it counts", SOON, || Ok(count().is_ok_and(|count| !count.is_empty())))?;
+    images::import(source(), Image::Redis, "godwit")?;
+    let address = workload::networks(&BED, name, 8)?[0];
+    let words =
+        ["redis-server", "--bind", &address.to_string(), "--protected-mode", "no", "--save", ""];
+    Container::new(name, Image::Redis).network(name).command(&words).start(source())?;
+    let at = SocketAddr::from((address, workload::REDIS_PORT));
+    let connect = || Client::connect(at, Duration::from_secs(2));
+    BED.as_client(|| {
+        wait_until("redis answers", SOON, || {
+            Ok(connect().is_ok_and(|mut redis| redis.ping().is_ok()))
+        })?;
+        Ok(connect()?.set("key", b"kept")?)
+    })?;
     let text = refused(name, &[])?;
     ensure!(text.contains("bind") && text.contains("runs on at its source"), "{text}");
     ensure!(!text.contains("errno 0"), "CRIU's reason is missing: {text}");
-    let before = count()?;
-    wait_until("it goes on", SOON, || Ok(count()? != before))?;
+    let kept = BED.as_client(|| {
+        wait_until("redis answers again", SOON, || {
+            Ok(connect().is_ok_and(|mut redis| redis.ping().is_ok()))
+        })?;
+        Ok(connect()?.get("key")?)
+    })?;
+    ensure!(kept.as_deref() == Some(b"kept"), "{kept:?}");
     nothing_is_left(name)?;
     remove(name)
 }
@@ -233,26 +240,34 @@ fn a_stopped_process_is_refused_before_criu_would_hang() -> Result<()> {
     remove(name)
 }
 
-/// Method: the destination's state lies on a small disk while this test lasts.
+/// Method: a bed of its own, whose destination has its state on a small disk from the start.
 #[test]
 fn a_full_disk_at_the_destination_leaves_the_source_running() -> Result<()> {
     let name = "full";
-    let address = start_memhog(name, 12, 160)?;
-    let all = "for image in $(ctr images ls -q); do ctr images rm --sync $image; done";
-    destination().sh(all)?;
-    destination().stop_daemon()?;
-    destination().sh("mount -t tmpfs -o size=180m tmpfs /var/lib/godwit")?;
-    destination().start_daemon()?;
-    let outcome = refused(name, &[]);
-    let left = nothing_is_left(name);
-    destination().stop_daemon()?;
-    destination().sh("umount /var/lib/godwit")?;
-    destination().start_daemon()?;
-    let text = outcome?;
+    let bed = Bed::start(&BedOptions::nodes(2).rate_mbit(1000))?;
+    let (from, to) = (bed.node(0), bed.node(1));
+    to.stop_containerd()?;
+    to.stop_daemon()?;
+    to.sh("mount -t tmpfs -o size=180m tmpfs /var/lib/godwit")?;
+    to.start_daemon()?;
+    to.start_containerd()?;
+    images::import(from, Image::Memhog, "godwit")?;
+    let addresses = workload::networks(&bed, name, 0)?;
+    from.ok(&["godwit", "volume", "create", name])?;
+    memhog(name, name, 160, 1).start(from)?;
+    let before = workload::memhog_answers(&bed, addresses[0])?;
+
+    let done = workload::migrate(from, name, from, to, &[])?;
+    ensure!(!done.succeeded(), "it was migrated onto a full disk");
+    let text = done.ok().expect_err("it failed").to_string();
     ensure!(text.contains("no room left") || text.contains("No space left"), "{text}");
-    left?;
-    runs_on(name, address)?;
-    remove(name)
+    ensure!(text.contains("runs on at its source"), "{text}");
+    nothing_is_left_at(to, name)?;
+    let after = workload::memhog_is_whole(&bed, addresses[0], before.incarnation)?;
+    ensure!(after.beats > before.beats, "it does not go on");
+    to.stop_containerd()?;
+    to.stop_daemon()?;
+    to.sh("umount /var/lib/godwit").map(drop)
 }
 
 /// CRIU at a node takes `seconds` longer for everything.

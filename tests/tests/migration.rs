@@ -236,7 +236,7 @@ fn an_annotation_brings_a_container_here_under_another_id() -> Result<()> {
     })?;
     node(0).ok(&["ctr", "tasks", "rm", name])?;
     let again = node(0).run(&["ctr", "tasks", "start", "-d", name])?;
-    let text = again.ok().unwrap_err().to_string();
+    let text = again.ok().expect_err("it failed").to_string();
     ensure!(text.contains(&format!("moved to {}, epoch 1", node(1).name())), "{text}");
     node(0).ok(&["ctr", "containers", "rm", name])?;
 

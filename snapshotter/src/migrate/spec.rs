@@ -10,8 +10,8 @@ use std::path::{Component, Path};
 
 use godwit_protos::{MigrateFrom, VolumeSource, annotation};
 use oci_spec::runtime::{
-    Capability, LinuxBuilder, LinuxCapabilities, LinuxDeviceCgroup, LinuxNamespaceType, Mount,
-    ProcessBuilder, RootBuilder, Spec, SpecBuilder,
+    Capability, LinuxBuilder, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceType,
+    LinuxNamespaceType, Mount, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
 };
 
 use crate::config::Admit;
@@ -69,6 +69,30 @@ const MASKED_PATHS: [&str; 8] = [
 const READ_ONLY_PATHS: [&str; 5] =
     ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
+/// Devices that every container may use, by major and minor: null, zero, full, random, urandom, tty, console, ptmx
+/// and, with any minor, pseudo terminals. containerd's and runc's own list.
+const USUAL_DEVICES: [(i64, Option<i64>); 9] = [
+    (1, Some(3)),
+    (1, Some(5)),
+    (1, Some(7)),
+    (1, Some(8)),
+    (1, Some(9)),
+    (5, Some(0)),
+    (5, Some(1)),
+    (5, Some(2)),
+    (136, None),
+];
+
+/// Whether a rule of the device cgroup allows what not every container may do.
+fn allows_more(rule: &LinuxDeviceCgroup) -> bool {
+    let is_character = rule.typ() == Some(LinuxDeviceType::C);
+    let (major, minor) = (rule.major().unwrap_or(-1), rule.minor().filter(|minor| *minor >= 0));
+    let usual = USUAL_DEVICES
+        .iter()
+        .any(|(one, other)| *one == major && (other.is_none() || *other == minor));
+    rule.allow() && !(is_character && usual)
+}
+
 /// The specification under which the container described by `description` may run here.
 ///
 /// Errors: [`SpecError`] that names what is not admitted. Source: OCI runtime specification 1.2, "config".
@@ -82,9 +106,11 @@ pub fn derive(description: &str, admit: &Admit, wanted: &Wanted<'_>) -> Result<S
     none(from.hooks().is_some(), "hooks")?;
     none(linux.devices().as_ref().is_some_and(|devices| !devices.is_empty()), "devices")?;
     none(linux.uid_mappings().as_ref().is_some_and(|maps| !maps.is_empty()), "user namespaces")?;
-    let allows = |rules: &Vec<LinuxDeviceCgroup>| rules.iter().any(LinuxDeviceCgroup::allow);
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
-    none(rules.is_some_and(allows), "device rules")?;
+    none(
+        rules.is_some_and(|rules| rules.iter().any(allows_more)),
+        "device rules beyond the usual",
+    )?;
     none(linux.sysctl().as_ref().is_some_and(|sysctl| !sysctl.is_empty()), "sysctls")?;
     if let Some(held) = process.capabilities() {
         check_capabilities(held, admit)?;
@@ -311,7 +337,14 @@ mod tests {
         refused("/linux/namespaces/2/path", json!("/run/netns/../x"), "netns/../x");
         refused("/linux/namespaces", json!([]), "pid");
         let mut with = description();
+        with["linux"]["resources"] = json!({"devices": [
+            {"allow": false, "access": "rwm"}, {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"}]});
+        assert!(derived(&with, &Admit::default()).is_ok());
         with["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+        assert!(
+            derived(&with, &Admit::default()).unwrap_err().to_string().contains("device rules")
+        );
+        with["linux"]["resources"] = json!({"devices": [{"allow": true, "type": "b", "major": 1, "minor": 3, "access": "r"}]});
         assert!(
             derived(&with, &Admit::default()).unwrap_err().to_string().contains("device rules")
         );

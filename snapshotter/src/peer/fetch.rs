@@ -33,8 +33,8 @@ const BATCH_OBJECTS: usize = 128;
 /// Requests on their way to one peer at once: the next is asked for while one arrives.
 const REQUESTS_PER_PEER: usize = 2;
 
-/// Below this a neighbour is too slow to be of use: its bytes per second and request, uncompressed, looked at once
-/// a request has lasted as long as the longest wait for a message.
+/// Below this a neighbour is too slow to be of use: bytes per second of one request, uncompressed,
+/// looked at once the request has lasted as long as the longest wait for a message.
 const SLOWEST_BYTES_PER_SECOND: u64 = 64 << 10;
 
 /// Longest wait for the next message.
@@ -112,10 +112,10 @@ pub(super) async fn fetch_within(
 ) -> Result<Brought, FetchError> {
     let mut so_far = SoFar { alive: all_alive(peers), brought: Brought::new() };
     let mut level: Vec<(Kind, Digest)> = roots.to_vec();
-    // By kind too: a file may hold the very bytes of a directory, and only the directory has children.
+    // By kind too: a file may hold the bytes of a directory, and only the directory has children.
     let mut seen = HashSet::new();
     while !level.is_empty() {
-        level.retain(|one| seen.insert(one.1));
+        level.retain(|one| seen.insert(*one));
         // In the order of the level, which is about the one in which a peer has them on its disk.
         let mut named = HashSet::new();
         let wanted = level.iter().map(|(_, digest)| *digest).filter(|digest| named.insert(*digest));
@@ -175,11 +175,12 @@ struct Level {
 /// rest --take--> source    --give_back--> rest, and the source is not asked again
 /// ```
 struct State {
-    /// Objects to be asked of neighbours, by the set of those that were asked in vain. No set holds all that live.
+    /// Objects to be asked of neighbours, by the set of those that were asked in vain, which never
+    /// holds all that are alive.
     open: BTreeMap<u64, VecDeque<Digest>>,
     /// Objects that only the source can have.
     rest: VecDeque<Digest>,
-    /// Objects that neighbours are being asked for, and that may therefore come back to `open` or `rest`.
+    /// Objects that neighbours are being asked for: they may come back to `open` or `rest`.
     with_neighbours: usize,
     /// Neighbours that still answer, as a bit set.
     alive: u64,
@@ -314,7 +315,7 @@ impl State {
     /// Its queue grows only by what comes back from a neighbour, or for the source by what a neighbour still has
     /// to be asked for; what comes back from the source goes to nobody.
     fn is_over(&self, neighbour: Option<usize>) -> bool {
-        let settled = self.with_neighbours == 0 && self.open.is_empty() && self.rest.is_empty();
+        let settled = self.with_neighbours == 0 && (neighbour.is_some() || self.open.is_empty());
         settled || self.has_given_up(neighbour)
     }
 
@@ -367,6 +368,7 @@ async fn fetch_level(
         }
     }
     let mut state = level.lock();
+    so_far.alive = state.alive;
     so_far.brought = std::mem::take(&mut state.brought);
     state.outcome()
 }
@@ -506,6 +508,7 @@ fn keep(
             Ok(data) => {
                 writer.put_hashed(digest, &data)?;
                 bytes += size;
+                wanted.remove(&digest);
                 kept.push(digest);
             }
             Err(error) => wrong = Some(error.to_string()),
@@ -599,7 +602,7 @@ mod tests {
             for (worker, outcome) in steps {
                 model.step(usize::from(worker) % count, outcome);
             }
-            while (0..count).fold(false, |any, worker| model.step(worker, 0) || any) {}
+            while (0..count).any(|worker| model.step(worker, 0)) {}
             let waits = |(_, doing): &(Option<usize>, Doing)| !matches!(doing, Doing::Gone);
             prop_assert!(!model.workers.iter().any(waits), "a worker waits for ever");
             prop_assert_eq!(model.state.with_neighbours, 0);

@@ -417,6 +417,8 @@ impl Destination {
 
     /// What has arrived, after a look that it is part of `content`, byte for byte, and nothing else.
     fn arrived(&self, content: &Content) -> HashSet<Digest> {
+        // Counted first: a fetch that was dropped may still be storing its last message.
+        let count = self.store.usage().unwrap().objects;
         let mut arrived = HashSet::new();
         for (digest, bytes) in &content.objects {
             if let Some(stored) = self.store.get(digest).unwrap() {
@@ -424,7 +426,7 @@ impl Destination {
                 arrived.insert(*digest);
             }
         }
-        assert_eq!(self.store.usage().unwrap().objects, arrived.len() as u64, "strays");
+        assert!(count <= arrived.len() as u64, "strays");
         arrived
     }
 
@@ -520,7 +522,7 @@ async fn a_lie_is_refused_and_the_object_comes_from_elsewhere() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_neighbour_costs_one_patience_in_all_levels_together() {
     let content = Content::new();
-    for script in [Script::Silent, Script::Stalls, Script::Trickles] {
+    for script in [Script::Silent, Script::Stalls] {
         let (dead_node, dead) = node("dead", script, content.objects.clone()).await;
         let (_, near) = node("near", Script::Slow(20), content.objects.clone()).await;
         let (source, far) = node("source", Script::Honest, content.objects.clone()).await;
@@ -531,11 +533,27 @@ async fn a_dead_neighbour_costs_one_patience_in_all_levels_together() {
         here.assert_has_all(&content);
         let requests = dead_node.requests().len();
         assert!((1..=REQUESTS_AT_ONCE).contains(&requests), "{script:?}: {requests} requests");
-        // Up to a message of a trickle passes between the end of patience and the look at the pace.
         let limit = PATIENCE.neighbour * 7 / 4;
         assert!(elapsed < limit, "{script:?} cost {} ms", elapsed.as_millis());
         assert!(source.requests().is_empty(), "{script:?}: {brought:?}");
     }
+}
+
+/// Method: each message comes in good time for the next, but a batch would take longer than [`LIMIT`].
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_neighbour_that_only_trickles_is_overtaken() {
+    let content = Content::new();
+    let (_, slow) = node("slow", Script::Trickles, content.objects.clone()).await;
+    let (_, far) = node("source", Script::Honest, content.objects.clone()).await;
+    let here = Destination::new();
+    let begun = Instant::now();
+    let brought = here.fetch(&content, &[&slow], &far).await.unwrap();
+    let elapsed = begun.elapsed();
+    here.assert_has_all(&content);
+    // The first two levels are small enough for it to finish or to be cut; the third has the pages.
+    assert!(elapsed < PATIENCE.neighbour * 4, "it cost {} ms", elapsed.as_millis());
+    assert!(objects_from(&brought, "slow") > 0);
+    assert!(objects_from(&brought, "source") >= content.pages.len() as u64 / 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -623,7 +641,7 @@ async fn a_source_that_fails_midway_without_neighbours_loses_nothing_that_came()
     let (again, far) = node("source", Script::Honest, content.objects.clone()).await;
     let brought = here.fetch(&content, &[], &far).await.unwrap();
     here.assert_has_all(&content);
-    assert_eq!(total(&brought) as usize, content.objects.len() - arrived.len());
+    assert_eq!(total(&brought), (content.objects.len() - arrived.len()) as u64);
     assert!(arrived.is_disjoint(&again.asked().into_iter().collect()));
 }
 
