@@ -365,6 +365,10 @@ mod tests {
 
     const PATTERN_PAGES: usize = 700;
 
+    /// Path of the test that is the target, and what tells it so.
+    const TARGET: &str = "live::tests::a_target_says_where_its_pattern_lies";
+    const TARGET_VARIABLE: &str = "GODWIT_LIVE_TARGET";
+
     /// Another copy of this test program, which lays out known pages and waits.
     struct Target {
         child: Child,
@@ -375,7 +379,8 @@ mod tests {
     impl Target {
         fn start() -> Self {
             let mut child = Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "live::tests::body_of_the_target", "--ignored", "--nocapture"])
+                .args(["--exact", TARGET, "--nocapture"])
+                .env(TARGET_VARIABLE, "1")
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
@@ -401,9 +406,13 @@ mod tests {
         bytes
     }
 
+    /// Method: this test is also the program that the others read.
     #[test]
-    #[ignore = "run by the tests below, in a process of its own"]
-    fn body_of_the_target() {
+    fn a_target_says_where_its_pattern_lies() {
+        if std::env::var_os(TARGET_VARIABLE).is_none() {
+            assert_eq!(Target::start().vaddr % PAGE_BYTES, 0);
+            return;
+        }
         let mut memory = vec![0_u8; (PATTERN_PAGES + 1) * 4096];
         let begin = memory.as_ptr().align_offset(4096);
         for (page, place) in memory[begin..].chunks_exact_mut(4096).enumerate() {

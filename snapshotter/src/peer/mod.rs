@@ -205,6 +205,9 @@ impl Connection {
             .map_err(|status| format!("node {node}: {}", status.message()))?
             .into_inner();
         let round_trip = asked.elapsed();
+        if Version::agree(hello.version, hello.version).is_none() {
+            return Err(format!("it chose version {} of the protocol", hello.version).into());
+        }
         Ok(Self { node: hello.node.clone(), hello, round_trip, traffic, client })
     }
 

@@ -546,23 +546,6 @@ fn a_store_of_version_1_opens() {
     assert_eq!(recorded, Snapshot { is_pinned: true, root: plain, ..snapshot(plain, 7) });
 }
 
-/// Writes what the test above reads. Run once per version, by hand.
-#[test]
-#[ignore = "makes test data"]
-fn make_a_store_of_version_1() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
-    let digests = put_all(&store, &[b"a raw object".to_vec(), b"godwit ".repeat(100)]);
-    store.record(&Snapshot { is_pinned: true, ..snapshot(digests[0], 7) }).unwrap();
-    drop(store);
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store/testdata/v1");
-    std::fs::create_dir_all(&data).unwrap();
-    for (file, to) in [(INDEX_FILE, "index.redb.zst"), ("packs/1.pack", "1.pack.zst")] {
-        let bytes = std::fs::read(dir.path().join(file)).unwrap();
-        std::fs::write(data.join(to), zstd::encode_all(&bytes[..], 19).unwrap()).unwrap();
-    }
-}
-
 #[derive(Clone, Debug)]
 enum Act {
     Put(Vec<u8>),
@@ -693,52 +676,4 @@ proptest! {
     fn any_order_of_acts_agrees_with_a_map(acts in acts()) {
         agrees_with_a_map(acts)?;
     }
-}
-
-/// `cargo test --release -p godwit-snapshotter store::tests::speed -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    let dir =
-        tempfile::tempdir_in(std::env::var("GODWIT_TEST_DIR").unwrap_or_else(|_| "/tmp".into()))
-            .unwrap();
-    let store = Store::open(dir.path(), Options::default()).unwrap();
-    const PAGES: u64 = 1 << 17;
-    let warm = random_bytes(1, usize::try_from(PAGES * 4096).unwrap());
-    let digests: Vec<Digest> = warm.chunks(4096).map(Digest::of).collect();
-    let lease = store.lease("speed", HOUR);
-    let rate = |name: &str, begin: std::time::Instant| {
-        let seconds = begin.elapsed().as_secs_f64();
-        println!("{name}: {:.0} MB/s", warm.len() as f64 / 1e6 / seconds);
-    };
-    let mut writer = store.writer(&lease);
-    let begin = std::time::Instant::now();
-    for (digest, page) in digests.iter().zip(warm.chunks(4096)) {
-        writer.put_hashed(*digest, page).unwrap();
-    }
-    rate("put", begin);
-    let flush = std::time::Instant::now();
-    writer.flush().unwrap();
-    println!("flush: {:?}", flush.elapsed());
-    rate("put and flush", begin);
-    store.sync().unwrap();
-    rate("put, flush and sync", begin);
-    let begin = std::time::Instant::now();
-    for (digest, page) in digests.iter().zip(warm.chunks(4096)) {
-        writer.put_hashed(*digest, page).unwrap();
-    }
-    rate("put again", begin);
-    let begin = std::time::Instant::now();
-    assert!(store.missing(&digests).unwrap().is_empty());
-    println!("missing: {:?} per digest", begin.elapsed() / u32::try_from(PAGES).unwrap());
-    let begin = std::time::Instant::now();
-    let mut bytes = 0;
-    store
-        .get_many(&digests, &mut |_, page| {
-            bytes += page.len();
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-    assert_eq!(bytes, warm.len());
-    rate("get_many", begin);
 }
