@@ -26,7 +26,7 @@ build: prerequisites ## build all programs (release)
 demo: require-root build ## migrate a running redis between two test nodes, and show it
 	$(CARGO) run --release -p godwit-tests --bin demo -- $(ARGS)
 
-test: require-root unit $(SUITES:%=test-%) ## run every test; needs root
+test: require-root unit $(SUITES:%=test-%) test-shim-containerd-2 ## run every test; needs root
 
 unit: build
 	@begin=$$(date +%s); \
@@ -39,6 +39,12 @@ test-%: require-root build
 	@begin=$$(date +%s); \
 	$(CARGO) test --release --locked -p godwit-tests --test $* -- --test-threads=1 || exit 1; \
 	echo "suite $*: $$(($$(date +%s) - begin)) s"
+
+# The same suite under the other generation of containerd.
+test-shim-containerd-2: require-root build
+	@begin=$$(date +%s); \
+	GODWIT_CONTAINERD=2 $(CARGO) test --release --locked -p godwit-tests --test shim -- --test-threads=1 || exit 1; \
+	echo "suite shim-containerd-2: $$(($$(date +%s) - begin)) s"
 
 lint: prerequisites ## check formatting and lints
 	$(CARGO) fmt --all --check

@@ -30,9 +30,9 @@ use crate::rootfs;
 use crate::spec::{CRIU_CONFIG, Spec};
 use crate::wiring::Unasked;
 
-/// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
 /// How long CRIU is given to get from the grant to the resume when the runtime around it has failed.
 const CRIU_OUTLIVES_MAX: Duration = Duration::from_secs(2);
+/// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
 const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
 /// Longest text of a fence that is repeated to the user, in bytes.
 const FENCE_BYTES_MAX: usize = 512;

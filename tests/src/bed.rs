@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::images::{self, Image};
 use crate::network::{self, Switch};
-use crate::node::{Node, Parts, tail};
+use crate::node::{Containerd, Node, Parts, tail};
 use crate::root::Root;
 use crate::run::Run;
 use crate::{need, place};
@@ -26,6 +26,8 @@ pub struct BedOptions {
     pub rate_mbit: Option<u32>,
     /// Start containerd in every node.
     pub containerd: bool,
+    /// Which containerd that is.
+    pub generation: Containerd,
     /// Start the daemon in every node, before containerd.
     pub daemon: bool,
 }
@@ -35,12 +37,18 @@ impl BedOptions {
     pub fn nodes(count: u8) -> Self {
         let names = (b'a'..=b'z').take(count.into());
         let nodes = names.map(|letter| format!("edge-{}", char::from(letter))).collect();
-        Self { nodes, rate_mbit: None, containerd: true, daemon: true }
+        Self { nodes, rate_mbit: None, containerd: true, generation: Containerd::V1, daemon: true }
     }
 
     /// The same with shaped links.
     pub fn rate_mbit(mut self, mbit: u32) -> Self {
         self.rate_mbit = Some(mbit);
+        self
+    }
+
+    /// The same with this containerd.
+    pub fn generation(mut self, generation: Containerd) -> Self {
+        self.generation = generation;
         self
     }
 
@@ -199,7 +207,7 @@ fn start_services(node: &Node, options: &BedOptions) -> Result<()> {
         node.start_daemon()?;
     }
     if options.containerd {
-        node.start_containerd()?;
+        node.start_containerd_of(options.generation)?;
     }
     Ok(())
 }

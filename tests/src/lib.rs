@@ -44,4 +44,4 @@ pub mod workload;
 
 pub use bed::{Bed, BedOptions};
 pub use command::{Background, Finished, Invocation};
-pub use node::Node;
+pub use node::{Containerd, Node};

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 /// Environment variable that names a mirror, for hosts whose apt does not know one.
 const VARIABLE: &str = "GODWIT_DEBIAN_MIRROR";
 
-/// Address of a Debian mirror, for example `http://deb.debian.org/debian`.
+/// Address of a Debian mirror, for example `http://mirror.example/debian`.
 ///
 /// Errors: the host's apt sources name none and the variable is not set.
 pub(crate) fn address() -> Result<String> {

@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use crate::cgroups::{self, Groups};
 use crate::command::{Background, Finished, Invocation, wait_until};
 use crate::network::{Counters, Port, in_namespace};
-use crate::root::Root;
+use crate::root::{CONTAINERD_2, Root};
 use crate::{deploy, place};
 
 /// containerd's socket inside a node.
@@ -46,6 +46,25 @@ const ENVIRONMENT: &[(&str, &str)] = &[
     ("TERM", "xterm"),
 ];
 
+/// The two generations of containerd that nodes have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Containerd {
+    /// 1.7, of Debian 13.
+    V1,
+    /// 2.x, of Debian's unstable release.
+    V2,
+}
+
+impl Containerd {
+    /// What the environment variable `GODWIT_CONTAINERD` chooses for a suite: `1` (also when it is not set) or `2`.
+    pub fn of_suite() -> Self {
+        match std::env::var("GODWIT_CONTAINERD").as_deref() {
+            Ok("2") => Self::V2,
+            _ => Self::V1,
+        }
+    }
+}
+
 /// A running node. Its methods take `&self`, so that a bed can be shared by the tests of a suite.
 pub struct Node {
     name: String,
@@ -55,6 +74,7 @@ pub struct Node {
     groups: Groups,
     port: Port,
     containerd: Mutex<Option<Background>>,
+    generation: Mutex<Containerd>,
     daemon: Mutex<Option<Background>>,
     // Last: dropping the fields above kills what runs inside; then process 1 takes the rest along.
     _unshare: Background,
@@ -120,8 +140,20 @@ impl Node {
         groups.settle(unshare.id())?;
         let name = name.to_owned();
         let (containerd, daemon) = (Mutex::new(None), Mutex::new(None));
+        let generation = Mutex::new(Containerd::V1);
         let _unshare = unshare;
-        Ok(Self { name, address, directory, init, groups, port, containerd, daemon, _unshare })
+        Ok(Self {
+            name,
+            address,
+            directory,
+            init,
+            groups,
+            port,
+            containerd,
+            generation,
+            daemon,
+            _unshare,
+        })
     }
 
     /// The node's name, which is its host name and its name among its peers.
@@ -192,10 +224,23 @@ impl Node {
         Ok(())
     }
 
-    /// Starts containerd and waits for its socket.
+    /// Starts the containerd that ran here last, at first Debian 13's, and waits for its socket.
     pub fn start_containerd(&self) -> Result<()> {
-        let argv = ["containerd", "--log-level", "info"];
-        self.start(&self.containerd, "containerd", &argv, &[CONTAINERD_SOCKET])
+        let generation = *self.generation.lock().unwrap_or_else(PoisonError::into_inner);
+        self.start_containerd_of(generation)
+    }
+
+    /// Starts a containerd of either generation and waits for its socket.
+    pub fn start_containerd_of(&self, generation: Containerd) -> Result<()> {
+        *self.generation.lock().unwrap_or_else(PoisonError::into_inner) = generation;
+        // Its own shims first.
+        let second =
+            format!("PATH={CONTAINERD_2}/usr/bin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        let argv: &[&str] = match generation {
+            Containerd::V1 => &["containerd", "--log-level", "info"],
+            Containerd::V2 => &["env", &second, "containerd", "--log-level", "info"],
+        };
+        self.start(&self.containerd, "containerd", argv, &[CONTAINERD_SOCKET])
     }
 
     /// Starts the daemon and waits for its sockets.

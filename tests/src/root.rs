@@ -3,6 +3,7 @@
 //! 1. take the lock `root.lock` (whoever comes second waits and then finds the root);
 //! 2. `debootstrap` Debian 13 with [`PACKAGES`] into `root/<key>.tmp`, packages cached in `debs`;
 //! 3. install CRIU from forky: Debian 13's cannot dump a process with a socket on Linux >= 6.16;
+//!    and put containerd 2 from sid beside Debian 13's;
 //! 4. where the capability is missing, compile the preload library and put a wrapper before CRIU;
 //! 5. rename to `root/<key>`.
 //!
@@ -25,6 +26,10 @@ use crate::{mirror, need, place};
 pub const RELEASE: &str = "trixie";
 /// Release that CRIU comes from.
 pub const CRIU_RELEASE: &str = "forky";
+/// Release that containerd 2 comes from.
+pub const CONTAINERD_2_RELEASE: &str = "sid";
+/// Where it lies in a node; its programs are below `usr/bin`.
+pub const CONTAINERD_2: &str = "/opt/containerd-2";
 /// What nodes have besides a minimal Debian.
 pub const PACKAGES: &[&str] = &[
     "attr",
@@ -95,7 +100,9 @@ impl Root {
 
 fn key() -> Result<String> {
     let mut hash = Sha256::new();
-    hash.update(format!("{RECIPE} {RELEASE} {CRIU_RELEASE} {PACKAGES:?} {APT_CONFIGURATION}"));
+    hash.update(format!(
+        "{RECIPE} {RELEASE} {CRIU_RELEASE} {CONTAINERD_2_RELEASE} {PACKAGES:?} {APT_CONFIGURATION}"
+    ));
     if !may_raise_limits()? {
         hash.update(PRELOAD_SOURCE);
         hash.update(CRIU_WRAPPER);
@@ -129,6 +136,8 @@ fn build(path: &Path) -> Result<()> {
 
     progress(&format!("installing CRIU from {CRIU_RELEASE}"));
     install_criu(&unfinished, &debs, &mirror)?;
+    progress(&format!("unpacking containerd 2 from {CONTAINERD_2_RELEASE}"));
+    unpack_containerd_2(&unfinished, &mirror)?;
     if !may_raise_limits()? {
         progress("no CAP_SYS_RESOURCE here: putting a preload library before CRIU");
         install_preload(&unfinished)?;
@@ -155,6 +164,19 @@ fn install_criu(root: &Path, debs: &Path, mirror: &str) -> Result<()> {
     apt(&["apt-get", "-q", "update"])?;
     apt(&["apt-get", "-q", "-y", "install", "-t", CRIU_RELEASE, "criu"])?;
     copy_debs(&archives, debs)
+}
+
+/// Puts containerd 2 beside the installed one. Nothing else of its release comes along.
+fn unpack_containerd_2(root: &Path, mirror: &str) -> Result<()> {
+    let sources = root.join("etc/apt/sources.list.d/containerd-2.list");
+    fs::write(&sources, format!("deb {mirror} {CONTAINERD_2_RELEASE} main\n"))?;
+    let script = format!(
+        "apt-get -q update && mkdir -p {CONTAINERD_2} && cd {CONTAINERD_2} \
+         && apt-get -q download containerd/{CONTAINERD_2_RELEASE} \
+         && dpkg-deb -x containerd_*.deb . && rm containerd_*.deb"
+    );
+    chroot(root, &["sh", "-e", "-c", &script]).timeout(INSTALL_TIMEOUT).ok()?;
+    Ok(fs::remove_file(&sources)?)
 }
 
 /// Copies the packages that are in `from` and not in `to`.

@@ -1,15 +1,20 @@
 //! Every call of containerd's Task API, through `ctr` on a real node, with runc's own shim and ours.
 //!
 //! Each test runs twice, once per runtime: what holds for one must hold for the other. The node has no
-//! daemon: without a migration the shim needs none.
+//! daemon: without a migration the shim needs none. `GODWIT_CONTAINERD=2` chooses the newer containerd.
 
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use containerd_client::services::v1::tasks_client::TasksClient;
+use containerd_client::services::v1::{ResizePtyRequest, UpdateTaskRequest};
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{self, Request};
+use containerd_client::with_namespace;
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
-use godwit_tests::{Bed, BedOptions, Finished, Node, need};
+use godwit_tests::{Bed, BedOptions, Containerd, Finished, Node, need};
 
 /// The node that all tests share; torn down at exit.
 static BED: LazyLock<Bed> = LazyLock::new(|| start().expect("the test node starts"));
@@ -26,7 +31,8 @@ struct Runtime {
 
 fn start() -> Result<Bed> {
     need::binaries(&["containerd-shim-godwit-v1"])?;
-    let bed = Bed::start(&BedOptions::nodes(1).without_daemon())?;
+    let bed =
+        Bed::start(&BedOptions::nodes(1).without_daemon().generation(Containerd::of_suite()))?;
     images::import(bed.node(0), Image::Busybox, "overlayfs")?;
     Ok(bed)
 }
@@ -316,6 +322,61 @@ fn a_checkpoint_comes_back_under_its_own_and_another_id(runtime: &Runtime) -> Re
     ctr_ok(&["image", "rm", &image]).map(drop)
 }
 
+/// Makes a call of containerd's Tasks service that `ctr` has no command for.
+fn ask<T>(
+    call: impl AsyncFnOnce(&mut TasksClient<Channel>) -> Result<T, tonic::Status>,
+) -> Result<T> {
+    let socket = node().path("/run/containerd/containerd.sock");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let channel = containerd_client::connect(socket).await?;
+        Ok(call(&mut TasksClient::new(channel)).await?)
+    })
+}
+
+fn an_update_changes_the_limit(runtime: &Runtime) -> Result<()> {
+    let container =
+        Container::start(runtime, "update", &["--memory-limit", "67108864"], "sleep 600")?;
+    let limit = || -> Result<u64> {
+        let file = format!("/sys/fs/cgroup/memory/default/{}/memory.limit_in_bytes", container.id);
+        Ok(node().ok(&["cat", &file])?.trim().parse()?)
+    };
+    assert_eq!(limit()?, 64 << 20);
+    let resources = prost_types::Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
+        value: br#"{"memory": {"limit": 100663296}}"#.to_vec(),
+    };
+    let request = UpdateTaskRequest {
+        container_id: container.id.clone(),
+        resources: Some(resources),
+        ..Default::default()
+    };
+    ask(async |tasks| tasks.update(with_namespace!(request, "default")).await)?;
+    assert_eq!(limit()?, 96 << 20);
+    Ok(())
+}
+
+fn a_terminal_can_be_resized(runtime: &Runtime) -> Result<()> {
+    let container = Container::start(
+        runtime,
+        "resize",
+        &["-t"],
+        "while :; do stty size > /size; sleep 0.1; done",
+    )?;
+    let request = ResizePtyRequest {
+        container_id: container.id.clone(),
+        width: 123,
+        height: 45,
+        ..Default::default()
+    };
+    ask(async |tasks| tasks.resize_pty(with_namespace!(request, "default")).await)?;
+    let mut round = 0;
+    wait_until("the terminal has its new size", SOON, || {
+        round += 1;
+        Ok(container.exec_ok(&format!("r{round}"), "cat /size")?.trim() == "45 123")
+    })
+}
+
 fn containerd_may_restart(runtime: &Runtime) -> Result<()> {
     let container = Container::start(runtime, "restart", &[], "sleep 600")?;
     let ending = Container::start(runtime, "ending", &[], "sleep 1; exit 8")?;
@@ -430,6 +491,20 @@ fn what_was_removed_is_gone(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
+/// The suite runs under the containerd that it was asked to run under.
+#[test]
+fn containerd_is_of_the_chosen_generation() -> Result<()> {
+    let said = ctr_ok(&["version"])?;
+    let server = said.split("Server:").nth(1).context("no server in `ctr version`")?;
+    let version = server.lines().find_map(|line| line.trim().strip_prefix("Version:"));
+    let first = match Containerd::of_suite() {
+        Containerd::V1 => "1.7",
+        Containerd::V2 => "2.",
+    };
+    assert!(version.is_some_and(|version| version.trim().starts_with(first)), "{said}");
+    Ok(())
+}
+
 /// A shim is there once per container: what it holds, the machine holds many times.
 #[test]
 fn our_shim_is_small() -> Result<()> {
@@ -466,6 +541,8 @@ macro_rules! with_both_runtimes {
 }
 
 with_both_runtimes! {
+    an_update_changes_the_limit,
+    a_terminal_can_be_resized,
     run_gives_output_and_exit_code,
     run_gives_all_of_a_long_output,
     quick_exits_are_not_missed,

@@ -41,6 +41,12 @@ pub struct Entry {
     /// At a source: whether task and container are removed in the end.
     #[serde(default)]
     pub remove_source: bool,
+    /// At a source: the tasks were frozen for an offer, and not thawed since.
+    #[serde(default)]
+    pub frozen: bool,
+    /// At a source: the tasks that were released have been ended.
+    #[serde(default)]
+    pub let_go: bool,
 }
 
 /// What is journalled of a writable volume.
@@ -190,6 +196,8 @@ impl Journal {
                 resumed: false,
                 volumes: Vec::new(),
                 remove_source: false,
+                frozen: false,
+                let_go: false,
             });
             entry.ownership = after;
             change(&mut entry);
@@ -210,6 +218,15 @@ impl Journal {
 
     /// Notes that the tasks of a container that came here have run.
     pub fn mark_resumed(&self, container: &ContainerRef) -> Result<(), JournalError> {
+        self.note(container, |entry| entry.resumed = true)
+    }
+
+    /// Changes what an entry says besides the ownership. A container without an entry is left without one.
+    pub fn note(
+        &self,
+        container: &ContainerRef,
+        change: impl FnOnce(&mut Entry),
+    ) -> Result<(), JournalError> {
         let key = container.to_string();
         self.write(|transaction| {
             let mut table =
@@ -220,7 +237,7 @@ impl Journal {
             else {
                 return Ok(());
             };
-            entry.resumed = true;
+            change(&mut entry);
             put(&mut table, &key, &entry).map_err(|error| self.failed(error))
         })
     }

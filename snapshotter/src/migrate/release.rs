@@ -26,46 +26,42 @@ const THAWS_MAX: u32 = 300;
 /// Pause between them.
 const THAW_PAUSE: Duration = Duration::from_secs(2);
 
-/// Takes an offer back: 1. thaw, 2. journal. A crash between the two thaws again.
+/// Takes an offer back: 1. journal, 2. thaw, 3. journal that it is thawed. On open: what is ours and frozen is thawed.
 ///
 /// The journal decides, not the caller: what is not `Offered` any more is left as it is.
 pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
-    match node.journal.container(container) {
-        Ok(Some(Entry { ownership: Ownership::Offered(now, _), .. })) if now == epoch => {}
-        Ok(_) => return,
-        Err(error) => {
-            tracing::error!(%container, %error, "the journal cannot be read; the container stays frozen");
-            return;
-        }
-    }
-    thaw(node, container).await;
-    if let Err(error) = node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
-        tracing::error!(%container, %error, "cannot journal the abort");
+    match node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
+        Ok(_) => thaw(node, container).await,
+        Err(error) => tracing::warn!(%container, %error, "the offer cannot be taken back"),
     }
 }
 
-/// Runs a released container here again: the destination has journalled that it never ran it, which is final.
-/// 1. thaw, 2. journal: after a crash between the two the destination is asked, and thaws again.
+/// Runs a released container here again, in the same steps: the destination has journalled that it never ran it.
 pub(super) async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
     tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
-    thaw(node, container).await;
-    if let Err(error) = node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
-        tracing::error!(%container, %error, "cannot journal the return");
+    match node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
+        Ok(_) => thaw(node, container).await,
+        Err(error) => tracing::error!(%container, %error, "cannot journal the return"),
     }
 }
 
-/// Thaws until it succeeds, or until there is nothing left to thaw.
+/// Thaws a container that is ours until it succeeds, or until there is nothing left to thaw.
 async fn thaw(node: &Node, container: &ContainerRef) {
     for attempt in 0..THAWS_MAX {
         let thawed = match Shim::find(&node.config, container) {
             Ok(shim) => shim.thaw(container.id()).await,
             Err(error) => {
                 tracing::warn!(%container, error = error.chain(), "nothing to thaw");
-                return;
+                Ok(())
             }
         };
         match thawed {
-            Ok(()) => return,
+            Ok(()) => {
+                if let Err(error) = node.journal.note(container, |entry| entry.frozen = false) {
+                    tracing::error!(%container, %error, "cannot journal the thaw; it is repeated");
+                }
+                return;
+            }
             Err(error) => {
                 tracing::error!(%container, attempt, error = error.chain(), "cannot thaw");
             }
@@ -139,10 +135,16 @@ pub fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
             Ownership::Offered(epoch, _) => {
                 tokio::spawn(async move { take_offer_back(&node, &container, epoch).await });
             }
-            Ownership::Released(..) => {
+            Ownership::Released(..) if !entry.let_go => {
                 tokio::spawn(async move { settle_later(&node, &container, None).await });
             }
-            Ownership::Owner(_) | Ownership::Claiming(..) | Ownership::Returned(..) => {}
+            Ownership::Owner(_) if entry.frozen => {
+                tokio::spawn(async move { thaw(&node, &container).await });
+            }
+            Ownership::Released(..)
+            | Ownership::Owner(_)
+            | Ownership::Claiming(..)
+            | Ownership::Returned(..) => {}
         }
     }
     Ok(())
@@ -205,6 +207,9 @@ impl Remembered {
         });
         if let Ok(Err(error)) = given.await {
             tracing::warn!(%container, %error, "cannot remove a volume that moved away");
+        }
+        if let Err(error) = node.journal.note(container, |entry| entry.let_go = true) {
+            tracing::error!(%container, %error, "cannot journal that it was let go");
         }
         if let Some(directory) = self.directory {
             let _ = tokio::fs::remove_dir_all(directory).await;

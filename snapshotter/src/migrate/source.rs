@@ -262,6 +262,7 @@ impl Session {
         let offered = self.node.journal.apply(&container, &offer, |entry| {
             entry.volumes = volumes;
             entry.remove_source = remove_source;
+            (entry.frozen, entry.let_go) = (true, false);
         });
         let epoch = offered?.epoch();
         self.offered = Some(epoch);
