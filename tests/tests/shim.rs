@@ -357,12 +357,12 @@ fn an_update_changes_the_limit(runtime: &Runtime) -> Result<()> {
 }
 
 fn a_terminal_can_be_resized(runtime: &Runtime) -> Result<()> {
-    let container = Container::start(
-        runtime,
-        "resize",
-        &["-t"],
-        "while :; do stty size > /size; sleep 0.1; done",
-    )?;
+    let container = Container { id: format!("{}-resize", runtime.tag) };
+    let (name, image, id) = (runtime.name, Image::Busybox.reference(), &container.id);
+    let report = "while :; do stty size > /size; sleep 0.1; done";
+    let run = format!("ctr run --rm -t --runtime {name} {image} {id} sh -c \"{report}\"");
+    let _client = node().spawn(&["script", "-q", "-e", "-c", &run, "/dev/null"], id)?;
+    container.wait_for_status("RUNNING")?;
     let request = ResizePtyRequest {
         container_id: container.id.clone(),
         width: 123,
