@@ -6,8 +6,12 @@ DESTDIR ?=
 ARGS ?=
 
 CARGO := cargo
-TESTBED := $(CARGO) run --quiet --release -p godwit-tests --bin testbed --
+TESTBED := $(CARGO) run --quiet --release --bin testbed --
 PROGRAMS := containerd-shim-godwit-v1 godwit-snapshotter godwit
+# Always the whole workspace: with fewer crates the dependencies would have other features, and be built again.
+TEST := $(CARGO) test --release --workspace --locked
+# Suites of a crate of its own, which need no test nodes.
+LIGHT_SUITES := $(sort $(basename $(notdir $(wildcard criu-wrapper/tests/*.rs shim/tests/*.rs snapshotter/tests/*.rs))))
 SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
@@ -24,26 +28,25 @@ build: prerequisites ## build all programs (release)
 	$(CARGO) build --release --workspace --locked
 
 demo: require-root build ## migrate a running redis between two test nodes, and show it
-	$(CARGO) run --release -p godwit-tests --bin demo -- $(ARGS)
+	$(TARGET_DIR)/release/demo $(ARGS)
 
 test: require-root unit $(SUITES:%=test-%) test-shim-containerd-2 ## run every test; needs root
 
 unit: build
 	@begin=$$(date +%s); \
-	$(CARGO) test --release --workspace --exclude godwit-tests --locked || exit 1; \
-	$(CARGO) test --release -p godwit-tests --locked --lib --bins || exit 1; \
+	$(TEST) --lib --bins $(LIGHT_SUITES:%=--test %) || exit 1; \
 	echo "suite unit: $$(($$(date +%s) - begin)) s"
 
 # One suite, for example `make test-nodes`. One test at a time: each has the machine to itself.
 test-%: require-root build
 	@begin=$$(date +%s); \
-	$(CARGO) test --release --locked -p godwit-tests --test $* -- --test-threads=1 || exit 1; \
+	$(TEST) --test $* -- --test-threads=1 || exit 1; \
 	echo "suite $*: $$(($$(date +%s) - begin)) s"
 
 # The same suite under the other generation of containerd.
 test-shim-containerd-2: require-root build
 	@begin=$$(date +%s); \
-	GODWIT_CONTAINERD=2 $(CARGO) test --release --locked -p godwit-tests --test shim -- --test-threads=1 || exit 1; \
+	GODWIT_CONTAINERD=2 $(TEST) --test shim -- --test-threads=1 || exit 1; \
 	echo "suite shim-containerd-2: $$(($$(date +%s) - begin)) s"
 
 lint: prerequisites ## check formatting and lints
@@ -51,7 +54,7 @@ lint: prerequisites ## check formatting and lints
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 bench: require-root build ## measure migrations between test nodes
-	$(CARGO) run --release -p godwit-tests --bin bench -- $(ARGS)
+	$(TARGET_DIR)/release/bench $(ARGS)
 
 doc: prerequisites ## build the API documentation
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --locked

@@ -349,6 +349,14 @@ impl Node {
         if slot.is_some() {
             bail!("{}: {name} runs already", self.name);
         }
+        // A process that was killed may still listen for a moment: its last threads end after it is a zombie.
+        for socket in sockets {
+            if let Err(error) = fs::remove_file(self.path(socket))
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                return Err(error).with_context(|| format!("{}: remove {socket}", self.name));
+            }
+        }
         let mut service = self.spawn(argv, name)?;
         for socket in sockets {
             let path = self.path(socket);
