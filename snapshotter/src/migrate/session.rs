@@ -249,8 +249,7 @@ impl Work {
             image_path: layout.images(),
             work_path: layout.work(),
         }));
-        self.hand_off(line, epoch).await?;
-        let running = Instant::now();
+        let running = self.hand_off(line, epoch).await?;
 
         self.finish(lease, layout, &stopped).await;
         let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
@@ -395,7 +394,8 @@ impl Work {
     }
 
     /// From the shim's claim to its word on how the restore ended.
-    async fn hand_off(&mut self, line: &mut Line, epoch: Epoch) -> Result<(), MigrationError> {
+    /// Returns when the tasks ran here.
+    async fn hand_off(&mut self, line: &mut Line, epoch: Epoch) -> Result<Instant, MigrationError> {
         let container = self.asked.container.clone();
         let answer = match self.command().await? {
             Command::Claim(answer) => answer,
@@ -442,7 +442,7 @@ impl Work {
         self.settled(line, epoch).await
     }
 
-    async fn settled(&mut self, line: &mut Line, epoch: Epoch) -> Result<(), MigrationError> {
+    async fn settled(&mut self, line: &mut Line, epoch: Epoch) -> Result<Instant, MigrationError> {
         let container = self.asked.container.clone();
         let (settlement, done) = loop {
             match self.command().await {
@@ -463,6 +463,7 @@ impl Work {
                 }
             }
         };
+        let running = Instant::now();
         let ran = settlement.running || settlement.may_have_run;
         if ran {
             self.node.journal.mark_resumed(&container)?;
@@ -481,7 +482,11 @@ impl Work {
         let told = Settled { running: ran, reason: settlement.reason.clone() };
         // Should it be lost, the source asks.
         let _ = line.send(to_source::Message::Settled(told)).await;
-        if settlement.running { Ok(()) } else { Err(MigrationError::Restore(settlement.reason)) }
+        if settlement.running {
+            Ok(running)
+        } else {
+            Err(MigrationError::Restore(settlement.reason))
+        }
     }
 
     /// Whether containerd has a running task of the container.
