@@ -57,7 +57,7 @@ bench: require-root build ## measure migrations between test nodes
 	$(TARGET_DIR)/release/bench $(ARGS)
 
 doc: prerequisites ## build the API documentation
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --locked
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(CARGO) doc --workspace --no-deps --document-private-items --locked
 
 install: ## install programs, systemd unit and examples (DESTDIR, PREFIX); build first
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system

@@ -2,7 +2,7 @@
 //!
 //! The destination drives. [`destination`] holds one session per container that comes here: it asks neighbours and
 //! source for what this node lacks while the container runs, has the source make the cut, lays everything out, and
-//! hands over to the shim, which restores the tasks, holds them, and asks [`destination::Sessions::claim`] for the right
+//! hands over to the shim, which restores the tasks, holds them, and asks [`destination::claim`] for the right
 //! to let them run. [`source`] is the other side. [`request`] starts it all: it creates the container here with the
 //! migrate-from annotation, under a specification derived by [`spec`].
 //!
