@@ -23,7 +23,7 @@
 //! 3. delete what the database does not name under `fs/`: prepares and removals that did not
 //!    finish.
 //!
-//! Read next: [`service`] for the gRPC side, [`filter`] for how containerd asks for some of all
+//! Read next: [`mod@service`] for the gRPC side, [`filter`] for how containerd asks for some of all
 //! snapshots. Source: containerd's `core/snapshots/snapshotter.go` (the contract) and its overlayfs
 //! snapshotter (the mounts).
 
