@@ -400,15 +400,21 @@ fn containerd_may_restart(runtime: &Runtime) -> Result<()> {
 
 fn events_come_in_order_and_once(runtime: &Runtime) -> Result<()> {
     let events = node().spawn(&["ctr", "events"], &format!("events-order-{}", runtime.tag))?;
-    std::thread::sleep(Duration::from_millis(300));
+    // Events are not kept for those who come late.
+    wait_until("the events are subscribed to", SOON, || {
+        ctr_ok(&["namespaces", "label", "default", "godwit.io/test=events"])?;
+        Ok(events.log().contains("/namespaces/update"))
+    })?;
     let container = Container::start(runtime, "events", &[], "sleep 600")?;
     container.exec_ok("one", "true")?;
     ctr_ok(&["task", "pause", &container.id])?;
     ctr_ok(&["task", "resume", &container.id])?;
     ctr_ok(&["task", "kill", "-s", "SIGKILL", &container.id])?;
     container.wait_for_status("STOPPED")?;
-    ctr(&["task", "rm", &container.id])?;
-    wait_until("the last event arrives", SOON, || Ok(events.log().contains("/tasks/delete")))?;
+    // Fails with the task's exit code, 137; what it did shows in the events.
+    let removed = ctr(&["task", "rm", &container.id])?;
+    wait_until("the last event arrives", SOON, || Ok(events.log().contains("/tasks/delete")))
+        .with_context(|| format!("{removed:?}: {}", events.log()))?;
     let log = events.log();
     let of_tasks = log.lines().filter(|line| line.contains(&container.id));
     let topics =
