@@ -21,7 +21,7 @@ use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
 use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
-use crate::migrate::{MigrationError, Next, chain, describe, request, source};
+use crate::migrate::{MigrationError, Next, chain, describe, plan, source};
 use crate::node::Node;
 use crate::peer::{Connection, server};
 use crate::store::SnapshotId;
@@ -40,6 +40,39 @@ impl Service {
     /// The service, to be registered with `godwit_protos::control::create_control`.
     pub fn new(node: Arc<Node>) -> Self {
         Self { node }
+    }
+
+    /// Where a migration goes, and what is asked of that node.
+    fn migration(&self, asked: MigrateRequest) -> ttrpc::Result<(String, peer::MigrateRequest)> {
+        let wanted = container(&asked.container)?;
+        if asked.from == asked.to {
+            return Err(invalid(format!("source and destination are both {}", asked.to)));
+        }
+        let here = &self.node.config;
+        for name in [&asked.from, &asked.to] {
+            if *name != here.node && here.peer(name).is_none() {
+                let error = crate::peer::PeerError::Unknown(name.clone());
+                return Err(rpc(Code::NOT_FOUND, error.to_string()));
+            }
+        }
+        let message = peer::MigrateRequest {
+            container: Some(peer::Container {
+                namespace: wanted.namespace().to_owned(),
+                id: wanted.id().to_owned(),
+            }),
+            from: asked.from,
+            mode: asked.mode,
+            max_rounds: asked.max_rounds,
+            without_writable_layer: asked.without_writable_layer,
+            netns: asked.netns,
+        };
+        Ok((asked.to, message))
+    }
+
+    /// A connection to another node's daemon.
+    async fn at(&self, node: &str) -> ttrpc::Result<Connection> {
+        let opened = Connection::open(&self.node.config, node, PEER_MAX).await;
+        opened.map_err(|error| rpc(Code::UNAVAILABLE, chain(&error)))
     }
 
     async fn blocking<T: Send + 'static>(
@@ -193,38 +226,12 @@ impl Control for Service {
         asked: MigrateRequest,
         answer: ServerStreamSender<Progress>,
     ) -> ttrpc::Result<()> {
-        let wanted = container(&asked.container)?;
-        if asked.from == asked.to {
-            return Err(invalid(format!("source and destination are both {}", asked.to)));
-        }
-        let here = &self.node.config;
-        for name in [&asked.from, &asked.to] {
-            if *name != here.node && here.peer(name).is_none() {
-                let error = crate::peer::PeerError::Unknown(name.clone());
-                return Err(rpc(Code::NOT_FOUND, error.to_string()));
-            }
-        }
-        let mut message = peer::MigrateRequest {
-            container: Some(peer::Container {
-                namespace: wanted.namespace().to_owned(),
-                id: wanted.id().to_owned(),
-            }),
-            from: asked.from,
-            mode: asked.mode,
-            max_rounds: asked.max_rounds,
-            without_writable_layer: asked.without_writable_layer,
-            netns: asked.netns,
-        };
-        let mut events = if asked.to == here.node {
-            let from = std::mem::take(&mut message.from);
-            let settings = server::settings(&message).map_err(invalid)?;
-            let netns = (!message.netns.is_empty()).then_some(message.netns);
-            let from = MigrateFrom { node: from, container: wanted };
-            server::follow(&self.node, request::Request { from, settings, netns })
+        let (to, message) = self.migration(asked)?;
+        let mut events = if to == self.node.config.node {
+            let wanted = server::wanted(message).map_err(|status| invalid(status.message()))?;
+            server::follow(&self.node, wanted)
         } else {
-            let destination = Connection::open(here, &asked.to, PEER_MAX).await;
-            let destination = destination.map_err(|error| rpc(Code::UNAVAILABLE, chain(&error)))?;
-            let events = destination.client().migrate(message).await;
+            let events = self.at(&to).await?.client().migrate(message).await;
             let events = events.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
             events.into_inner().boxed()
         };
@@ -238,9 +245,20 @@ impl Control for Service {
     async fn plan(
         &self,
         _context: &TtrpcContext,
-        _asked: MigrateRequest,
+        asked: MigrateRequest,
     ) -> ttrpc::Result<PlanResponse> {
-        Err(rpc(Code::UNIMPLEMENTED, "plans are not served in this version"))
+        let (to, message) = self.migration(asked)?;
+        let mut answer = PlanResponse::new();
+        answer.plan_json = if to == self.node.config.node {
+            let wanted = server::wanted(message).map_err(|status| invalid(status.message()))?;
+            let plan = plan::plan(&self.node, &wanted).await;
+            let plan = plan.map_err(|error| migration_error(&error))?;
+            serde_json::to_string(&plan).map_err(|error| rpc(Code::INTERNAL, error.to_string()))?
+        } else {
+            let plan = self.at(&to).await?.client().plan(message).await;
+            plan.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?.into_inner().plan_json
+        };
+        Ok(answer)
     }
 
     async fn watch(
@@ -305,10 +323,14 @@ impl Control for Service {
                     line.reachable = true;
                     line.round_trip_ms = connection.round_trip.as_secs_f64() * 1e3;
                     line.load = connection.hello.load;
+                    self.node.channels.greeted(&connection);
                     line.detail = format!("protocol {}", connection.hello.version);
                 }
                 Err(error) => line.detail = chain(&error),
             }
+            let channel = self.node.channels.of(&configured.name);
+            line.throughput_bytes_per_second =
+                channel.throughput_bytes_per_second.unwrap_or_default();
             line
         });
         let mut answer = ListPeersResponse::new();

@@ -19,6 +19,7 @@ use crate::migrate::journal::Journal;
 use crate::migrate::ownership::Ownership;
 use crate::migrate::report::Report;
 use crate::migrate::{MigrationError, request};
+use crate::peer::channel::Channels;
 use crate::store::{Options, Store, SweepReport};
 use crate::volumes::{VolumeError, Volumes};
 
@@ -39,6 +40,8 @@ pub struct Node {
     pub journal: Journal,
     /// Volumes.
     pub volumes: Volumes,
+    /// What is known of the ways to the peers.
+    pub channels: Channels,
     /// containerd.
     pub containerd: Client,
     /// Containers that are coming here.
@@ -96,6 +99,7 @@ impl Node {
             tracing::warn!(%error, "CRIU cannot be used: containers can neither leave nor come");
         }
         let containerd = Client::connect(&config.containerd_socket);
+        let channels = Channels::open(&state.join("peers.json"));
         let (sessions, events) = (Sessions::default(), Events::default());
         let ids = AtomicU64::new(0);
         Ok(Arc::new(Self {
@@ -103,6 +107,7 @@ impl Node {
             store,
             journal,
             volumes,
+            channels,
             containerd,
             sessions,
             events,

@@ -11,6 +11,7 @@ use godwit_protos::control::{
     Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest,
     Empty, ImportVolumeRequest, MigrateRequest, Progress, RemoveVolumeRequest, Snapshot, Volume,
 };
+use godwit_snapshotter::migrate::plan::Plan;
 use serde_json::json;
 use ttrpc::asynchronous::Client;
 use ttrpc::context::{Context, with_duration};
@@ -47,6 +48,8 @@ enum Output {
 enum Command {
     /// Move a running container from one node to another.
     Migrate(Migrate),
+    /// Tell what a migration would cost and what stands in its way, before anything moves.
+    Plan(Migrate),
     /// What is cached of containers and volumes on this node.
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
@@ -182,6 +185,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let out = Out { json: arguments.output == Output::Json };
     match arguments.command {
         Command::Migrate(asked) => migrate(&client, &arguments.namespace, asked, &out).await,
+        Command::Plan(asked) => plan(&client, &arguments.namespace, asked, &out).await,
         Command::Snapshot(command) => snapshot(&client, &arguments.namespace, command, &out).await,
         Command::Volume(command) => volume(&client, command, &out).await,
         Command::Peers => peers(&client, &out).await,
@@ -211,16 +215,11 @@ fn container(namespace: &str, id: String) -> Container {
     container
 }
 
-async fn migrate(
-    client: &ControlClient,
-    namespace: &str,
-    asked: Migrate,
-    out: &Out,
-) -> anyhow::Result<()> {
+fn request(namespace: &str, asked: &Migrate) -> MigrateRequest {
     let mut request = MigrateRequest::new();
     request.container = Some(container(namespace, asked.name.clone())).into();
-    request.from = asked.from;
-    request.to = asked.to;
+    request.from = asked.from.clone();
+    request.to = asked.to.clone();
     request.mode = match asked.mode {
         Mode::Cooperative => "cooperative",
         Mode::Traditional => "traditional",
@@ -228,7 +227,32 @@ async fn migrate(
     .to_owned();
     request.max_rounds = asked.max_rounds;
     request.without_writable_layer = asked.writable_layer == YesNo::No;
-    request.netns = asked.netns.unwrap_or_default();
+    request.netns = asked.netns.clone().unwrap_or_default();
+    request
+}
+
+async fn plan(
+    client: &ControlClient,
+    namespace: &str,
+    asked: Migrate,
+    out: &Out,
+) -> anyhow::Result<()> {
+    let json = client.plan(deadline(), &request(namespace, &asked)).await?.plan_json;
+    let plan: Plan = serde_json::from_str(&json).context("the daemon's plan cannot be read")?;
+    out.raw(&json, plan.to_string().trim_end())?;
+    if plan.obstacles.is_empty() {
+        return Ok(());
+    }
+    bail!("{} cannot be moved: {}", asked.name, plan.obstacles.join("; "))
+}
+
+async fn migrate(
+    client: &ControlClient,
+    namespace: &str,
+    asked: Migrate,
+    out: &Out,
+) -> anyhow::Result<()> {
+    let request = request(namespace, &asked);
     let mut events = client.migrate(deadline(), &request).await?;
     let bar = out.bar();
     while let Some(event) = events.recv().await? {
@@ -308,10 +332,20 @@ async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> an
 async fn peers(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     let listed = client.list_peers(deadline(), &Empty::new()).await?;
     let line = |one: &godwit_protos::control::Peer| {
+        let mib = one.throughput_bytes_per_second / f64::from(1 << 20);
         json!({"name": one.name, "address": one.address, "reachable": one.reachable,
-            "round_trip_ms": (one.round_trip_ms * 100.0).round() / 100.0, "load": one.load, "detail": one.detail})
+            "round_trip_ms": (one.round_trip_ms * 100.0).round() / 100.0, "load": one.load,
+            "throughput_mib_per_second": (mib * 10.0).round() / 10.0, "detail": one.detail})
     };
-    let columns = ["name", "address", "reachable", "round_trip_ms", "load", "detail"];
+    let columns = [
+        "name",
+        "address",
+        "reachable",
+        "round_trip_ms",
+        "load",
+        "throughput_mib_per_second",
+        "detail",
+    ];
     out.table(&listed.peers.iter().map(line).collect::<Vec<_>>(), &columns)
 }
 

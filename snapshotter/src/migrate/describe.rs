@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use godwit_protos::peer::{DescribeResponse, VolumeMount};
+use godwit_protos::peer::{Blob, DescribeResponse, VolumeMount};
 use godwit_protos::{ContainerRef, Subject, VolumeId, VolumeSource, annotation};
 use oci_spec::runtime::Spec;
 
@@ -18,8 +18,10 @@ use crate::node::Node;
 pub struct Described {
     /// containerd's record.
     pub record: Container,
-    /// The image's name and target, if it was made from one.
-    pub image: Option<(String, Descriptor)>,
+    /// The image's target, if it was made from one.
+    pub image: Option<Descriptor>,
+    /// What the image is made of, as far as it is here.
+    pub image_blobs: Vec<Descriptor>,
     /// Its specification as text and parsed.
     pub spec_json: String,
     /// All volumes that it mounts.
@@ -74,7 +76,8 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         warnings.push(format!("processes added by exec do not move: {execs}"));
     }
     Ok(Described {
-        image: target.map(|target| (record.image.clone(), target)),
+        image_blobs: image_blobs(node, namespace, target.as_ref()).await,
+        image: target,
         memory: memory_subject(container, &record.image, &spec),
         upper_dir: upper_dir(&mounts),
         mapped_inodes: mapped_inodes(&pids),
@@ -87,6 +90,13 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         warnings,
         pids,
     })
+}
+
+/// What an image is made of; nothing if its lists are not all here, which matters to a plan only.
+async fn image_blobs(node: &Node, namespace: &str, target: Option<&Descriptor>) -> Vec<Descriptor> {
+    let Some(target) = target else { return Vec::new() };
+    let content = node.containerd.image_content(namespace, target).await;
+    content.map(|content| content.blobs().cloned().collect()).unwrap_or_default()
 }
 
 fn memory_subject(container: &ContainerRef, image: &str, spec: &Spec) -> Subject {
@@ -177,7 +187,11 @@ impl Described {
     /// The answer to a peer.
     pub fn response(&self, node: &Node) -> DescribeResponse {
         let pages: u64 = self.pids.iter().map(|pid| resident_pages(*pid)).sum();
-        let target = self.image.as_ref().map(|(_, target)| target);
+        let target = self.image.as_ref();
+        let blob = |blob: &Descriptor| Blob {
+            digest: blob.digest.to_string(),
+            size_bytes: blob.size_bytes,
+        };
         DescribeResponse {
             image: self.record.image.clone(),
             image_media_type: target.map_or_else(String::new, |target| target.media_type.clone()),
@@ -194,6 +208,7 @@ impl Described {
             memory_bytes: pages * crate::content::object::PAGE_BYTES as u64,
             criu_version: node.criu_version.clone(),
             warnings: self.warnings.clone(),
+            image_blobs: self.image_blobs.iter().map(blob).collect(),
         }
     }
 }

@@ -10,23 +10,32 @@
 //! [`claim`] when the container is restored and held. Only a journalled `Owner` lets it run. A claim whose session is
 //! gone, because the daemon restarted, is answered from the journal and the source's word. Read next: [`super::session`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use godwit_protos::{ContainerRef, MigrateFrom, Subject, VolumeSource};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 use super::MigrationError;
 use super::ownership::{Epoch, Event, Ownership};
 use super::session::begin;
 use crate::content::object::Kind;
 use crate::node::Node;
+use crate::peer::channel::MEASURED_BYTES_MIN;
+use crate::peer::fetch::{Peers, Standings};
 use crate::peer::{Connection, PeerError};
 
-/// How long a neighbour has to answer a hello and a lookup. Whoever is slower is not asked.
+/// How long a neighbour has to answer a lookup.
 pub const LOOKUP_MAX: Duration = Duration::from_millis(300);
+
+/// How long a migration waits for neighbours to answer a hello before it goes on without them.
+const NEIGHBOURS_WAIT: Duration = Duration::from_millis(50);
+
+/// How long a neighbour has to answer a hello; one that takes longer than [`NEIGHBOURS_WAIT`] joins later.
+const NEIGHBOUR_MAX: Duration = Duration::from_secs(2);
 
 /// How long the source has to answer a hello.
 const SOURCE_MAX: Duration = Duration::from_secs(10);
@@ -56,8 +65,9 @@ impl Default for Settings {
 pub struct Connections {
     /// The node that runs the container.
     pub source: Arc<Connection>,
-    /// Nodes that answered in time; none in traditional mode.
-    pub neighbours: Vec<Arc<Connection>>,
+    /// Nodes that have answered so far; none in traditional mode.
+    neighbours: Arc<Mutex<Vec<Arc<Connection>>>>,
+    standings: Arc<Standings>,
 }
 
 /// What a migration starts from.
@@ -182,30 +192,42 @@ impl Sessions {
     }
 }
 
-/// Opens connections to the source and, in cooperative mode, to every neighbour that answers in time.
+/// Opens connections to the source and, in cooperative mode, to every neighbour. A dead neighbour costs
+/// [`NEIGHBOURS_WAIT`]; a slow one joins as soon as it answers.
 ///
 /// Errors: [`PeerError`] when the source does not answer; a neighbour that does not is left out.
 pub async fn connect(
-    node: &Node,
+    node: &Arc<Node>,
     source: &str,
     settings: &Settings,
 ) -> Result<Connections, PeerError> {
+    let deadline = tokio::time::Instant::now() + NEIGHBOURS_WAIT;
+    let neighbours: Arc<Mutex<Vec<_>>> = Arc::default();
+    let mut joining = JoinSet::new();
     let others = node.config.peers.iter().filter(|peer| peer.name != source);
-    let neighbours = others.filter(|_| settings.cooperative).map(|peer| async {
-        match Connection::open(&node.config, &peer.name, LOOKUP_MAX).await {
-            Ok(connection) => Some(Arc::new(connection)),
-            Err(error) => {
-                tracing::info!(node = %peer.name, error = super::chain(&error), "not asked");
-                None
+    for peer in others.filter(|_| settings.cooperative).cloned() {
+        let (node, neighbours) = (node.clone(), neighbours.clone());
+        joining.spawn(async move {
+            match Connection::open(&node.config, &peer.name, NEIGHBOUR_MAX).await {
+                Ok(connection) => {
+                    node.channels.greeted(&connection);
+                    let mut all = neighbours.lock().unwrap_or_else(PoisonError::into_inner);
+                    all.push(Arc::new(connection));
+                }
+                Err(error) => {
+                    tracing::info!(node = %peer.name, error = super::chain(&error), "not asked");
+                }
             }
-        }
-    });
-    let (source, neighbours) = tokio::join!(
-        Connection::open(&node.config, source, SOURCE_MAX),
-        futures::future::join_all(neighbours)
-    );
-    let neighbours = neighbours.into_iter().flatten().collect();
-    Ok(Connections { source: Arc::new(source?), neighbours })
+        });
+    }
+    let source = Connection::open(&node.config, source, SOURCE_MAX).await?;
+    node.channels.greeted(&source);
+    let all = async { while joining.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout_at(deadline, all).await;
+    // Who has not answered yet goes on trying.
+    joining.detach_all();
+    let standings = Arc::new(Standings::known(node.channels.rates()));
+    Ok(Connections { source: Arc::new(source), neighbours, standings })
 }
 
 /// Brings a container's state here and has the source stop it. See the module's comment.
@@ -351,10 +373,36 @@ pub(super) async fn ask_again(
 }
 
 impl Connections {
+    /// Neighbours that have answered so far.
+    pub fn neighbours(&self) -> Vec<Arc<Connection>> {
+        self.neighbours.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Whom to fetch from.
-    pub fn peers(&self) -> crate::peer::fetch::Peers {
-        let (neighbours, source) = (self.neighbours.clone(), self.source.clone());
-        crate::peer::fetch::Peers { neighbours, source }
+    pub fn peers(&self) -> Peers {
+        Peers { neighbours: self.neighbours(), ..self.source_alone() }
+    }
+
+    /// The source without its neighbours.
+    pub fn source_alone(&self) -> Peers {
+        let (source, standings) = (self.source.clone(), self.standings.clone());
+        Peers { neighbours: Vec::new(), source, standings }
+    }
+
+    /// Bytes received from each node so far, protocol included.
+    pub fn received(&self) -> BTreeMap<String, u64> {
+        let all = std::iter::once(self.source.clone()).chain(self.neighbours());
+        all.map(|peer| (peer.node.clone(), peer.traffic.received())).collect()
+    }
+
+    /// Bytes per second of the peers that have sent enough to tell.
+    pub fn measured(&self) -> Vec<(String, f64)> {
+        self.standings.measured(MEASURED_BYTES_MIN)
+    }
+
+    /// Keeps what was learnt of the peers for the next migration.
+    pub fn remember(&self, node: &Node) {
+        node.channels.measured(&self.measured());
     }
 }
 

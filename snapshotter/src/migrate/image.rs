@@ -3,9 +3,10 @@
 //! Its blobs come from the content stores of neighbours and, where none has them, from the source's. containerd checks
 //! each blob against its digest when it is committed, and each layer against its diff ID when it is unpacked.
 
+use std::collections::HashSet;
 use std::io;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
@@ -21,8 +22,17 @@ use crate::peer::Connection;
 /// Blobs that are fetched at once.
 const BLOBS_AT_ONCE: usize = 3;
 
-/// Longest wait for the next piece of a blob.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait for the next piece of a blob, of a neighbour and of the source, whom nobody can replace.
+const PATIENCE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
+
+/// A neighbour is left for the next one if it is slower than this share of what the source was measured at ...
+const RATE_SHARE_MIN: f64 = 0.9;
+
+/// ... or than this many bytes per second, if the source was not measured yet ...
+const RATE_MIN: f64 = 256e3;
+
+/// ... once it has had this long.
+const RATE_AFTER: Duration = Duration::from_millis(250);
 
 /// Makes `name` an image of this node, unpacked for `snapshotter`, and returns what it is made of.
 ///
@@ -42,7 +52,14 @@ pub async fn bring(
         return Err(ClientError::ImageDiffers { name, existing, wanted }.into());
     }
     let lease = node.containerd.lease(namespace).await?;
-    let bring = Bring { client: lease.client(), namespace, connections };
+    let source = node.channels.of(&connections.source.node).throughput_bytes_per_second;
+    let bring = Bring {
+        client: lease.client(),
+        namespace,
+        connections,
+        rate_min: source.map_or(RATE_MIN, |rate| rate * RATE_SHARE_MIN),
+        silent: Mutex::default(),
+    };
     let brought = async {
         bring.blob(target).await?;
         // Indexes name manifests, manifests name the rest: each must be here before the next can be read.
@@ -71,6 +88,17 @@ struct Bring<'a> {
     client: &'a Client,
     namespace: &'a str,
     connections: &'a Connections,
+    /// Bytes per second below which a neighbour is not worth waiting for.
+    rate_min: f64,
+    /// Neighbours that let a lookup or a blob wait for too long: not asked again.
+    silent: Mutex<HashSet<String>>,
+}
+
+/// What is expected of whoever sends a blob.
+#[derive(Clone, Copy)]
+struct Demand {
+    patience: Duration,
+    rate_min: f64,
 }
 
 impl Bring<'_> {
@@ -89,17 +117,26 @@ impl Bring<'_> {
     }
 
     async fn fetch(&self, digest: Digest, size: Option<u64>) -> Result<(), MigrationError> {
+        let [neighbour, source] = PATIENCE;
+        let of_neighbour = Demand { patience: neighbour, rate_min: self.rate_min };
+        let of_source = Demand { patience: source, rate_min: 0.0 };
         let holders = self.holders(digest).await;
-        for peer in holders.iter().chain([&self.connections.source]) {
-            match self.fetch_from(peer, digest, size).await {
+        let neighbours = holders.iter().map(|peer| (peer, of_neighbour));
+        for (peer, demand) in neighbours.chain([(&self.connections.source, of_source)]) {
+            match self.fetch_from(peer, digest, size, demand).await {
                 Ok(()) => return Ok(()),
                 Err(error) => {
+                    self.silent().insert(peer.node.clone());
                     let error = super::chain(&error);
                     tracing::warn!(node = %peer.node, %digest, error, "blob not had; asking elsewhere");
                 }
             }
         }
         Err(MigrationError::NoBlob(digest))
+    }
+
+    fn silent(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.silent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Neighbours that say they have the blob.
@@ -109,13 +146,19 @@ impl Bring<'_> {
             namespace: self.namespace.to_owned(),
             ..LocateRequest::default()
         };
-        let ask = self.connections.neighbours.iter().map(|peer| {
+        let mut neighbours = self.connections.neighbours();
+        neighbours.retain(|peer| !self.silent().contains(&peer.node));
+        let ask = neighbours.into_iter().map(|peer| {
             let asked = asked.clone();
             async move {
                 let mut client = peer.client();
-                let answer = tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await;
-                let has = matches!(answer, Ok(Ok(answer)) if !answer.get_ref().blobs.is_empty());
-                has.then(|| peer.clone())
+                match tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await {
+                    Ok(Ok(answer)) => (!answer.get_ref().blobs.is_empty()).then_some(peer),
+                    Ok(Err(_)) | Err(_) => {
+                        self.silent().insert(peer.node.clone());
+                        None
+                    }
+                }
             }
         });
         futures::future::join_all(ask).await.into_iter().flatten().collect()
@@ -126,11 +169,12 @@ impl Bring<'_> {
         peer: &Arc<Connection>,
         digest: Digest,
         size: Option<u64>,
+        demand: Demand,
     ) -> Result<(), MigrationError> {
         let size = match size {
             Some(size) => size,
             None => {
-                let first = open(peer, self.namespace, digest, 0).await?.next().await;
+                let first = open(peer, self.namespace, digest, 0, demand).await?.next().await;
                 first
                     .transpose()
                     .map_err(|error| MigrationError::Broken(error.to_string()))?
@@ -140,7 +184,7 @@ impl Bring<'_> {
         let (peer, namespace) = (peer.clone(), self.namespace.to_owned());
         let pieces = move |offset| {
             stream::once(async move {
-                let opened = open(&peer, &namespace, digest, offset).await;
+                let opened = open(&peer, &namespace, digest, offset, demand).await;
                 opened.map_err(io::Error::other)
             })
             .try_flatten()
@@ -156,21 +200,38 @@ async fn open(
     namespace: &str,
     digest: Digest,
     offset: u64,
+    demand: Demand,
 ) -> Result<impl Stream<Item = io::Result<(Bytes, u64)>> + Send + Unpin + use<>, MigrationError> {
     let asked =
         ReadBlobRequest { namespace: namespace.to_owned(), digest: digest.to_string(), offset };
     let mut client = peer.client();
-    let late = || MigrationError::Silent { patience: PATIENCE };
-    let answer =
-        tokio::time::timeout(PATIENCE, client.read_blob(asked)).await.map_err(|_cause| late())?;
+    let begun = Instant::now();
+    let Demand { patience, rate_min } = demand;
+    let answer = tokio::time::timeout(patience, client.read_blob(asked)).await;
+    let answer = answer.map_err(|_cause| MigrationError::Silent { patience })?;
     let pieces = answer.map_err(|status| peer.refused(status))?.into_inner();
-    Ok(Box::pin(stream::unfold(Some(pieces), |pieces| async {
-        let mut pieces = pieces?;
-        match tokio::time::timeout(PATIENCE, pieces.message()).await {
+    Ok(Box::pin(stream::unfold(Some((pieces, 0u64)), move |rest| async move {
+        let (mut pieces, mut bytes) = rest?;
+        match tokio::time::timeout(patience, pieces.message()).await {
             Err(_) => Some((Err(io::ErrorKind::TimedOut.into()), None)),
             Ok(Err(status)) => Some((Err(io::Error::other(status.message().to_owned())), None)),
             Ok(Ok(None)) => None,
-            Ok(Ok(Some(piece))) => Some((Ok((piece.data, piece.total_bytes)), Some(pieces))),
+            Ok(Ok(Some(piece))) => {
+                bytes += piece.data.len() as u64;
+                let is_whole = offset + bytes >= piece.total_bytes;
+                if begun.elapsed() > RATE_AFTER && !is_whole && rate(bytes, begun) < rate_min {
+                    let text = format!("only {bytes} bytes in {} ms", begun.elapsed().as_millis());
+                    return Some((Err(io::Error::other(text)), None));
+                }
+                Some((Ok((piece.data, piece.total_bytes)), Some((pieces, bytes))))
+            }
         }
     })))
+}
+
+/// Bytes per second.
+fn rate(bytes: u64, since: Instant) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "a rate")]
+    let bytes = bytes as f64;
+    bytes / since.elapsed().as_secs_f64()
 }

@@ -15,6 +15,8 @@ pub mod image;
 pub mod journal;
 pub mod layout;
 pub mod ownership;
+pub mod plan;
+pub mod predict;
 pub mod release;
 pub mod report;
 pub mod request;

@@ -10,9 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use godwit_protos::peer::{
-    Container as PeerContainer, DescribeRequest, DescribeResponse, HelloResponse,
-};
+use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse};
 use godwit_protos::{ContainerRef, MigrateFrom, annotation};
 
 use super::destination::{Prepared, Settings, connect, mode_word};
@@ -184,17 +182,12 @@ pub async fn describe_at(
     source: &crate::peer::Connection,
     container: &ContainerRef,
 ) -> Result<DescribeResponse, MigrationError> {
-    let asked = DescribeRequest {
-        container: Some(PeerContainer {
-            namespace: container.namespace().to_owned(),
-            id: container.id().to_owned(),
-        }),
-    };
+    let asked = DescribeRequest { container: Some(super::session::named(container)) };
     let answer = source.client().describe(asked).await;
     Ok(answer.map_err(|status| source.refused(status))?.into_inner())
 }
 
-fn image_of(described: &DescribeResponse) -> Result<Descriptor, MigrationError> {
+pub(super) fn image_of(described: &DescribeResponse) -> Result<Descriptor, MigrationError> {
     if described.image_digest.is_empty() {
         return Err(MigrationError::NoImage(described.image.clone()));
     }
@@ -206,7 +199,7 @@ fn image_of(described: &DescribeResponse) -> Result<Descriptor, MigrationError> 
 }
 
 /// What would make the restore fail, before anything moves.
-fn pre_flight(
+pub(super) fn pre_flight(
     node: &Node,
     source: &HelloResponse,
     described: &DescribeResponse,
@@ -235,7 +228,7 @@ fn pre_flight(
     }
 }
 
-fn record(
+pub(super) fn record(
     node: &Node,
     request: &Request,
     described: &DescribeResponse,

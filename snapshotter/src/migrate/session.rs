@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_protos::peer::{
-    Abort, Begin, FromSource, Manifest, Release, Round, Settled, Stop, Stopped, ToSource,
-    from_source, to_source,
+    Abort, Begin, Container as PeerContainer, FromSource, Manifest, Release, Round, RoundDone,
+    Settled, Stop, Stopped, ToSource, from_source, to_source,
 };
-use godwit_protos::{Digest, Subject, VolumeSource};
+use godwit_protos::{ContainerRef, Digest, Subject, VolumeSource};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -27,7 +27,8 @@ use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
 use crate::content::on;
 use crate::node::Node;
-use crate::peer::fetch::fetch;
+use crate::peer::Connection;
+use crate::peer::fetch::{Depth, fetch};
 use crate::store::Lease;
 
 /// How long the source has for a round and for the cut.
@@ -53,6 +54,9 @@ const UNDECIDED: &str = "`godwit status` on both nodes tells who owns it";
 
 /// Lifetime of the lease on what a migration brought; renewed with each round.
 const LEASE: Duration = Duration::from_secs(3600);
+
+/// How long what a failed migration brought is kept for the next attempt.
+const RESUME_MAX: Duration = Duration::from_secs(600);
 
 /// Begins a session, which goes on by itself.
 pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
@@ -96,12 +100,44 @@ struct Work {
 }
 
 /// The two directions of the hand-off stream.
-struct Line {
+pub(super) struct Line {
     to: mpsc::Sender<ToSource>,
     from: Streaming<FromSource>,
 }
 
 impl Line {
+    pub(super) async fn open(source: &Connection, begin: Begin) -> Result<Self, MigrationError> {
+        let (to, outbound) = mpsc::channel(8);
+        let message = Some(to_source::Message::Begin(begin));
+        let sent = to.send(ToSource { message }).await;
+        sent.map_err(|_cause| MigrationError::Interrupted)?;
+        let call = source.client().hand_off(ReceiverStream::new(outbound)).await;
+        let from = call.map_err(|status| source.refused(status))?.into_inner();
+        Ok(Self { to, from })
+    }
+
+    /// The epoch of what has begun.
+    pub(super) async fn begun(&mut self) -> Result<Epoch, MigrationError> {
+        match self.next().await? {
+            from_source::Message::Begun(begun) => Ok(Epoch(begun.epoch)),
+            _ => Err(MigrationError::Protocol("expected begun")),
+        }
+    }
+
+    /// Has the source capture every subject while the container runs.
+    pub(super) async fn round(&mut self, number: u32) -> Result<RoundDone, MigrationError> {
+        self.send(to_source::Message::Round(Round { number })).await?;
+        match self.next().await? {
+            from_source::Message::RoundDone(done) if done.number == number => Ok(done),
+            _ => Err(MigrationError::Protocol("expected the end of the round")),
+        }
+    }
+
+    /// Ends the session at the source, where the container runs on.
+    pub(super) async fn abort(&self, reason: String) {
+        let _ = self.send(to_source::Message::Abort(Abort { reason })).await;
+    }
+
     async fn send(&self, message: to_source::Message) -> Result<(), MigrationError> {
         let sent = self.to.send(ToSource { message: Some(message) }).await;
         sent.map_err(|_cause| MigrationError::Broken("the source hung up".to_owned()))
@@ -142,19 +178,33 @@ impl Work {
         }
         let lease = Arc::new(self.node.store.lease("migration", LEASE));
         let mut layout = Layout::begin(&self.node, &self.id, self.asked.upper_dir.clone())?;
-        let mut line = self.open_line(&prepared).await?;
+        let begin = self.beginning(&prepared)?;
+        let mut line = Line::open(&prepared.connections.source, begin).await?;
         let outcome = self.migrate(&prepared, &lease, &mut layout, &mut line).await;
         if let Err(error) = &outcome {
-            let reason = error.chain();
-            let _ = line.send(to_source::Message::Abort(Abort { reason })).await;
+            line.abort(error.chain()).await;
             // The source thaws before anything is removed here.
             drop(line);
+            prepared.connections.remember(&self.node);
+            self.keep_for_resuming(lease).await;
             if self.may_discard {
                 let volumes = self.node.volumes.clone();
                 let _ = tokio::task::spawn_blocking(move || layout.discard(&volumes)).await;
             }
         }
         outcome
+    }
+
+    /// What came stays for the next attempt, also if this daemon is killed.
+    async fn keep_for_resuming(&self, lease: Arc<Lease>) {
+        let store = self.node.store.clone();
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || store.sync()).await {
+            tracing::warn!(%error, "what has come is not kept for the next attempt");
+        }
+        tokio::spawn(async move {
+            tokio::time::sleep(RESUME_MAX).await;
+            drop(lease);
+        });
     }
 
     /// Errors: also a subject that is not part of the container that was asked for.
@@ -180,35 +230,18 @@ impl Work {
         if memories.count() == 1 { Ok(parsed) } else { Err(MigrationError::Protocol("one memory")) }
     }
 
-    async fn open_line(&self, prepared: &Prepared) -> Result<Line, MigrationError> {
-        let source = &prepared.connections.source;
-        let (to, outbound) = mpsc::channel(8);
-        let begin = Begin {
-            container: Some(godwit_protos::peer::Container {
-                namespace: self.asked.from.container.namespace().to_owned(),
-                id: self.asked.from.container.id().to_owned(),
-            }),
+    fn beginning(&self, prepared: &Prepared) -> Result<Begin, MigrationError> {
+        let known = self.node.journal.container(&self.asked.container)?;
+        Ok(Begin {
+            container: Some(named(&self.asked.from.container)),
             destination: self.node.config.node.clone(),
             migration: self.migration.clone(),
             without_writable_layer: !self.asked.settings.writable_layer
                 || self.asked.upper_dir.is_none(),
             remove_source: prepared.remove_source,
-            known_epoch: self
-                .node
-                .journal
-                .container(&self.asked.container)?
-                .map_or(0, |entry| entry.epoch().0),
-            r#as: Some(godwit_protos::peer::Container {
-                namespace: self.asked.container.namespace().to_owned(),
-                id: self.asked.container.id().to_owned(),
-            }),
-        };
-        let message = Some(to_source::Message::Begin(begin));
-        let sent = to.send(ToSource { message }).await;
-        sent.map_err(|_cause| MigrationError::Interrupted)?;
-        let call = source.client().hand_off(ReceiverStream::new(outbound)).await;
-        let from = call.map_err(|status| source.refused(status))?.into_inner();
-        Ok(Line { to, from })
+            known_epoch: known.map_or(0, |entry| entry.epoch().0),
+            r#as: Some(named(&self.asked.container)),
+        })
     }
 
     async fn migrate(
@@ -218,10 +251,7 @@ impl Work {
         layout: &mut Layout,
         line: &mut Line,
     ) -> Result<Report, MigrationError> {
-        let epoch = match line.next().await? {
-            from_source::Message::Begun(begun) => Epoch(begun.epoch),
-            _ => return Err(MigrationError::Protocol("expected begun")),
-        };
+        let epoch = line.begun().await?;
         let mut shares = Shares::default();
         self.bring_contents(prepared, lease, &mut shares).await?;
         let rounds = self.pre_copy(prepared, lease, layout, line, &mut shares).await?;
@@ -256,7 +286,7 @@ impl Work {
         let source_ms = |us: u64| Duration::from_micros(us).as_secs_f64() * 1e3;
         let (freeze, dump) = (source_ms(stopped.freeze_us), source_ms(stopped.dump_us));
         let transfer = (millis(ready - stop) - freeze - dump).max(0.0);
-        let sources = std::iter::once(&prepared.connections.source);
+        prepared.connections.remember(&self.node);
         Ok(Report {
             migration: self.migration.clone(),
             container: self.asked.container.to_string(),
@@ -273,10 +303,7 @@ impl Work {
                 transfer,
                 restore: millis(running - ready),
             },
-            wire_bytes_by_node: sources
-                .chain(&prepared.connections.neighbours)
-                .map(|peer| (peer.node.clone(), peer.traffic.received()))
-                .collect(),
+            wire_bytes_by_node: prepared.connections.received(),
             stop_and_copy_bytes,
             subjects: shares.into_list(),
         })
@@ -309,9 +336,9 @@ impl Work {
             }
             self.node.events.step(&self.migration, "pre-copy", &format!("volume {digest}"));
             let root = [(Kind::Tree, *digest)];
-            let brought =
-                fetch(&self.node.store, lease, &prepared.connections.peers(), &root).await?;
-            shares.add(&volume.to_string(), &brought);
+            let peers = prepared.connections.peers();
+            let brought = fetch(&self.node.store, lease, &peers, &root, Depth::Content).await?;
+            shares.add(&volume.to_string(), &brought[0]);
             let (volumes, digest) = (self.node.volumes.clone(), *digest);
             blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await?;
         }
@@ -330,20 +357,23 @@ impl Work {
         while rounds::another(&changed, self.asked.settings.max_rounds) {
             number += 1;
             self.node.events.step(&self.migration, "pre-copy", &format!("round {number}"));
-            line.send(to_source::Message::Round(Round { number })).await?;
-            let done = match line.next().await? {
-                from_source::Message::RoundDone(done) if done.number == number => done,
-                _ => return Err(MigrationError::Protocol("expected the end of the round")),
-            };
+            let done = line.round(number).await?;
             let sizes = done.manifests.iter().map(|manifest| manifest.changed_bytes);
             changed.push(sizes.fold(0, u64::saturating_add));
             lease.renew()?;
             let manifests = self.parse_manifests(&done.manifests)?;
-            let peers = prepared.connections.peers();
-            for (subject, root, _) in &manifests {
-                let root = [(kind_of(subject), *root)];
-                let brought = fetch(&self.node.store, lease, &peers, &root).await?;
-                shares.add(&subject.to_string(), &brought);
+            // What has changed since a round is nowhere but at the source.
+            let first = number == 1;
+            let peers = if first {
+                prepared.connections.peers()
+            } else {
+                prepared.connections.source_alone()
+            };
+            let roots: Vec<_> =
+                manifests.iter().map(|(subject, root, _)| (kind_of(subject), *root)).collect();
+            let brought = fetch(&self.node.store, lease, &peers, &roots, Depth::Content).await?;
+            for ((subject, ..), brought) in manifests.iter().zip(&brought) {
+                shares.add(&subject.to_string(), brought);
             }
             // Patching trees each round keeps what is left for after the stop small; memory is staged once, below.
             let (mut at, trees) = (layout.clone(), manifests);
@@ -525,6 +555,12 @@ impl Work {
             tracing::warn!(container = %self.asked.container, %error, "cannot keep the snapshots");
         }
     }
+}
+
+/// A container as a peer's message names it.
+pub(super) fn named(container: &ContainerRef) -> PeerContainer {
+    let (namespace, id) = (container.namespace().to_owned(), container.id().to_owned());
+    PeerContainer { namespace, id }
 }
 
 /// Subject, root and sequence of each manifest.

@@ -1,19 +1,22 @@
 //! Bringing what is missing from whoever has it.
 //!
-//! A version is fetched level by level from its root: objects that the store lacks are asked for, and what
-//! arrives tells the next level. Within a level:
+//! Versions are fetched level by level from their roots, all together: objects that the store lacks are asked for, and
+//! what arrives tells the next level. Within a level ([`super::queue`]):
 //!
 //! - Every neighbour takes batches from one shared queue, each as fast as it can; what one lacks, fails to
 //!   deliver in time or delivers wrongly goes back and is asked elsewhere.
-//! - The source is asked only for what every neighbour that still answers has been asked for in vain.
+//! - The source is asked for what every neighbour that still answers has been asked for in vain, and helps
+//!   where the neighbours are slower than it is.
 //!
-//! So a byte comes from the source only if nobody else has it, a dead neighbour costs one deadline, and a lying one
-//! nothing but its own bytes: each object is checked against its digest before it is kept. Whoever failed once is
-//! not asked again, neither in this level nor in the next ones.
+//! So a byte comes from the source only if nobody else has it or brings it as fast, a dead neighbour costs one grace,
+//! and a lying one nothing but its own bytes: each object is checked against its digest before it is kept. What was
+//! learnt of a peer ([`Standings`]) holds for the whole migration; whoever failed once is not asked again.
 //!
-//! On failure everything that arrived stays in the store; fetching again goes on from there.
+//! On failure everything that arrived stays in the store, durable up to the last [`SYNC_INTERVAL`]; fetching again goes
+//! on from there.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,13 +25,12 @@ use godwit_protos::peer::{FetchObjectsRequest, ObjectBatch};
 use tokio::sync::Notify;
 
 use super::Connection;
+use super::pace::Pace;
+use super::queue::{Batch, Ending, Queue};
 use crate::content::encoding::Codec;
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
 use crate::store::{Lease, Store};
-
-/// Objects per request; with pages of 4 KiB half a megabyte, with chunks of files 16 MiB.
-const BATCH_OBJECTS: usize = 128;
 
 /// Requests on their way to one peer at once: the next is asked for while one arrives.
 const REQUESTS_PER_PEER: usize = 2;
@@ -37,16 +39,28 @@ const REQUESTS_PER_PEER: usize = 2;
 /// looked at once the request has lasted as long as the longest wait for a message.
 const SLOWEST_BYTES_PER_SECOND: u64 = 64 << 10;
 
-/// Longest wait for the next message.
+/// How often workers that have nothing to do look whether a neighbour is late.
+const TICK: Duration = Duration::from_millis(10);
+
+/// What arrived longer ago than this is durable: a daemon that dies does not ask for it again.
+const SYNC_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Longest waits for the next message.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
+    /// How long every neighbour is waited for before the source helps.
+    pub(super) grace: Duration,
+    /// After this a neighbour is not asked again.
     pub(super) neighbour: Duration,
     /// Longer, as nobody can replace it.
     pub(super) source: Duration,
 }
 
-const PATIENCE: Patience =
-    Patience { neighbour: Duration::from_secs(2), source: Duration::from_secs(20) };
+const PATIENCE: Patience = Patience {
+    grace: Duration::from_millis(50),
+    neighbour: Duration::from_secs(2),
+    source: Duration::from_secs(20),
+};
 
 /// Why a version could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +93,58 @@ impl From<crate::store::StoreError> for FetchError {
 /// What fetching brought, per node: objects and their sizes in bytes, uncompressed.
 pub type Brought = BTreeMap<String, (u64, u64)>;
 
+/// What a migration has learnt of the peers that it asks, by name.
+#[derive(Debug, Default)]
+pub struct Standings(Mutex<HashMap<String, Standing>>);
+
+#[derive(Clone, Debug, Default)]
+struct Standing {
+    pace: Pace,
+    is_dead: bool,
+}
+
+impl Standings {
+    /// Begins with the rates, in bytes per second, that earlier migrations measured.
+    pub fn known(rates: impl IntoIterator<Item = (String, f64)>) -> Self {
+        let standing = |rate| Standing { pace: Pace::known(Some(rate)), is_dead: false };
+        Self(Mutex::new(rates.into_iter().map(|(node, rate)| (node, standing(rate))).collect()))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Standing>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who still answers, as a bit set, and the paces of all, the source's last.
+    fn of(&self, neighbours: &[Arc<Connection>], source: &Connection) -> (u64, Vec<Pace>) {
+        let standings = self.lock();
+        let of = |node: &str| standings.get(node).cloned().unwrap_or_default();
+        let (mut alive, mut paces) = (0, Vec::new());
+        for (index, neighbour) in neighbours.iter().enumerate() {
+            let Standing { pace, is_dead } = of(&neighbour.node);
+            alive |= u64::from(!is_dead) << index;
+            paces.push(pace);
+        }
+        paces.push(of(&source.node).pace);
+        (alive, paces)
+    }
+
+    fn keep(&self, asked: &[Arc<Connection>], source: &Connection, alive: u64, paces: &[Pace]) {
+        let mut standings = self.lock();
+        let nodes = asked.iter().map(|peer| &peer.node).chain([&source.node]);
+        for (index, (node, pace)) in nodes.zip(paces).enumerate() {
+            let is_dead = index < asked.len() && alive & 1 << index == 0;
+            standings.insert(node.clone(), Standing { pace: pace.clone(), is_dead });
+        }
+    }
+
+    /// Rates in bytes per second of the peers that sent at least `bytes_min`.
+    pub fn measured(&self, bytes_min: u64) -> Vec<(String, f64)> {
+        let (standings, now) = (self.lock(), Instant::now());
+        let rate = |standing: &Standing| standing.pace.measured(now, bytes_min);
+        standings.iter().filter_map(|(node, one)| Some((node.clone(), rate(one)?))).collect()
+    }
+}
+
 /// Whom to ask: neighbours in any order, and the one who has everything.
 #[derive(Clone, Debug)]
 pub struct Peers {
@@ -86,9 +152,21 @@ pub struct Peers {
     pub neighbours: Vec<Arc<Connection>>,
     /// The node that has all of it.
     pub source: Arc<Connection>,
+    /// What is known of them; shared by all fetches of a migration.
+    pub standings: Arc<Standings>,
 }
 
-/// Fetches everything that `roots` refer to and the store lacks.
+/// What a fetch goes down to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// Everything.
+    Content,
+    /// Everything but leaves: what a version consists of, a hundredth of its size.
+    Lists,
+}
+
+/// Fetches everything that `roots` refer to and the store lacks. Returns what it brought, root by root; what several
+/// roots refer to counts for the first.
 ///
 /// - The objects are visible in the store afterwards, protected by `lease` until something refers to them.
 /// - Errors: [`FetchError`]; calling again goes on where it stopped.
@@ -98,8 +176,9 @@ pub async fn fetch(
     lease: &Arc<Lease>,
     peers: &Peers,
     roots: &[(Kind, Digest)],
-) -> Result<Brought, FetchError> {
-    fetch_within(store, lease, peers, roots, PATIENCE).await
+    depth: Depth,
+) -> Result<Vec<Brought>, FetchError> {
+    fetch_within(store, lease, peers, roots, depth, PATIENCE).await
 }
 
 /// [`fetch`] with a given patience.
@@ -108,52 +187,63 @@ pub(super) async fn fetch_within(
     lease: &Arc<Lease>,
     peers: &Peers,
     roots: &[(Kind, Digest)],
+    depth: Depth,
     patience: Patience,
-) -> Result<Brought, FetchError> {
-    let mut so_far = SoFar { alive: all_alive(peers), brought: Brought::new() };
-    let mut level: Vec<(Kind, Digest)> = roots.to_vec();
+) -> Result<Vec<Brought>, FetchError> {
+    let mut brought = vec![Brought::new(); roots.len()];
+    let numbered = roots.iter().enumerate();
+    let mut level: Vec<_> = numbered.map(|(root, (kind, digest))| (*kind, *digest, root)).collect();
     // By kind too: a file may hold the bytes of a directory, and only the directory has children.
     let mut seen = HashSet::new();
     while !level.is_empty() {
-        level.retain(|one| seen.insert(*one));
-        // In the order of the level, which is about the one in which a peer has them on its disk.
-        let mut named = HashSet::new();
-        let wanted = level.iter().map(|(_, digest)| *digest).filter(|digest| named.insert(*digest));
-        let wanted: Vec<Digest> = wanted.collect();
+        level.retain(|(kind, digest, _)| {
+            seen.insert((*kind, *digest)) && !(depth == Depth::Lists && kind.is_leaf())
+        });
         let here = store.clone();
-        let missing = blocking(move || Ok(here.missing(&wanted)?)).await?;
-        if !missing.is_empty() {
-            fetch_level(store, lease, peers, missing, patience, &mut so_far).await?;
-        }
-        let here = store.clone();
-        level = blocking(move || {
-            let mut next = Vec::new();
-            for (kind, digest) in level.into_iter().filter(|(kind, _)| !kind.is_leaf()) {
-                let children = object::children(kind, &here.object(&digest)?)
-                    .map_err(|source| ContentError::Object { digest, source })?;
-                next.extend(children);
-            }
-            Ok(next)
+        let (asked, missing) = blocking(move || {
+            let missing = missing(&here, &level)?;
+            Ok((level, missing))
         })
         .await?;
+        if !missing.is_empty() {
+            fetch_level(store, lease, peers, &missing, patience, &mut brought).await?;
+        }
+        let here = store.clone();
+        level = blocking(move || children(&here, asked)).await?;
     }
-    Ok(so_far.brought)
+    Ok(brought)
 }
 
-/// What one level hands on to the next.
-struct SoFar {
-    /// Neighbours that still answer, as a bit set.
-    alive: u64,
-    brought: Brought,
+type Items = Vec<(Kind, Digest, usize)>;
+
+/// What the store lacks of a level, in the level's order, which is about the one in which a peer has it on its disk.
+fn missing(store: &Store, level: &Items) -> Result<Vec<(Digest, usize)>, FetchError> {
+    let mut roots = HashMap::new();
+    let digests = level.iter().filter_map(|(_, digest, root)| match roots.entry(*digest) {
+        Entry::Occupied(_) => None,
+        Entry::Vacant(entry) => {
+            entry.insert(*root);
+            Some(*digest)
+        }
+    });
+    let digests: Vec<Digest> = digests.collect();
+    let missing = store.missing(&digests)?;
+    Ok(missing.into_iter().filter_map(|digest| Some((digest, *roots.get(&digest)?))).collect())
+}
+
+fn children(store: &Store, level: Items) -> Result<Items, FetchError> {
+    let mut next = Vec::new();
+    for (kind, digest, root) in level.into_iter().filter(|(kind, ..)| !kind.is_leaf()) {
+        let children = object::children(kind, &store.object(&digest)?)
+            .map_err(|source| ContentError::Object { digest, source })?;
+        next.extend(children.into_iter().map(|(kind, digest)| (kind, digest, root)));
+    }
+    Ok(next)
 }
 
 /// The neighbours that are asked at all: a bit set of them fits in a word.
 fn asked_neighbours(peers: &Peers) -> &[Arc<Connection>] {
     &peers.neighbours[..peers.neighbours.len().min(63)]
-}
-
-fn all_alive(peers: &Peers) -> u64 {
-    (1 << asked_neighbours(peers).len()) - 1
 }
 
 async fn blocking<T: Send + 'static>(
@@ -164,56 +254,31 @@ async fn blocking<T: Send + 'static>(
 
 /// The queue of one level, shared by all workers.
 struct Level {
-    state: Mutex<State>,
+    queue: Mutex<Queue>,
     changed: Notify,
 }
 
-/// Where each object of a level is: open, in the rest, with a worker, or in the store.
-///
-/// ```text
-/// open --take--> neighbour --give_back--> open, or rest when no neighbour is left to ask
-/// rest --take--> source    --give_back--> rest, and the source is not asked again
-/// ```
-struct State {
-    /// Objects to be asked of neighbours, by the set of those that were asked in vain, which never
-    /// holds all that are alive.
-    open: BTreeMap<u64, VecDeque<Digest>>,
-    /// Objects that only the source can have.
-    rest: VecDeque<Digest>,
-    /// Objects that neighbours are being asked for: they may come back to `open` or `rest`.
-    with_neighbours: usize,
-    /// Neighbours that still answer, as a bit set.
-    alive: u64,
-    source_error: Option<String>,
-    nowhere: Option<Digest>,
-    failed: Option<FetchError>,
-    brought: Brought,
-}
-
-/// Objects on their way, each with the set of neighbours that were asked in vain.
-type Batch = Vec<(Digest, u64)>;
-
 impl Level {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next batch for a worker; `None` when nothing is left for it, ever.
-    async fn take(&self, neighbour: Option<usize>) -> Option<Batch> {
+    /// The next batch for a worker and its flight; `None` when nothing is left for it, ever.
+    async fn take(&self, neighbour: Option<usize>) -> Option<(u64, Batch)> {
         loop {
             // Registered before looking, so that no change between the look and the wait is missed.
             let changed = self.changed.notified();
             {
-                let mut state = self.lock();
-                let batch = state.take(neighbour);
-                if !batch.is_empty() {
-                    return Some(batch);
+                let mut queue = self.lock();
+                if let Some(flight) = queue.take(neighbour, Instant::now()) {
+                    return Some(flight);
                 }
-                if state.is_over(neighbour) {
+                if queue.is_over(neighbour) {
                     return None;
                 }
             }
-            changed.await;
+            // That a neighbour is late is no event.
+            let _ = tokio::time::timeout(TICK, changed).await;
         }
     }
 
@@ -228,110 +293,11 @@ impl Level {
         }
     }
 
-    /// Tells everyone about a change of the state.
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.lock());
+    /// Tells everyone about a change of the queue.
+    fn change<T>(&self, change: impl FnOnce(&mut Queue) -> T) -> T {
+        let changed = change(&mut self.lock());
         self.changed.notify_waiters();
-    }
-}
-
-impl State {
-    fn new(missing: Vec<Digest>, so_far: &mut SoFar) -> Self {
-        let mut state = Self {
-            open: BTreeMap::from([(0, missing.into())]),
-            rest: VecDeque::new(),
-            with_neighbours: 0,
-            alive: so_far.alive,
-            source_error: None,
-            nowhere: None,
-            failed: None,
-            brought: std::mem::take(&mut so_far.brought),
-        };
-        state.sort_out();
-        state
-    }
-
-    fn take(&mut self, neighbour: Option<usize>) -> Batch {
-        let mut batch = Batch::new();
-        if self.has_given_up(neighbour) {
-            return batch;
-        }
-        let Some(index) = neighbour else {
-            let count = self.rest.len().min(BATCH_OBJECTS);
-            return self.rest.drain(..count).map(|digest| (digest, 0)).collect();
-        };
-        for (asked, digests) in self.open.iter_mut().filter(|(asked, _)| *asked & 1 << index == 0) {
-            let count = digests.len().min(BATCH_OBJECTS - batch.len());
-            batch.extend(digests.drain(..count).map(|digest| (digest, *asked)));
-        }
-        self.open.retain(|_, digests| !digests.is_empty());
-        self.with_neighbours += batch.len();
-        batch
-    }
-
-    /// Takes back what is left of a batch of `taken` objects. `failure`: why the peer is not to be asked again.
-    fn give_back(
-        &mut self,
-        neighbour: Option<usize>,
-        taken: usize,
-        left: Batch,
-        failure: Option<String>,
-    ) {
-        let Some(index) = neighbour else {
-            self.rest.extend(left.into_iter().map(|(digest, _)| digest));
-            // The first reason is the cause, the other worker's often a consequence.
-            self.source_error = self.source_error.take().or(failure);
-            return;
-        };
-        self.with_neighbours -= taken;
-        for (digest, asked) in left {
-            self.open.entry(asked | 1 << index).or_default().push_back(digest);
-        }
-        if failure.is_some() {
-            self.alive &= !(1 << index);
-        }
-        self.sort_out();
-    }
-
-    /// Moves to the source's queue what no neighbour is left for.
-    fn sort_out(&mut self) {
-        let alive = self.alive;
-        for (_, digests) in self.open.extract_if(.., |asked, _| alive & !*asked == 0) {
-            self.rest.extend(digests);
-        }
-    }
-
-    /// Whether this peer is not to be asked any more, whatever is left.
-    fn has_given_up(&self, neighbour: Option<usize>) -> bool {
-        let gone = match neighbour {
-            Some(index) => self.alive & 1 << index == 0,
-            None => self.source_error.is_some(),
-        };
-        gone || self.nowhere.is_some() || self.failed.is_some()
-    }
-
-    /// Whether a worker that finds nothing to take will never find anything.
-    ///
-    /// Its queue grows only by what comes back from a neighbour, or for the source by what a neighbour still has
-    /// to be asked for; what comes back from the source goes to nobody.
-    fn is_over(&self, neighbour: Option<usize>) -> bool {
-        let settled = self.with_neighbours == 0 && (neighbour.is_some() || self.open.is_empty());
-        settled || self.has_given_up(neighbour)
-    }
-
-    /// How a level that all workers have left went.
-    fn outcome(&mut self) -> Result<(), FetchError> {
-        if let Some(error) = self.failed.take() {
-            return Err(error);
-        }
-        if let Some(digest) = self.nowhere {
-            return Err(FetchError::Nowhere(digest));
-        }
-        let missing = self.open.values().map(VecDeque::len).sum::<usize>() + self.rest.len();
-        match self.source_error.take() {
-            Some(reason) if missing > 0 => Err(FetchError::SourceFailed { missing, reason }),
-            _ => Ok(()),
-        }
+        changed
     }
 }
 
@@ -339,14 +305,16 @@ async fn fetch_level(
     store: &Store,
     lease: &Arc<Lease>,
     peers: &Peers,
-    missing: Vec<Digest>,
+    missing: &[(Digest, usize)],
     patience: Patience,
-    so_far: &mut SoFar,
+    brought: &mut Vec<Brought>,
 ) -> Result<(), FetchError> {
-    let state = Mutex::new(State::new(missing, so_far));
-    let level = Arc::new(Level { state, changed: Notify::new() });
+    let asked = asked_neighbours(peers);
+    let (alive, paces) = peers.standings.of(asked, &peers.source);
+    let queue = Queue::new(missing, alive, paces, patience, std::mem::take(brought));
+    let level = Arc::new(Level { queue: Mutex::new(queue), changed: Notify::new() });
     let mut workers = tokio::task::JoinSet::new();
-    let neighbours = asked_neighbours(peers).iter().enumerate();
+    let neighbours = asked.iter().enumerate();
     let everyone = neighbours.map(|(index, one)| (Some(index), one, patience.neighbour));
     for (neighbour, peer, patience) in everyone.chain([(None, &peers.source, patience.source)]) {
         for _ in 0..REQUESTS_PER_PEER {
@@ -361,16 +329,26 @@ async fn fetch_level(
             workers.spawn(worker.run());
         }
     }
-    while let Some(done) = workers.join_next().await {
-        // A worker that panicked has taken its batch along; leaving stops the others, who may wait for it.
-        if done.is_err() {
-            return Err(FetchError::Interrupted);
+    let mut sync = tokio::time::interval_at((Instant::now() + SYNC_INTERVAL).into(), SYNC_INTERVAL);
+    sync.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            done = workers.join_next() => match done {
+                None => break,
+                // A worker that panicked has taken its batch along; leaving stops the others, who may wait for it.
+                Some(Err(_)) => return Err(FetchError::Interrupted),
+                Some(Ok(())) => {}
+            },
+            _ = sync.tick() => {
+                let store = store.clone();
+                blocking(move || Ok(store.sync()?)).await?;
+            }
         }
     }
-    let mut state = level.lock();
-    so_far.alive = state.alive;
-    so_far.brought = std::mem::take(&mut state.brought);
-    state.outcome()
+    let mut queue = level.lock();
+    peers.standings.keep(asked, &peers.source, queue.alive, &queue.paces);
+    *brought = std::mem::take(&mut queue.brought);
+    queue.outcome()
 }
 
 struct Worker {
@@ -384,54 +362,50 @@ struct Worker {
 
 impl Worker {
     async fn run(self) {
-        while let Some(batch) = self.level.take(self.neighbour).await {
-            let mut left: HashMap<Digest, u64> = batch.iter().copied().collect();
-            let failure = self.request(&batch, &mut left).await.err();
-            let left = left.into_iter().collect();
-            self.level.change(|state| {
-                if let Some(reason) = failure.as_ref().filter(|_| !state.has_given_up(self.neighbour)) {
-                    tracing::warn!(node = %self.peer.node, %reason, "peer failed; asking elsewhere");
-                }
-                state.give_back(self.neighbour, batch.len(), left, failure);
-            });
+        while let Some((flight, batch)) = self.level.take(self.neighbour).await {
+            let ending = self.request(flight, &batch).await.err().unwrap_or(Ending::Answered);
+            if let Ending::Failed(reason) = &ending {
+                tracing::warn!(node = %self.peer.node, %reason, "peer failed; asking elsewhere");
+            }
+            self.level.change(|queue| queue.finish(flight, ending, Instant::now()));
         }
     }
 
-    /// Asks for a batch and takes out of `left` what arrived. Errors: why this peer is not to be asked again.
-    async fn request(
-        &self,
-        batch: &[(Digest, u64)],
-        left: &mut HashMap<Digest, u64>,
-    ) -> Result<(), String> {
+    /// Asks for a batch. Errors: why this peer is not to be asked again.
+    async fn request(&self, flight: u64, batch: &[(Digest, u64)]) -> Result<(), Ending> {
         let begun = Instant::now();
-        let mut unanswered: HashSet<Digest> = left.keys().copied().collect();
+        let mut unanswered: HashSet<Digest> = batch.iter().map(|(digest, _)| *digest).collect();
         let digests = batch.iter().map(|(digest, _)| digest.as_bytes().to_vec().into()).collect();
         let mut client = self.peer.client();
         let call = client.fetch_objects(FetchObjectsRequest { digests });
         let mut stream = self.patiently(call).await?.into_inner();
-        let mut bytes = 0;
+        let (mut bytes, mut asked) = (0, begun);
         while let Some(message) = self.patiently(stream.message()).await? {
-            let before = unanswered.len();
+            let (before, wait) = (unanswered.len(), asked.elapsed());
             let missing = message.missing.clone();
-            bytes += self.keep(message, &mut unanswered, left).await?;
+            bytes += self.keep(flight, message, &mut unanswered, wait).await?;
+            asked = Instant::now();
             for digest in missing.iter().filter_map(|digest| Digest::try_from(&digest[..]).ok()) {
                 if unanswered.remove(&digest) && self.neighbour.is_none() {
-                    self.level.change(|state| state.nowhere = Some(digest));
+                    self.level.change(|queue| queue.nowhere = Some(digest));
                 }
             }
             if unanswered.len() == before {
                 // An honest answer may end with an empty message; one that goes on with them never ends.
                 let done = unanswered.is_empty();
-                return if done { Ok(()) } else { Err("it sent a message of nothing".into()) };
+                return if done { Ok(()) } else { Err(failed("it sent a message of nothing")) };
             }
             if self.neighbour.is_some() && !unanswered.is_empty() && self.is_too_slow(bytes, begun)
             {
-                return Err(format!("only {bytes} bytes in {} ms", begun.elapsed().as_millis()));
+                return Err(failed(format!(
+                    "only {bytes} bytes in {} ms",
+                    begun.elapsed().as_millis()
+                )));
             }
         }
         match unanswered.len() {
             0 => Ok(()),
-            count => Err(format!("its answer ended without a word on {count} objects")),
+            count => Err(failed(format!("its answer ended without a word on {count} objects"))),
         }
     }
 
@@ -445,57 +419,61 @@ impl Worker {
     async fn patiently<T>(
         &self,
         answer: impl Future<Output = Result<T, tonic::Status>>,
-    ) -> Result<T, String> {
+    ) -> Result<T, Ending> {
         tokio::select! {
             answer = tokio::time::timeout(self.patience, answer) => match answer {
-                Ok(answer) => answer.map_err(|status| status.message().to_owned()),
-                Err(_) => Err(format!("no answer within {} ms", self.patience.as_millis())),
+                Ok(answer) => answer.map_err(|status| Ending::Failed(status.message().to_owned())),
+                Err(_) => Err(failed(format!("no answer within {} ms", self.patience.as_millis()))),
             },
-            () = self.level.gives_up(self.neighbour) => Err("given up".to_owned()),
+            () = self.level.gives_up(self.neighbour) => Err(Ending::GivenUp),
         }
     }
 
-    /// Keeps the objects of a message and takes them out of `unanswered` and `left`. Returns their bytes.
+    /// Keeps the objects of a message that came after `wait`, and takes them out of `unanswered`. Returns their bytes.
     async fn keep(
         &self,
+        flight: u64,
         message: ObjectBatch,
         unanswered: &mut HashSet<Digest>,
-        left: &mut HashMap<Digest, u64>,
-    ) -> Result<u64, String> {
+        wait: Duration,
+    ) -> Result<u64, Ending> {
         let (store, lease, wanted) = (self.store.clone(), self.lease.clone(), unanswered.clone());
         let kept =
             tokio::task::spawn_blocking(move || keep(&store, &lease, &message, wanted)).await;
-        let (kept, bytes, wrong) = match kept {
+        let (kept, wrong) = match kept {
             Ok(Ok(kept)) => kept,
             Ok(Err(error)) => {
-                self.level.change(|state| state.failed = Some(error.into()));
-                return Err("what arrived cannot be kept".into());
+                self.level.change(|queue| queue.failed = Some(error.into()));
+                return Err(Ending::GivenUp);
             }
-            Err(_) => return Err("interrupted".into()),
+            Err(_) => return Err(Ending::GivenUp),
         };
-        for digest in &kept {
+        for (digest, _) in &kept {
             unanswered.remove(digest);
-            left.remove(digest);
         }
-        if !kept.is_empty() {
-            let mut state = self.level.lock();
-            let count = state.brought.entry(self.peer.node.clone()).or_default();
-            count.0 += kept.len() as u64;
-            count.1 += bytes;
-        }
-        wrong.map_or(Ok(bytes), Err)
+        let node = &self.peer.node;
+        self.level.change(|queue| queue.arrived(flight, node, &kept, wait, Instant::now()));
+        let bytes = kept.iter().map(|(_, bytes)| bytes).sum();
+        wrong.map_or(Ok(bytes), |wrong| Err(failed(wrong)))
     }
 }
 
-/// Checks and stores the objects of a message. Returns what was kept, its bytes, and what was wrong with the rest.
+fn failed(reason: impl Into<String>) -> Ending {
+    Ending::Failed(reason.into())
+}
+
+/// Objects that were kept, with their bytes, and what was wrong with others.
+type Kept = (Vec<(Digest, u64)>, Option<String>);
+
+/// Checks and stores the objects of a message.
 fn keep(
     store: &Store,
     lease: &Lease,
     message: &ObjectBatch,
     mut wanted: HashSet<Digest>,
-) -> Result<(Vec<Digest>, u64, Option<String>), ContentError> {
+) -> Result<Kept, ContentError> {
     let mut writer = store.writer(lease);
-    let (mut codec, mut kept, mut bytes, mut wrong) = (Codec::default(), Vec::new(), 0, None);
+    let (mut codec, mut kept, mut wrong) = (Codec::default(), Vec::new(), None);
     for object in &message.objects {
         let Some(digest) =
             Digest::try_from(&object.digest[..]).ok().filter(|digest| wanted.contains(digest))
@@ -507,113 +485,12 @@ fn keep(
         match codec.decode(&digest, object.encoding, size, &object.data, &[]) {
             Ok(data) => {
                 writer.put_hashed(digest, &data)?;
-                bytes += size;
                 wanted.remove(&digest);
-                kept.push(digest);
+                kept.push((digest, size));
             }
             Err(error) => wrong = Some(error.to_string()),
         }
     }
     writer.flush()?;
-    Ok((kept, bytes, wrong))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// A worker without its network: idle, on its way with a batch, or gone.
-    enum Doing {
-        Nothing,
-        Asking(Batch),
-        Gone,
-    }
-
-    struct Model {
-        state: State,
-        workers: Vec<(Option<usize>, Doing)>,
-        delivered: HashSet<Digest>,
-        /// By object: which neighbours have answered for it.
-        answered: HashMap<Digest, u64>,
-    }
-
-    impl Model {
-        fn new(neighbours: usize, objects: u32) -> Self {
-            let missing = (0..objects).map(|number| Digest::of(&number.to_le_bytes())).collect();
-            let mut so_far = SoFar { alive: (1 << neighbours) - 1, brought: Brought::new() };
-            let peers = (0..neighbours).map(Some).chain([None]);
-            let workers =
-                peers.flat_map(|peer| [(peer, Doing::Nothing), (peer, Doing::Nothing)]).collect();
-            let state = State::new(missing, &mut so_far);
-            Self { state, workers, delivered: HashSet::new(), answered: HashMap::new() }
-        }
-
-        /// Lets a worker take the next step. Returns whether there was one to take.
-        fn step(&mut self, worker: usize, outcome: u8) -> bool {
-            let (peer, doing) = &mut self.workers[worker];
-            match std::mem::replace(doing, Doing::Nothing) {
-                Doing::Gone => *doing = Doing::Gone,
-                Doing::Nothing => {
-                    let batch = self.state.take(*peer);
-                    if batch.is_empty() {
-                        let is_over = self.state.is_over(*peer);
-                        *doing = if is_over { Doing::Gone } else { Doing::Nothing };
-                        return is_over;
-                    }
-                    for (digest, _) in batch.iter().filter(|_| peer.is_none()) {
-                        let answered = self.answered.get(digest).copied().unwrap_or(0);
-                        assert_eq!(self.state.alive & !answered, 0, "a neighbour was left out");
-                    }
-                    *doing = Doing::Asking(batch);
-                    return true;
-                }
-                Doing::Asking(batch) => {
-                    let taken = batch.len();
-                    let arrives = [taken, taken / 2, taken / 2, 0][usize::from(outcome % 4)];
-                    // What the source neither sends nor fails to send is nowhere, which ends everything at once.
-                    let fails = outcome % 4 >= 2 || (peer.is_none() && arrives < taken);
-                    let mut left = batch;
-                    for (digest, _) in left.drain(..arrives) {
-                        assert!(self.delivered.insert(digest), "it came twice");
-                    }
-                    for (digest, _) in &left {
-                        let bit = peer.map_or(0, |index| 1 << index);
-                        *self.answered.entry(*digest).or_default() |= bit;
-                    }
-                    self.state.give_back(*peer, taken, left, fails.then(|| "cut".to_owned()));
-                    return true;
-                }
-            }
-            false
-        }
-    }
-
-    proptest! {
-        /// Method: workers without a network take, deliver, lack and fail in any order; after that all deliver.
-        #[test]
-        fn in_any_order_of_answers_nothing_is_lost_and_nobody_waits_for_ever(
-            neighbours in 0usize..4,
-            objects in 0u32..900,
-            steps: Vec<(u8, u8)>,
-        ) {
-            let mut model = Model::new(neighbours, objects);
-            let count = model.workers.len();
-            for (worker, outcome) in steps {
-                model.step(usize::from(worker) % count, outcome);
-            }
-            while (0..count).any(|worker| model.step(worker, 0)) {}
-            let waits = |(_, doing): &(Option<usize>, Doing)| !matches!(doing, Doing::Gone);
-            prop_assert!(!model.workers.iter().any(waits), "a worker waits for ever");
-            prop_assert_eq!(model.state.with_neighbours, 0);
-            let delivered = model.delivered.len();
-            match model.state.outcome() {
-                Ok(()) => prop_assert_eq!(delivered, objects as usize),
-                Err(FetchError::SourceFailed { missing, .. }) => {
-                    prop_assert_eq!(delivered + missing, objects as usize);
-                }
-                Err(other) => prop_assert!(false, "{}", other),
-            }
-        }
-    }
+    Ok((kept, wrong))
 }

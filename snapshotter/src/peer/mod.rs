@@ -4,7 +4,10 @@
 //! report can name what came from whom. [`fetch`] brings objects from several peers at once; [`server`] answers them.
 //! Every call has a deadline, and a peer that went silent is noticed by HTTP/2 pings within [`SILENCE_MAX`].
 
+pub mod channel;
 pub mod fetch;
+mod pace;
+mod queue;
 pub mod server;
 
 use std::io;

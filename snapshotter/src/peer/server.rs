@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
 use crate::migrate::destination::Settings;
-use crate::migrate::{MigrationError, describe::describe, request, source};
+use crate::migrate::{MigrationError, describe::describe, plan, request, source};
 use crate::node::Node;
 use crate::store::{Store, Stored};
 
@@ -222,22 +222,28 @@ impl Peer for Service {
     type MigrateStream = Pinned<Progress>;
 
     async fn migrate(&self, request: Request<MigrateRequest>) -> Answer<Self::MigrateStream> {
-        let asked = request.into_inner();
-        let container = named(asked.container.clone())?;
-        let settings = settings(&asked).map_err(Status::invalid_argument)?;
-        let from = MigrateFrom { node: asked.from, container };
-        let netns = (!asked.netns.is_empty()).then_some(asked.netns);
-        let wanted = request::Request { from, settings, netns };
-        Ok(Response::new(follow(&self.node, wanted)))
+        Ok(Response::new(follow(&self.node, wanted(request.into_inner())?)))
     }
 
-    async fn plan(&self, _request: Request<MigrateRequest>) -> Answer<PlanResponse> {
-        Err(Status::unimplemented("plans are not served in this version"))
+    async fn plan(&self, request: Request<MigrateRequest>) -> Answer<PlanResponse> {
+        let wanted = wanted(request.into_inner())?;
+        let plan = plan::plan(&self.node, &wanted).await.map_err(|error| status(&error))?;
+        let plan_json = serde_json::to_string(&plan);
+        let plan_json = plan_json.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(PlanResponse { plan_json }))
     }
 }
 
-/// The settings of a request. Errors: a mode that there is not.
-pub fn settings(asked: &MigrateRequest) -> Result<Settings, String> {
+/// What is asked for. Errors: a name or a mode that there is not.
+pub fn wanted(asked: MigrateRequest) -> Result<request::Request, Status> {
+    let container = named(asked.container.clone())?;
+    let settings = settings(&asked).map_err(Status::invalid_argument)?;
+    let from = MigrateFrom { node: asked.from, container };
+    let netns = (!asked.netns.is_empty()).then_some(asked.netns);
+    Ok(request::Request { from, settings, netns })
+}
+
+fn settings(asked: &MigrateRequest) -> Result<Settings, String> {
     let cooperative = match asked.mode.as_str() {
         "" | "cooperative" => true,
         "traditional" => false,

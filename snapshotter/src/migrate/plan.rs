@@ -1,0 +1,533 @@
+//! `godwit plan`: what a migration would cost and what stands in its way, before anything moves.
+//!
+//! 1. The source describes its container; what would make the migration fail is looked for here.
+//! 2. The source captures every subject twice while the container runs: the lists of what there is (about a
+//!    hundredth of the size) come here, and what changed in between tells the rate of writing.
+//! 3. Neighbours say which snapshots of these subjects they have; their lists come too. So what each one holds of what
+//!    is wanted is known object by object, not guessed.
+//! 4. A few objects are fetched to see how well they compress.
+//! 5. [`predict`] makes bytes by node, rounds, time and downtime of it.
+//!
+//! Nothing is frozen, created or promised; the lists stay in the store until it is swept, and serve the migration.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use godwit_protos::peer::{
+    Begin, DescribeResponse, LocateRequest, LocateResponse, RoundDone, Snapshot,
+};
+use godwit_protos::{Digest, Subject, VolumeSource};
+use serde::{Deserialize, Serialize};
+
+use super::destination::{Connections, LOOKUP_MAX, connect, kind_of, mode_word};
+use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
+use super::request::{Request, describe_at, pre_flight, record};
+use super::session::{Line, named};
+use super::{MigrationError, blocking};
+use crate::containerd::ClientError;
+use crate::content::object::{self, Kind};
+use crate::content::{ContentError, Source as _};
+use crate::node::Node;
+use crate::peer::Connection;
+use crate::peer::fetch::{Depth, Peers, fetch};
+use crate::store::{Lease, Store};
+
+/// How long what a plan brings is protected while it is made.
+const PLAN_MAX: Duration = Duration::from_secs(1800);
+
+/// Objects of each part that are fetched to see how they compress.
+const SAMPLE_OBJECTS: usize = 16;
+
+/// Snapshots of one subject whose lists are asked of one neighbour.
+const SNAPSHOTS_PER_NEIGHBOUR: usize = 2;
+
+/// A neighbour that may be asked for a subject, and why it is or is not.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Candidate {
+    /// Its name.
+    pub node: String,
+    /// Place of its newest snapshot in the subject's lineage; 0 for content by digest.
+    pub sequence: u64,
+    /// Of what the destination lacks, what it has, in bytes.
+    pub held_bytes: u64,
+    /// What earlier migrations measured, in bytes per second.
+    pub throughput_bytes_per_second: Option<f64>,
+    /// Its answer to hello took so long, in milliseconds.
+    pub round_trip_ms: f64,
+    /// Runnable tasks per processor, as it says.
+    pub load: f64,
+    /// Seconds until the subject is here if this neighbour is asked and the source sends the rest.
+    pub score_s: f64,
+    /// Whether it is worth asking.
+    pub chosen: bool,
+    /// Why.
+    pub reason: String,
+}
+
+/// What is expected of one subject, read-only volume or the image.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Share {
+    /// `volume|ID`, `layer|...`, `memory|...`, `sha256:...`, or `image`.
+    pub subject: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// What the destination lacks of it, in bytes.
+    pub missing_bytes: u64,
+    /// How fast it changes, in bytes per second.
+    pub write_bytes_per_second: u64,
+    /// Bytes on the wire for one byte of content.
+    pub wire_ratio: f64,
+    /// Who else has it.
+    pub candidates: Vec<Candidate>,
+    /// Expected bytes on the wire, by node.
+    pub wire_bytes_by_node: BTreeMap<String, u64>,
+}
+
+/// The plan of a migration; docs/protocol.md explains each field.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// `NAMESPACE/CONTAINER`.
+    pub container: String,
+    /// Node that runs it.
+    pub source: String,
+    /// Node that is to run it.
+    pub destination: String,
+    /// "cooperative" or "traditional".
+    pub mode: String,
+    /// What would make it fail.
+    pub obstacles: Vec<String>,
+    /// What will not come along.
+    pub warnings: Vec<String>,
+    /// Expected bytes on the wire, by node, over all phases.
+    pub wire_bytes_by_node: BTreeMap<String, u64>,
+    /// Of them, what follows after the stop.
+    pub stop_and_copy_bytes: u64,
+    /// Expected rounds of pre-copy.
+    pub rounds: u32,
+    /// Expected time from the request until the container runs, in milliseconds.
+    pub total_ms: f64,
+    /// Expected time from the freeze until it runs, in milliseconds.
+    pub downtime_ms: f64,
+    /// By subject.
+    pub subjects: Vec<Share>,
+}
+
+/// Makes the plan of a migration to this node.
+///
+/// Errors: the source does not answer, has no such container or cannot give it away now. What would make the migration
+/// fail otherwise is an obstacle of the plan.
+pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, MigrationError> {
+    let connections = connect(node, &request.from.node, &request.settings).await?;
+    let described = describe_at(&connections.source, &request.from.container).await?;
+    let obstacles = obstacles(node, request, &connections, &described).await?;
+    let lease = Arc::new(node.store.lease("plan", PLAN_MAX));
+    let survey = Survey { node, connections: &connections, lease: &lease };
+    let mut surveyed = Vec::new();
+    surveyed.push(survey.image(&described, request.from.container.namespace()).await?);
+    let (subjects, capture) = survey.subjects(request).await?;
+    surveyed.extend(subjects);
+    for volume in described.volumes.iter().filter_map(|mount| mount.volume.parse().ok()) {
+        let VolumeSource::Content(digest) = volume else { continue };
+        surveyed.push(survey.content(digest).await?);
+    }
+    let mut rates: BTreeMap<_, _> = node.channels.rates().into_iter().collect();
+    rates.extend(connections.measured());
+    let input = Input {
+        parts: surveyed.iter().map(|one| one.part.clone()).collect(),
+        source: request.from.node.clone(),
+        rates,
+        capture,
+        max_rounds: request.settings.max_rounds,
+    };
+    let told = predict(&input);
+    Ok(document(node, request, surveyed, &told, (obstacles, described.warnings)))
+}
+
+/// What would make the migration fail.
+async fn obstacles(
+    node: &Node,
+    request: &Request,
+    connections: &Connections,
+    described: &DescribeResponse,
+) -> Result<Vec<String>, MigrationError> {
+    let container = &request.from.container;
+    let mut found = Vec::new();
+    match node.containerd.container(container.namespace(), container.id()).await {
+        Err(ClientError::NotFound(_)) => {}
+        Ok(_) => found.push(MigrationError::Exists(container.clone())),
+        Err(error) => return Err(error.into()),
+    }
+    found.extend(pre_flight(node, &connections.source.hello, described).err());
+    found.extend(record(node, request, described).err());
+    for mount in &described.volumes {
+        if let Ok(VolumeSource::Writable(id)) = mount.volume.parse() {
+            found.extend(node.volumes.may_receive(&id).err().map(Into::into));
+        }
+    }
+    Ok(found.iter().map(MigrationError::chain).collect())
+}
+
+/// A part with what the document says of it.
+struct Surveyed {
+    name: String,
+    part: Part,
+    wire_ratio: f64,
+    candidates: Vec<Candidate>,
+}
+
+struct Survey<'a> {
+    node: &'a Arc<Node>,
+    connections: &'a Connections,
+    lease: &'a Arc<Lease>,
+}
+
+impl Survey<'_> {
+    /// Has the source capture everything twice. Returns the subjects and how long a capture takes.
+    async fn subjects(
+        &self,
+        request: &Request,
+    ) -> Result<(Vec<Surveyed>, Duration), MigrationError> {
+        let begin = Begin {
+            container: Some(named(&request.from.container)),
+            destination: self.node.config.node.clone(),
+            migration: "plan".to_owned(),
+            without_writable_layer: !request.settings.writable_layer,
+            remove_source: false,
+            known_epoch: 0,
+            r#as: Some(named(&request.from.container)),
+        };
+        let mut line = Line::open(&self.connections.source, begin).await?;
+        line.begun().await?;
+        let begun = Instant::now();
+        let first = line.round(1).await?;
+        let capture = begun.elapsed();
+        let surveyed = self.first_round(&first).await;
+        let between = begun.elapsed();
+        let second = line.round(2).await;
+        line.abort("only a plan was asked for".to_owned()).await;
+        let (mut surveyed, second) = (surveyed?, second?);
+        for (one, later) in surveyed.iter_mut().zip(&second.manifests) {
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            let changed = later.changed_bytes as f64;
+            one.part.write_rate = write_rate(one.part.size, changed, between.as_secs_f64());
+        }
+        Ok((surveyed, capture))
+    }
+
+    async fn first_round(&self, round: &RoundDone) -> Result<Vec<Surveyed>, MigrationError> {
+        let mut surveyed = Vec::new();
+        for manifest in &round.manifests {
+            let subject: Subject = manifest.subject.parse()?;
+            let root = (kind_of(&subject), Digest::try_from(&manifest.digest[..])?);
+            let asked =
+                LocateRequest { subjects: vec![subject.to_string()], ..LocateRequest::default() };
+            let mut one =
+                self.tree(subject.to_string(), root, Some(manifest.size_bytes), asked).await?;
+            one.part.is_memory = root.0 == Kind::Memory;
+            surveyed.push(one);
+        }
+        Ok(surveyed)
+    }
+
+    /// A read-only volume.
+    async fn content(&self, digest: Digest) -> Result<Surveyed, MigrationError> {
+        let manifests = vec![digest.as_bytes().to_vec().into()];
+        let asked = LocateRequest { manifests, ..LocateRequest::default() };
+        self.tree(digest.to_string(), (Kind::Tree, digest), None, asked).await
+    }
+
+    /// What is missing of a version and who has it.
+    async fn tree(
+        &self,
+        name: String,
+        root: (Kind, Digest),
+        size: Option<u64>,
+        asked: LocateRequest,
+    ) -> Result<Surveyed, MigrationError> {
+        let leaves = self.leaves(&self.connections.source_alone(), root).await?;
+        let size = size.unwrap_or(leaves.size);
+        let here = self.node.store.clone();
+        let all: Vec<Digest> = leaves.digests.iter().copied().collect();
+        let missing = blocking(move || Ok(here.missing(&all)?)).await?;
+        let mut candidates = Vec::new();
+        let mut union = HashSet::new();
+        for (peer, answer) in self.locate(asked).await {
+            let held = self.held(&peer, root, &answer, &missing).await;
+            if let Some((sequence, held)) = held {
+                candidates.push((peer, sequence, held.len()));
+                union.extend(held);
+            }
+        }
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let of = |objects: usize| size as f64 * objects as f64 / leaves.digests.len().max(1) as f64;
+        let holders = candidates
+            .iter()
+            .map(|(peer, _, held)| Held { node: peer.node.clone(), bytes: of(*held) });
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let part = Part {
+            size: size as f64,
+            missing: of(missing.len()),
+            held: of(union.len()),
+            holders: holders.collect(),
+            ..Part::default()
+        };
+        let wire_ratio = self.sample(&missing).await?;
+        let candidates = candidates
+            .iter()
+            .map(|(peer, sequence, held)| self.candidate(peer, *sequence, of(*held), &part))
+            .collect();
+        Ok(Surveyed { name, part, wire_ratio, candidates })
+    }
+
+    /// What a neighbour has of `missing`, by its newest snapshots, and the sequence of the newest.
+    async fn held(
+        &self,
+        peer: &Arc<Connection>,
+        (kind, root): (Kind, Digest),
+        answer: &LocateResponse,
+        missing: &[Digest],
+    ) -> Option<(u64, HashSet<Digest>)> {
+        let mut snapshots: Vec<&Snapshot> = answer.snapshots.iter().collect();
+        snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.sequence));
+        let newest = snapshots.first().map_or(0, |snapshot| snapshot.sequence);
+        let roots = snapshots.iter().map(|snapshot| &snapshot.manifest);
+        let roots = roots.take(SNAPSHOTS_PER_NEIGHBOUR).chain(&answer.manifests);
+        let roots = roots.filter_map(|digest| Digest::try_from(&digest[..]).ok());
+        let peers =
+            Peers { neighbours: Vec::new(), source: peer.clone(), standings: Arc::default() };
+        let mut has = HashSet::new();
+        for theirs in roots.collect::<BTreeSet<_>>() {
+            if theirs == root {
+                has.extend(missing);
+                continue;
+            }
+            match self.leaves(&peers, (kind, theirs)).await {
+                Ok(leaves) => has.extend(leaves.digests),
+                // Stale: it was retired meanwhile.
+                Err(error) => tracing::info!(node = peer.node, %error, "not counted on"),
+            }
+        }
+        let held: HashSet<Digest> =
+            missing.iter().filter(|digest| has.contains(digest)).copied().collect();
+        (!held.is_empty()).then_some((newest, held))
+    }
+
+    fn candidate(&self, peer: &Connection, sequence: u64, held: f64, part: &Part) -> Candidate {
+        let channel = self.node.channels.of(&peer.node);
+        let source = self.node.channels.of(&self.connections.source.node);
+        let rate = |measured: Option<f64>| measured.unwrap_or(super::predict::RATE_UNKNOWN);
+        let (theirs, sources) =
+            (rate(channel.throughput_bytes_per_second), rate(source.throughput_bytes_per_second));
+        let alone = part.missing / sources;
+        let score = (held / theirs).max((part.missing - held) / sources);
+        let chosen = score <= alone;
+        let reason = format!(
+            "{:.0}% of what is missing, {score:.1} s instead of {alone:.1} s",
+            100.0 * held / part.missing.max(1.0)
+        );
+        Candidate {
+            node: peer.node.clone(),
+            sequence,
+            held_bytes: to_u64(held),
+            throughput_bytes_per_second: channel.throughput_bytes_per_second,
+            round_trip_ms: channel.round_trip_ms,
+            load: channel.load,
+            score_s: score,
+            chosen,
+            reason,
+        }
+    }
+
+    /// The image: its blobs by digest.
+    async fn image(
+        &self,
+        described: &DescribeResponse,
+        namespace: &str,
+    ) -> Result<Surveyed, MigrationError> {
+        let (mut size, mut missing) = (0, BTreeMap::new());
+        for blob in &described.image_blobs {
+            size += blob.size_bytes;
+            let has = self.node.containerd.has_blob(namespace, blob.digest.parse()?).await?;
+            if has.is_none() {
+                missing.insert(blob.digest.clone(), blob.size_bytes);
+            }
+        }
+        let blobs = missing.keys().cloned().collect();
+        let asked =
+            LocateRequest { blobs, namespace: namespace.to_owned(), ..LocateRequest::default() };
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let of = |blobs: &BTreeSet<String>| {
+            blobs.iter().filter_map(|blob| missing.get(blob)).sum::<u64>() as f64
+        };
+        let (mut union, mut holders) = (BTreeSet::new(), Vec::new());
+        for (peer, answer) in self.locate(asked).await {
+            let has: BTreeSet<String> = answer.blobs.into_iter().collect();
+            holders.push((peer, of(&has)));
+            union.extend(has);
+        }
+        holders.retain(|(_, bytes)| *bytes > 0.0);
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let part = Part {
+            size: size as f64,
+            missing: missing.values().sum::<u64>() as f64,
+            held: of(&union),
+            holders: holders
+                .iter()
+                .map(|(peer, bytes)| Held { node: peer.node.clone(), bytes: *bytes })
+                .collect(),
+            ..Part::default()
+        };
+        let candidates =
+            holders.iter().map(|(peer, held)| self.candidate(peer, 0, *held, &part)).collect();
+        Ok(Surveyed { name: "image".to_owned(), part, wire_ratio: 1.0, candidates })
+    }
+
+    /// Asks every neighbour; one that does not answer in time has nothing.
+    async fn locate(&self, asked: LocateRequest) -> Vec<(Arc<Connection>, LocateResponse)> {
+        let ask = self.connections.neighbours().into_iter().map(|peer| {
+            let (asked, mut client) = (asked.clone(), peer.client());
+            async move {
+                let answer = tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await;
+                answer.ok()?.ok().map(|answer| (peer, answer.into_inner()))
+            }
+        });
+        futures::future::join_all(ask).await.into_iter().flatten().collect()
+    }
+
+    /// The leaves of a version, whose lists are fetched if they are not here.
+    async fn leaves(&self, peers: &Peers, root: (Kind, Digest)) -> Result<Leaves, MigrationError> {
+        fetch(&self.node.store, self.lease, peers, &[root], Depth::Lists).await?;
+        let store = self.node.store.clone();
+        blocking(move || Ok(Leaves::of(&store, root)?)).await
+    }
+
+    /// Bytes on the wire for one of content, from a few of `missing`.
+    async fn sample(&self, missing: &[Digest]) -> Result<f64, MigrationError> {
+        let step = (missing.len() / SAMPLE_OBJECTS).max(1);
+        let sample = missing.iter().step_by(step).take(SAMPLE_OBJECTS);
+        let sample: Vec<_> = sample.map(|digest| (Kind::Chunk, *digest)).collect();
+        if sample.is_empty() {
+            return Ok(1.0);
+        }
+        let (peers, traffic) = (self.connections.source_alone(), &self.connections.source.traffic);
+        let before = traffic.received();
+        let brought = fetch(&self.node.store, self.lease, &peers, &sample, Depth::Content).await?;
+        let raw: u64 = brought.iter().flat_map(|one| one.values()).map(|(_, bytes)| bytes).sum();
+        #[expect(clippy::cast_precision_loss, reason = "a ratio")]
+        let ratio = (traffic.received() - before) as f64 / raw.max(1) as f64;
+        Ok(ratio.clamp(0.01, 1.1))
+    }
+}
+
+/// What a version consists of.
+struct Leaves {
+    digests: HashSet<Digest>,
+    /// Size that its tree states, in bytes.
+    size: u64,
+}
+
+impl Leaves {
+    fn of(store: &Store, root: (Kind, Digest)) -> Result<Self, ContentError> {
+        let mut leaves = Self { digests: HashSet::new(), size: 0 };
+        if root.0 == Kind::Tree {
+            leaves.size = store.decode::<object::Tree>(&root.1)?.bytes;
+        }
+        let (mut todo, mut seen) = (vec![root], HashSet::from([root]));
+        while let Some((kind, digest)) = todo.pop() {
+            if kind.is_leaf() {
+                leaves.digests.insert(digest);
+                continue;
+            }
+            let children = object::children(kind, &store.object(&digest)?)
+                .map_err(|source| ContentError::Object { digest, source })?;
+            todo.extend(children.into_iter().filter(|child| seen.insert(*child)));
+        }
+        Ok(leaves)
+    }
+}
+
+fn document(
+    node: &Node,
+    request: &Request,
+    surveyed: Vec<Surveyed>,
+    told: &Prediction,
+    (obstacles, warnings): (Vec<String>, Vec<String>),
+) -> Plan {
+    let mut by_node = BTreeMap::new();
+    let mut subjects = Vec::new();
+    for (one, shares) in surveyed.into_iter().zip(&told.parts) {
+        let wire = |bytes: &f64| to_u64(bytes * one.wire_ratio);
+        let wire_bytes_by_node: BTreeMap<_, _> =
+            shares.iter().map(|(node, bytes)| (node.clone(), wire(bytes))).collect();
+        for (node, bytes) in &wire_bytes_by_node {
+            *by_node.entry(node.clone()).or_default() += bytes;
+        }
+        subjects.push(Share {
+            subject: one.name,
+            size_bytes: to_u64(one.part.size),
+            missing_bytes: to_u64(one.part.missing),
+            write_bytes_per_second: to_u64(one.part.write_rate),
+            wire_ratio: one.wire_ratio,
+            candidates: one.candidates,
+            wire_bytes_by_node,
+        });
+    }
+    Plan {
+        container: request.from.container.to_string(),
+        source: request.from.node.clone(),
+        destination: node.config.node.clone(),
+        mode: mode_word(&request.settings).to_owned(),
+        obstacles,
+        warnings,
+        wire_bytes_by_node: by_node,
+        stop_and_copy_bytes: to_u64(told.stop_and_copy),
+        rounds: u32::try_from(told.rounds.len()).unwrap_or(u32::MAX),
+        total_ms: told.total.as_secs_f64() * 1e3,
+        downtime_ms: told.downtime.as_secs_f64() * 1e3,
+        subjects,
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| {
+            #[expect(clippy::cast_precision_loss, reason = "for people")]
+            let bytes = bytes as f64;
+            bytes / f64::from(1 << 20)
+        };
+        writeln!(f, "{}: {} -> {} ({})", self.container, self.source, self.destination, self.mode)?;
+        for obstacle in &self.obstacles {
+            writeln!(f, "  would fail: {obstacle}")?;
+        }
+        for warning in &self.warnings {
+            writeln!(f, "  note: {warning}")?;
+        }
+        writeln!(
+            f,
+            "  about {:.1} s in all, {:.0} ms of downtime, {} rounds",
+            self.total_ms / 1e3,
+            self.downtime_ms,
+            self.rounds
+        )?;
+        for (node, bytes) in &self.wire_bytes_by_node {
+            writeln!(f, "  from {node}: {:.1} MiB", mib(*bytes))?;
+        }
+        for share in &self.subjects {
+            writeln!(
+                f,
+                "  {}: {:.1} MiB, {:.1} MiB missing here, {:.1} MiB/s written",
+                share.subject,
+                mib(share.size_bytes),
+                mib(share.missing_bytes),
+                mib(share.write_bytes_per_second)
+            )?;
+            for candidate in &share.candidates {
+                let verdict = if candidate.chosen { "asked" } else { "not worth asking" };
+                writeln!(f, "    {}: {verdict}, {}", candidate.node, candidate.reason)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,142 @@
+//! What neighbours are worth: bytes of the source fall where they hold something, `godwit plan` tells beforehand, and
+//! neighbours that are of no use cost nothing but their grace.
+
+use std::net::Ipv4Addr;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::command::wait_until;
+use godwit_tests::images::{self, Image};
+use godwit_tests::workload::{self, memhog};
+use godwit_tests::{Bed, BedOptions, Node};
+use serde_json::Value;
+
+/// Links of all nodes, in Mbit/s: slow enough to be what limits a transfer.
+const LINK_MBIT: u32 = 200;
+
+/// Resident memory of the workload, in MiB, and what it writes in a second.
+const RESIDENT_MIB: usize = 48;
+const DIRTY_MIB_PER_S: usize = 2;
+
+static BED: LazyLock<Bed> = LazyLock::new(|| {
+    Bed::start(&BedOptions::nodes(4).rate_mbit(LINK_MBIT)).expect("the test nodes start")
+});
+
+fn node(index: usize) -> &'static Node {
+    BED.node(index)
+}
+
+fn start(name: &'static str, first: u8, at: usize) -> Result<(Vec<Ipv4Addr>, u64)> {
+    images::import(node(at), Image::Memhog, "godwit")?;
+    let addresses = workload::networks(&BED, name, first)?;
+    node(at).ok(&["godwit", "volume", "create", name])?;
+    memhog(name, name, RESIDENT_MIB, DIRTY_MIB_PER_S).start(node(at))?;
+    let stat = workload::memhog_answers(&BED, addresses[at])?;
+    Ok((addresses, stat.incarnation))
+}
+
+fn plan(name: &str, from: &Node, to: &Node) -> Result<Value> {
+    let words =
+        ["godwit", "--output", "json", "plan", name, "--from", from.name(), "--to", to.name()];
+    Ok(serde_json::from_str(&to.ok(&words)?)?)
+}
+
+fn bytes(document: &Value, node: &Node) -> u64 {
+    document["wire_bytes_by_node"][node.name()].as_u64().unwrap_or(0)
+}
+
+fn all_bytes(document: &Value) -> u64 {
+    let by_node = document["wire_bytes_by_node"].as_object();
+    by_node.into_iter().flatten().filter_map(|(_, bytes)| bytes.as_u64()).sum()
+}
+
+/// Within a quarter or 2 MiB, whichever is larger.
+fn is_near(planned: u64, happened: u64) -> bool {
+    planned.abs_diff(happened) <= (happened / 4).max(2 << 20)
+}
+
+fn remove(at: &Node, name: &str) -> Result<()> {
+    at.ok(&["ctr", "tasks", "rm", "-f", name])?;
+    at.ok(&["ctr", "containers", "rm", name])?;
+    at.ok(&["godwit", "volume", "rm", name])?;
+    Ok(())
+}
+
+/// a -> b -> c -> d -> b -> a under load.
+#[test]
+fn a_walk_takes_less_from_the_source_where_a_neighbour_has_a_snapshot_and_the_plan_says_so()
+-> Result<()> {
+    let name = "walk";
+    let (addresses, incarnation) = start(name, 0, 0)?;
+    let mut first = None;
+    for (from, to) in [(0, 1), (1, 2), (2, 3), (3, 1), (1, 0)] {
+        let step = format!("{} -> {}", node(from).name(), node(to).name());
+        let planned = plan(name, node(from), node(to)).with_context(|| step.clone())?;
+        ensure!(planned["obstacles"].as_array().is_some_and(Vec::is_empty), "{step}: {planned}");
+        let report = workload::migrated(node(to), name, node(from), node(to), &[])?;
+        let stat = workload::memhog_is_whole(&BED, addresses[to], incarnation)?;
+        wait_until("it goes on", Duration::from_secs(10), || {
+            Ok(workload::memhog_answers(&BED, addresses[to])?.beats > stat.beats)
+        })?;
+        let from_source = bytes(&report, node(from));
+        eprintln!(
+            "{step}: from the source {from_source} bytes, planned {}; in all {}, planned {}; {:.0} ms, planned {:.0}",
+            bytes(&planned, node(from)),
+            all_bytes(&report),
+            all_bytes(&planned),
+            report["total_ms"].as_f64().unwrap_or(0.0),
+            planned["total_ms"].as_f64().unwrap_or(0.0),
+        );
+        ensure!(
+            is_near(bytes(&planned, node(from)), from_source)
+                && is_near(all_bytes(&planned), all_bytes(&report)),
+            "{step}: planned {planned}\nhappened {report}"
+        );
+        let without = *first.get_or_insert(from_source);
+        ensure!(
+            (from, to) == (0, 1) || from_source < without * 3 / 4,
+            "{step}: {from_source} bytes from the source, {without} without neighbours: {report}"
+        );
+    }
+    remove(node(0), name)
+}
+
+#[test]
+fn a_plan_of_what_cannot_be_moved_says_why_and_moves_nothing() -> Result<()> {
+    let name = "planned";
+    let (addresses, incarnation) = start(name, 30, 2)?;
+    let unknown = node(3).run(&[
+        "godwit",
+        "plan",
+        "nobody",
+        "--from",
+        node(2).name(),
+        "--to",
+        node(3).name(),
+    ])?;
+    ensure!(!unknown.succeeded() && unknown.stderr.contains("nobody"), "{unknown:?}");
+    // The name is taken at the destination.
+    images::import(node(3), Image::Memhog, "godwit")?;
+    node(3).ok(&[
+        "ctr",
+        "containers",
+        "create",
+        "--snapshotter",
+        "godwit",
+        Image::Memhog.reference(),
+        name,
+    ])?;
+    let taken =
+        node(3).run(&["godwit", "plan", name, "--from", node(2).name(), "--to", node(3).name()])?;
+    ensure!(
+        !taken.succeeded() && taken.stderr.contains("exists on this node already"),
+        "{taken:?}"
+    );
+    ensure!(taken.stdout.contains("would fail"), "{taken:?}");
+    node(3).ok(&["ctr", "containers", "rm", name])?;
+    let stat = workload::memhog_is_whole(&BED, addresses[2], incarnation)?;
+    ensure!(stat.beats > 0, "it runs on");
+    ensure!(!node(3).ok(&["godwit", "volume", "ls"])?.contains(name), "nothing was made");
+    remove(node(2), name)
+}
