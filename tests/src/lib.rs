@@ -31,6 +31,7 @@ pub mod load;
 pub mod memhog;
 mod mirror;
 pub mod need;
+pub mod neighbours;
 pub mod network;
 pub mod node;
 mod oci;

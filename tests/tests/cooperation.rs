@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
+use godwit_tests::neighbours::{self, Bad};
 use godwit_tests::workload::{self, memhog};
 use godwit_tests::{Bed, BedOptions, Node};
 use serde_json::Value;
@@ -27,11 +28,18 @@ fn node(index: usize) -> &'static Node {
     BED.node(index)
 }
 
-fn start(name: &'static str, first: u8, at: usize) -> Result<(Vec<Ipv4Addr>, u64)> {
+fn start(
+    name: &'static str,
+    first: u8,
+    at: usize,
+    dirty_mib_per_s: usize,
+) -> Result<(Vec<Ipv4Addr>, u64)> {
+    // What other tests left to know and to have would change what comes from where.
+    BED.nodes().iter().try_for_each(neighbours::forget)?;
     images::import(node(at), Image::Memhog, "godwit")?;
     let addresses = workload::networks(&BED, name, first)?;
     node(at).ok(&["godwit", "volume", "create", name])?;
-    memhog(name, name, RESIDENT_MIB, DIRTY_MIB_PER_S).start(node(at))?;
+    memhog(name, name, RESIDENT_MIB, dirty_mib_per_s).start(node(at))?;
     let stat = workload::memhog_answers(&BED, addresses[at])?;
     Ok((addresses, stat.incarnation))
 }
@@ -68,7 +76,7 @@ fn remove(at: &Node, name: &str) -> Result<()> {
 fn a_walk_takes_less_from_the_source_where_a_neighbour_has_a_snapshot_and_the_plan_says_so()
 -> Result<()> {
     let name = "walk";
-    let (addresses, incarnation) = start(name, 0, 0)?;
+    let (addresses, incarnation) = start(name, 0, 0, DIRTY_MIB_PER_S)?;
     let mut first = None;
     for (from, to) in [(0, 1), (1, 2), (2, 3), (3, 1), (1, 0)] {
         let step = format!("{} -> {}", node(from).name(), node(to).name());
@@ -105,7 +113,7 @@ fn a_walk_takes_less_from_the_source_where_a_neighbour_has_a_snapshot_and_the_pl
 #[test]
 fn a_plan_of_what_cannot_be_moved_says_why_and_moves_nothing() -> Result<()> {
     let name = "planned";
-    let (addresses, incarnation) = start(name, 30, 2)?;
+    let (addresses, incarnation) = start(name, 30, 2, DIRTY_MIB_PER_S)?;
     let unknown = node(3).run(&[
         "godwit",
         "plan",
@@ -139,4 +147,64 @@ fn a_plan_of_what_cannot_be_moved_says_why_and_moves_nothing() -> Result<()> {
     ensure!(stat.beats > 0, "it runs on");
     ensure!(!node(3).ok(&["godwit", "volume", "ls"])?.contains(name), "nothing was made");
     remove(node(2), name)
+}
+
+/// Whatever is wrong with all neighbours, the container arrives whole. `make bench-peers` measures what it costs.
+#[test]
+fn with_neighbours_of_no_use_everything_comes_from_the_source() -> Result<()> {
+    for (bad, name, first) in [
+        (Bad::Empty, "empty", 40),
+        (Bad::Dead, "dead", 50),
+        (Bad::Unreachable, "unreachable", 60),
+        (Bad::Slow, "slow", 80),
+        (Bad::Lying, "lying", 90),
+    ] {
+        let (addresses, incarnation) = start(name, first, 2, DIRTY_MIB_PER_S)?;
+        for (from, to) in [(2, 3), (3, 0)] {
+            workload::migrated(node(to), name, node(from), node(to), &[])?;
+        }
+        [2, 3].into_iter().try_for_each(|neighbour| bad.spoil(node(neighbour)))?;
+        let moved = workload::migrated(node(1), name, node(0), node(1), &[]);
+        [2, 3].into_iter().try_for_each(|neighbour| bad.heal(node(neighbour), LINK_MBIT))?;
+        let report = moved.with_context(|| format!("{bad:?}"))?;
+        workload::memhog_is_whole(&BED, addresses[1], incarnation)?;
+        let (from_source, size) = (bytes(&report, node(0)), (RESIDENT_MIB as u64) << 20);
+        ensure!(
+            from_source > size * 9 / 10,
+            "{bad:?}: {from_source} bytes from the source: {report}"
+        );
+        remove(node(1), name)?;
+    }
+    Ok(())
+}
+
+/// Method: the destination's daemon is killed while memory arrives over a slow link; what had come is not sent again.
+#[test]
+fn a_cut_transfer_is_resumed_also_after_the_daemon_died() -> Result<()> {
+    let name = "resumed";
+    let (addresses, incarnation) = start(name, 110, 0, 0)?;
+    let (source, destination) = (node(0), node(1));
+    source.set_rate(Some(80))?;
+    let words = ["godwit", "migrate", name, "--from", source.name(), "--to", destination.name()];
+    let options = ["--mode", "traditional", "--max-rounds", "1"];
+    let sent = source.traffic()?.sent;
+    let mut running = source.spawn(&[&words[..], &options[..]].concat(), "migrate-resumed")?;
+    // Most of 48 MiB at 10 MB/s.
+    wait_until("most has come", Duration::from_secs(20), || {
+        Ok(source.traffic()?.sent > sent + (30 << 20))
+    })?;
+    destination.kill_daemon()?;
+    ensure!(running.wait(Duration::from_secs(60))? != 0, "it was migrated without a daemon");
+    destination.start_daemon()?;
+    let kept = destination.ok(&["godwit", "--output", "json", "status"])?;
+    wait_until("what was begun is removed", Duration::from_secs(120), || {
+        Ok(!destination.ok(&["ctr", "containers", "ls", "-q"])?.contains(name))
+    })?;
+    let report = workload::migrated(destination, name, source, destination, &options)?;
+    source.set_rate(Some(LINK_MBIT))?;
+    workload::memhog_is_whole(&BED, addresses[1], incarnation)?;
+    // 48 MiB less 30, and again what the last two seconds and a batch had brought.
+    let again = bytes(&report, source);
+    ensure!(again < 40 << 20, "{again} bytes were sent again: {report}; kept: {kept}");
+    remove(destination, name)
 }

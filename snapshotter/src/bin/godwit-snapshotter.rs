@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
@@ -25,8 +26,18 @@ struct Arguments {
     config: PathBuf,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+/// How long calls that are under way may take to end when the daemon is told to stop; what is frozen waits for it.
+const STOP_MAX: Duration = Duration::from_secs(3);
+
+fn main() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
+    let done = runtime.block_on(run());
+    // A thread that writes to a peer which has gone is not waited for: everything on disk survives a kill.
+    runtime.shutdown_timeout(STOP_MAX);
+    done
+}
+
+async fn run() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("GODWIT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -56,20 +67,28 @@ async fn main() -> anyhow::Result<()> {
         tokio::spawn(serve_peers(node.clone(), listener));
     }
     tracing::info!(node = %node.config.node, "ready");
-    let stop = async {
+    let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+    let stop = async move {
         let (Ok(mut term), Ok(mut int)) =
             (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
         else {
             return std::future::pending().await;
         };
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        let _ = stopping.send(true);
     };
-    Server::builder()
+    let served = Server::builder()
         .add_service(snapshots::service(Arc::new(snapshots)))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(snapshotter_socket), stop)
-        .await
-        .context("cannot serve the snapshotter socket")?;
-    control_server.shutdown().await.ok();
+        .serve_with_incoming_shutdown(UnixListenerStream::new(snapshotter_socket), stop);
+    let late = async {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+        tokio::time::sleep(STOP_MAX).await;
+    };
+    tokio::select! {
+        served = served => served.context("cannot serve the snapshotter socket")?,
+        () = late => tracing::warn!("calls are still under way; stopping nevertheless"),
+    }
+    let _ = tokio::time::timeout(STOP_MAX, control_server.shutdown()).await;
     // Nobody would thaw what stays frozen.
     migrate::release::take_offers_back(&node).await;
     tracing::info!("stopped");

@@ -23,9 +23,6 @@ const GIB: f64 = 1_073_741_824.0;
 const BEGIN: f64 = 0.3;
 const STAGE: f64 = 0.15;
 
-/// Seconds for which the source is asked to help before its rate is known (`peer::queue`).
-const PROBE: f64 = 0.1;
-
 /// Who has how much of a part.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Held {
@@ -139,10 +136,6 @@ pub fn predict(input: &Input) -> Prediction {
         let together: f64 = by_neighbour.keys().map(|node| rate(node)).sum();
         first = missing / (together + source);
         let stays = (first * together / held).min(1.0);
-        parts.iter_mut().flatten().for_each(|(_, bytes)| *bytes *= stays);
-    }
-    if held > 0.0 && !input.rates.contains_key(&input.source) {
-        let stays = 1.0 - (source * PROBE / held).min(1.0);
         parts.iter_mut().flatten().for_each(|(_, bytes)| *bytes *= stays);
     }
     for (part, shares) in input.parts.iter().zip(&mut parts) {

@@ -71,11 +71,15 @@ pub async fn migrate(
         image::bring(node, namespace, named, &described.snapshotter, &connections).await?;
     let record = record(node, request, &described)?;
     let chain_id = content.chain_id().map(|chain_id| chain_id.to_string());
-    let mounts =
-        node.containerd.prepare(namespace, &described.snapshotter, id, chain_id.as_deref()).await?;
+    // Until the container refers to its snapshot, containerd's garbage collection would take it.
+    let lease = node.containerd.lease(namespace).await?;
+    let prepared =
+        lease.client().prepare(namespace, &described.snapshotter, id, chain_id.as_deref());
+    let mounts = prepared.await?;
 
     let started = async {
         node.containerd.create_container(namespace, record).await?;
+        lease.release().await?;
         let migration = migration.to_owned();
         let prepared = Prepared { migration, begun, connections, remove_source: true };
         node.sessions.prepare(container, prepared);

@@ -32,8 +32,8 @@ pub(super) const BATCH_OBJECTS: usize = 128;
 /// never to cost more than this, and the grace.
 const COST_MAX: f64 = 1.05;
 
-/// Bytes per second of a source that nobody has measured.
-const RATE_UNKNOWN: f64 = 30e6;
+/// Bytes per second of a source that nobody has measured, 100 Mbit/s: neighbours that are faster are left alone.
+const RATE_UNKNOWN: f64 = 12.5e6;
 
 /// Objects to ask for, each with the set of neighbours that were asked in vain.
 pub(super) type Batch = Vec<(Digest, u64)>;
