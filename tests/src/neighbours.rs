@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::Node;
+use crate::command::wait_until;
+
+const SOON: Duration = Duration::from_secs(20);
 
 /// Rate of a link that is slow, in Mbit/s.
 const SLOW_MBIT: u32 = 2;
@@ -62,7 +66,7 @@ impl Bad {
     pub fn heal(self, node: &Node, mbit: u32) -> Result<()> {
         match self {
             Self::Empty => Ok(()),
-            Self::Dead => node.start_daemon(),
+            Self::Dead => start(node),
             Self::Unreachable => node.mend_link(),
             Self::Slow => node.set_rate(Some(mbit)),
             Self::Lying => forget(node),
@@ -74,7 +78,15 @@ impl Bad {
 pub fn forget(node: &Node) -> Result<()> {
     node.stop_daemon()?;
     node.sh(&format!("rm -rf {STORE} /var/lib/godwit/peers.json"))?;
-    node.start_daemon()
+    start(node)
+}
+
+/// Starts the daemon and waits until containerd has found it again, which it tries less and less often.
+fn start(node: &Node) -> Result<()> {
+    node.start_daemon()?;
+    wait_until("containerd reaches the snapshotter", SOON, || {
+        Ok(node.run(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?.succeeded())
+    })
 }
 
 /// Changes a byte of every record of a pack.

@@ -43,7 +43,7 @@ const SAMPLE_OBJECTS: usize = 16;
 /// Snapshots of one subject whose lists are asked of one neighbour.
 const SNAPSHOTS_PER_NEIGHBOUR: usize = 2;
 
-/// A neighbour that may be asked for a subject, and why it is or is not.
+/// A neighbour that has some of a subject, and what that is worth.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
     /// Its name.
@@ -60,9 +60,9 @@ pub struct Candidate {
     pub load: f64,
     /// Seconds until the subject is here if this neighbour is asked and the source sends the rest.
     pub score_s: f64,
-    /// Whether it is worth asking.
+    /// Whether the subject comes sooner with its help. If not, the source soon does its share.
     pub chosen: bool,
-    /// Why.
+    /// The figures behind it, for people.
     pub reason: String,
 }
 
@@ -524,7 +524,7 @@ impl fmt::Display for Plan {
                 mib(share.write_bytes_per_second)
             )?;
             for candidate in &share.candidates {
-                let verdict = if candidate.chosen { "asked" } else { "not worth asking" };
+                let verdict = if candidate.chosen { "helps" } else { "slower than the source" };
                 writeln!(f, "    {}: {verdict}, {}", candidate.node, candidate.reason)?;
             }
         }

@@ -73,8 +73,11 @@ fn measure(bed: &Bed, arguments: &Arguments, bad: Bad, mode: &str) -> Result<Val
     [one, two].into_iter().try_for_each(|neighbour| bad.heal(neighbour, arguments.link_mbit))?;
     destination.ok(&["ctr", "tasks", "rm", "-f", NAME])?;
     destination.ok(&["ctr", "containers", "rm", NAME])?;
-    destination.ok(&["godwit", "volume", "rm", NAME])?;
-    bed.nodes().iter().try_for_each(neighbours::forget)?;
+    for node in bed.nodes() {
+        // Also where it only was before.
+        node.ok(&["godwit", "volume", "rm", NAME])?;
+        neighbours::forget(node)?;
+    }
     report
 }
 
