@@ -5,9 +5,11 @@
 //! the traditional time and 50 ms, in total and in downtime. Written to `target/bench/peers.json`.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::neighbours::{self, Bad};
 use godwit_tests::workload::{self, memhog};
@@ -68,7 +70,12 @@ fn measure(bed: &Bed, arguments: &Arguments, bad: Bad, mode: &str) -> Result<Val
     workload::memhog_answers(bed, bed.container_address(2))?;
     workload::migrated(two, NAME, one, two, &[])?;
     workload::migrated(source, NAME, two, source, &[])?;
-    [one, two].into_iter().try_for_each(|neighbour| bad.spoil(neighbour))?;
+    for neighbour in [one, two] {
+        wait_until("it has let go of the container", Duration::from_secs(20), || {
+            Ok(!neighbour.ok(&["ctr", "containers", "ls", "-q"])?.contains(NAME))
+        })?;
+        bad.spoil(neighbour)?;
+    }
     let report = workload::migrated(destination, NAME, source, destination, &["--mode", mode]);
     [one, two].into_iter().try_for_each(|neighbour| bad.heal(neighbour, arguments.link_mbit))?;
     destination.ok(&["ctr", "tasks", "rm", "-f", NAME])?;
