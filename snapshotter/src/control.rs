@@ -13,7 +13,7 @@ use godwit_protos::control::{
     AcquireRequest, AcquireResponse, ClaimRequest, ClaimResponse, Container, Control,
     CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty, ImportVolumeRequest,
     ListPeersResponse, ListSnapshotsResponse, ListVolumesResponse, MigrateRequest, OwnershipEntry,
-    Peer, PlanResponse, Progress, RemoveVolumeRequest, ResolveVolumesRequest,
+    Peer, PinSnapshotRequest, PlanResponse, Progress, RemoveVolumeRequest, ResolveVolumesRequest,
     ResolveVolumesResponse, SettleRequest, Snapshot, StatusResponse, SweepResponse, Volume,
 };
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation, peer};
@@ -21,10 +21,10 @@ use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
 use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
-use crate::migrate::{MigrationError, Next, chain, describe, plan, source};
-use crate::node::Node;
+use crate::migrate::{MigrationError, Next, chain, describe, plan, subjects};
+use crate::node::{Node, unix_ms};
 use crate::peer::{Connection, server};
-use crate::store::SnapshotId;
+use crate::store::{SnapshotId, StoreError};
 use crate::volumes::VolumeError;
 
 /// How long a peer has to answer `godwit peers`.
@@ -96,7 +96,9 @@ fn invalid(error: impl std::fmt::Display) -> Error {
 
 fn volume_error(error: &VolumeError) -> Error {
     let code = match error {
-        VolumeError::Unknown(_) | VolumeError::NoContent(_) => Code::NOT_FOUND,
+        VolumeError::Unknown(_)
+        | VolumeError::NoContent(_)
+        | VolumeError::Store(StoreError::UnknownSnapshot(_)) => Code::NOT_FOUND,
         VolumeError::Exists(_) => Code::ALREADY_EXISTS,
         VolumeError::Moved { .. } | VolumeError::ReadOnly(_) => Code::FAILED_PRECONDITION,
         VolumeError::Journal(_)
@@ -355,7 +357,7 @@ impl Control for Service {
         asked: CreateSnapshotRequest,
     ) -> ttrpc::Result<ListSnapshotsResponse> {
         let wanted = container(&asked.container)?;
-        let taken = source::take_snapshots(&self.node, &wanted).await;
+        let taken = subjects::take_snapshots(&self.node, &wanted).await;
         let taken = taken.map_err(|error| migration_error(&error))?;
         let mut answer = ListSnapshotsResponse::new();
         answer.snapshots = taken.iter().map(|(id, one)| snapshot(*id, one)).collect();
@@ -367,10 +369,18 @@ impl Control for Service {
         _context: &TtrpcContext,
         asked: DeleteSnapshotRequest,
     ) -> ttrpc::Result<Empty> {
-        let id = asked.id.parse().map(SnapshotId);
-        let id =
-            id.map_err(|_cause| invalid(format!("{:?} is not a snapshot's number", asked.id)))?;
+        let id = snapshot_id(&asked.id)?;
         self.blocking(move |node| Ok(node.store.remove_snapshot(id)?)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn pin_snapshot(
+        &self,
+        _context: &TtrpcContext,
+        asked: PinSnapshotRequest,
+    ) -> ttrpc::Result<Empty> {
+        let id = snapshot_id(&asked.id)?;
+        self.blocking(move |node| Ok(node.store.pin(id, asked.pinned)?)).await?;
         Ok(Empty::new())
     }
 
@@ -456,6 +466,11 @@ impl Control for Service {
     }
 }
 
+fn snapshot_id(text: &str) -> ttrpc::Result<SnapshotId> {
+    let id = text.parse().map(SnapshotId);
+    id.map_err(|_cause| invalid(format!("{text:?} is not a snapshot's number")))
+}
+
 fn snapshot(id: SnapshotId, taken: &crate::store::Snapshot) -> Snapshot {
     let mut line = Snapshot::new();
     line.id = id.0.to_string();
@@ -466,6 +481,7 @@ fn snapshot(id: SnapshotId, taken: &crate::store::Snapshot) -> Snapshot {
     line.size_bytes = taken.size_bytes;
     line.node = taken.node.clone();
     line.pinned = taken.is_pinned;
+    line.age_ms = u64::try_from(unix_ms() - taken.taken_at_unix_ms).unwrap_or(0);
     line
 }
 

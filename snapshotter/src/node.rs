@@ -214,6 +214,12 @@ impl Node {
     }
 }
 
+/// Milliseconds since 1970 by this node's clock.
+pub fn unix_ms() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
+}
+
 /// What happens in migrations that this node takes part in.
 #[derive(Debug)]
 pub struct Events {

@@ -9,7 +9,8 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use godwit_protos::control::{
     Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest,
-    Empty, ImportVolumeRequest, MigrateRequest, Progress, RemoveVolumeRequest, Snapshot, Volume,
+    Empty, ImportVolumeRequest, MigrateRequest, PinSnapshotRequest, Progress, RemoveVolumeRequest,
+    Snapshot, Volume,
 };
 use godwit_snapshotter::migrate::plan::Plan;
 use serde_json::json;
@@ -114,9 +115,24 @@ enum SnapshotCommand {
         /// The container.
         name: String,
     },
+    /// Show one snapshot.
+    Show {
+        /// Its number.
+        id: String,
+    },
     /// Delete a cached snapshot.
     #[command(alias = "rm")]
     Delete {
+        /// Its number.
+        id: String,
+    },
+    /// Keep a snapshot until it is unpinned or deleted.
+    Pin {
+        /// Its number.
+        id: String,
+    },
+    /// Let a snapshot be retired again.
+    Unpin {
         /// Its number.
         id: String,
     },
@@ -277,8 +293,23 @@ async fn snapshot(
     command: SnapshotCommand,
     out: &Out,
 ) -> anyhow::Result<()> {
+    let mut pin = PinSnapshotRequest::new();
     let listed = match command {
         SnapshotCommand::List => client.list_snapshots(deadline(), &Empty::new()).await?,
+        SnapshotCommand::Show { id } => {
+            let listed = client.list_snapshots(deadline(), &Empty::new()).await?;
+            let found = listed.snapshots.iter().find(|one| one.id == id);
+            let found = found.with_context(|| format!("no snapshot {id} on this node"))?;
+            return out.fields(&snapshot_line(found));
+        }
+        SnapshotCommand::Pin { id } => {
+            (pin.id, pin.pinned) = (id, true);
+            return Ok(client.pin_snapshot(deadline(), &pin).await.map(drop)?);
+        }
+        SnapshotCommand::Unpin { id } => {
+            pin.id = id;
+            return Ok(client.pin_snapshot(deadline(), &pin).await.map(drop)?);
+        }
         SnapshotCommand::Create { name } => {
             let mut request = CreateSnapshotRequest::new();
             request.container = Some(container(namespace, name)).into();
@@ -291,12 +322,14 @@ async fn snapshot(
             return Ok(());
         }
     };
-    let line = |one: &Snapshot| {
-        json!({"id": one.id, "subject": one.subject, "sequence": one.sequence, "taken_at_unix_ms": one.taken_at_unix_ms,
-            "manifest": one.manifest, "size_bytes": one.size_bytes, "node": one.node, "pinned": one.pinned})
-    };
-    let columns = ["id", "subject", "sequence", "size_bytes", "node", "manifest"];
-    out.table(&listed.snapshots.iter().map(line).collect::<Vec<_>>(), &columns)
+    let columns = ["id", "subject", "sequence", "age_s", "size_bytes", "node", "pinned"];
+    out.table(&listed.snapshots.iter().map(snapshot_line).collect::<Vec<_>>(), &columns)
+}
+
+fn snapshot_line(one: &Snapshot) -> serde_json::Value {
+    json!({"id": one.id, "subject": one.subject, "sequence": one.sequence, "taken_at_unix_ms": one.taken_at_unix_ms,
+        "age_s": one.age_ms / 1000, "manifest": one.manifest, "size_bytes": one.size_bytes, "node": one.node,
+        "pinned": one.pinned})
 }
 
 async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> anyhow::Result<()> {
@@ -374,6 +407,13 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     out.table(&ownership, &["container", "state", "epoch", "peer"])
 }
 
+fn cell(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
 /// Where results go: tables and sentences for people, JSON for programs.
 struct Out {
     json: bool,
@@ -389,6 +429,13 @@ impl Out {
         self.raw(&object.to_string(), text)
     }
 
+    /// One object, a line for each field.
+    fn fields(&self, object: &serde_json::Value) -> anyhow::Result<()> {
+        let lines = object.as_object().into_iter().flatten();
+        let lines = lines.map(|(key, value)| format!("{}: {}", key.replace('_', " "), cell(value)));
+        self.object(object, &lines.collect::<Vec<_>>().join("\n"))
+    }
+
     fn event(&self, event: &Progress) -> anyhow::Result<()> {
         let object = json!({"migration": event.migration, "step": event.step, "text": event.text});
         self.object(&object, &format!("{} {}: {}", event.migration, event.step, event.text))
@@ -398,10 +445,6 @@ impl Out {
         if self.json {
             return self.raw(&serde_json::Value::from(lines).to_string(), "");
         }
-        let cell = |value: &serde_json::Value| match value {
-            serde_json::Value::String(text) => text.clone(),
-            other => other.to_string(),
-        };
         let rows: Vec<Vec<String>> = lines
             .iter()
             .map(|line| columns.iter().map(|key| cell(&line[*key])).collect())

@@ -16,6 +16,8 @@ use crate::node::Node;
 /// A container as its node knows it.
 #[derive(Debug)]
 pub struct Described {
+    /// Its name.
+    pub container: ContainerRef,
     /// containerd's record.
     pub record: Container,
     /// The image's target, if it was made from one.
@@ -76,6 +78,7 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         warnings.push(format!("processes added by exec do not move: {execs}"));
     }
     Ok(Described {
+        container: container.clone(),
         image_blobs: image_blobs(node, namespace, target.as_ref()).await,
         image: target,
         memory: memory_subject(container, &record.image, &spec),
@@ -160,11 +163,8 @@ pub fn mapped_inodes(pids: &[u32]) -> HashSet<u64> {
 
 impl Described {
     /// Whether this node can give the container away now. Errors: [`MigrationError`] with what stands in the way.
-    pub async fn check_movable(
-        &self,
-        node: &Node,
-        container: &ContainerRef,
-    ) -> Result<(), MigrationError> {
+    pub async fn check_movable(&self, node: &Node) -> Result<(), MigrationError> {
+        let container = &self.container;
         if self.status == TaskStatus::Paused {
             let status = "paused".to_owned();
             return Err(MigrationError::NotRunning { container: container.clone(), status });

@@ -9,6 +9,7 @@
 //! What is promised on failure is in [`ownership`] (never two runners) and [`source`] (frozen, not killed, until the
 //! destination runs); docs/failure-model.md has the table.
 
+pub mod cut;
 pub mod describe;
 pub mod destination;
 pub mod image;
@@ -25,18 +26,18 @@ pub mod session;
 pub mod shim;
 pub mod source;
 pub mod spec;
+pub mod subjects;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use godwit_protos::{ContainerRef, Digest, ParseDigestError, ParseNameError, Subject, VolumeId};
+use godwit_protos::{ContainerRef, Digest, ParseDigestError, ParseNameError, VolumeId};
 
 use crate::containerd::ClientError;
 use crate::content::ContentError;
-use crate::content::object::Kind;
 use crate::node::Node;
 use crate::peer::PeerError;
 use crate::peer::fetch::FetchError;
-use crate::store::{Snapshot, Store, StoreError};
+use crate::store::StoreError;
 use crate::volumes::VolumeError;
 
 /// Why a migration failed. Until the release the container runs on at its source.
@@ -226,38 +227,6 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
-}
-
-/// A snapshot taken now.
-fn snapshot(
-    subject: &Subject,
-    kind: Kind,
-    root: Digest,
-    size_bytes: u64,
-    sequence: u64,
-    node: &str,
-) -> Snapshot {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Snapshot {
-        subject: subject.clone(),
-        sequence,
-        taken_at_unix_ms: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
-        root,
-        root_kind: kind as u8,
-        size_bytes,
-        node: node.to_owned(),
-        is_pinned: false,
-    }
-}
-
-/// Records snapshots durably and retires the oldest beyond `keep` of each subject.
-fn keep_snapshots(store: &Store, snapshots: Vec<Snapshot>, keep: usize) -> Result<(), StoreError> {
-    store.sync()?;
-    for snapshot in snapshots {
-        store.record(&snapshot)?;
-        store.keep_last(&snapshot.subject, keep)?;
-    }
-    Ok(())
 }
 
 /// Removes task, container and root file system of a container that runs elsewhere, or never will run here.

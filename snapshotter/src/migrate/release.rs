@@ -16,9 +16,10 @@ use super::MigrationError;
 use super::journal::Entry;
 use super::ownership::{Epoch, Event, Ownership};
 use super::shim::Shim;
+use super::subjects::{Version, newest, record};
 use crate::node::Node;
 use crate::peer::Connection;
-use crate::store::{Lease, Snapshot};
+use crate::store::Lease;
 
 /// Attempts to thaw: a dump that hangs holds the container until its watchdog ends it.
 const THAWS_MAX: u32 = 300;
@@ -165,7 +166,7 @@ pub(super) struct Remembered {
     pub(super) destination: String,
     pub(super) remove_source: bool,
     pub(super) volumes: Vec<VolumeId>,
-    pub(super) snapshots: Vec<Snapshot>,
+    pub(super) versions: Vec<Version>,
     pub(super) directory: Option<PathBuf>,
     pub(super) lease: Option<Arc<Lease>>,
 }
@@ -178,7 +179,7 @@ impl Remembered {
             destination: offered_as.split('/').next().unwrap_or_default().to_owned(),
             remove_source: entry.remove_source,
             volumes: entry.volumes.iter().filter_map(|id| id.parse().ok()).collect(),
-            snapshots: Vec::new(),
+            versions: Vec::new(),
             directory: None,
             lease: None,
         }
@@ -192,9 +193,11 @@ impl Remembered {
         if let Err(error) = ended.await {
             tracing::error!(%container, error = error.chain(), "cannot end the tasks that moved away");
         }
-        let (store, snapshots, keep) = (node.store.clone(), self.snapshots, node.config.keep_last);
-        let kept =
-            tokio::task::spawn_blocking(move || super::keep_snapshots(&store, snapshots, keep));
+        let (store, versions, keep) = (node.store.clone(), self.versions, node.config.keep_last);
+        let name = node.config.node.clone();
+        let kept = tokio::task::spawn_blocking(move || {
+            record(&store, &newest(&store, &versions, &name)?, keep)
+        });
         if let Ok(Err(error)) = kept.await {
             tracing::warn!(%container, %error, "cannot keep the snapshots");
         }

@@ -22,6 +22,7 @@ use super::destination::{
 use super::layout::Layout;
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Shares};
+use super::subjects::{Version, record};
 use super::{MigrationError, blocking, rounds};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
@@ -537,16 +538,19 @@ impl Work {
     /// Keeps the cut as snapshots, which serve the next migration, and removes what was staged.
     async fn finish(&self, lease: &Arc<Lease>, layout: &mut Layout, stopped: &Stopped) {
         let Ok(manifests) = self.parse_manifests(&stopped.manifests) else { return };
-        let node = self.node.config.node.clone();
         let sizes = stopped.manifests.iter().map(|manifest| manifest.size_bytes);
-        let snapshots = manifests.iter().zip(sizes).map(|((subject, root, sequence), bytes)| {
-            super::snapshot(subject, kind_of(subject), *root, bytes, *sequence, &node)
-        });
-        let (store, keep, snapshots) =
-            (self.node.store.clone(), self.node.config.keep_last, snapshots.collect());
+        let name = &self.node.config.node;
+        let snapshots =
+            manifests.into_iter().zip(sizes).map(|((subject, root, sequence), size_bytes)| {
+                let kind = kind_of(&subject);
+                Version { subject, kind, root, size_bytes, changed_bytes: 0 }
+                    .snapshot(sequence, name)
+            });
+        let snapshots: Vec<_> = snapshots.collect();
+        let (store, keep) = (self.node.store.clone(), self.node.config.keep_last);
         let (lease, layout) = (lease.clone(), layout.clone());
         let kept = tokio::task::spawn_blocking(move || {
-            let kept = super::keep_snapshots(&store, snapshots, keep);
+            let kept = record(&store, &snapshots, keep);
             layout.remove_staged();
             drop(lease);
             kept

@@ -12,33 +12,32 @@
 //! `Owner`. After it nothing here may run the container, except the destination's journalled word that its tasks never
 //! ran; if the stream breaks then, [`super::release`] asks the destination until it answers.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use godwit_protos::peer::{
     Begin, Begun, FromSource, Manifest, ObjectBatch, Refusal, Released, RoundDone, Stopped,
     ToSource, from_source, to_source,
 };
-use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
+use super::cut::{self, Shared, lock};
 use super::describe::{Described, describe};
 use super::ownership::{Epoch, Event};
 use super::release::{Remembered, settle_later, take_back, take_offer_back};
 use super::rounds::ROUNDS_MAX;
+use super::subjects::{Subjects, Version};
 use super::{MigrationError, blocking};
-use crate::content::capture::{Captured, Unchanged, capture};
 use crate::content::encoding::{Codec, Encoding};
-use crate::content::memory::{self, Previous};
 use crate::content::object::Kind;
 use crate::content::{ContentError, Source as _, difference::difference};
 use crate::node::Node;
 use crate::peer::BATCH_BYTES;
-use crate::store::{Lease, Snapshot, SnapshotId, Store};
+use crate::store::{Lease, Store};
 
 /// How long a frozen container waits for the destination's next word before it is thawed.
 const FROZEN_MAX: Duration = Duration::from_secs(300);
@@ -95,14 +94,6 @@ async fn next(
     }
 }
 
-/// A file tree among the subjects, with what its captures remember.
-struct TreeSubject {
-    subject: Subject,
-    path: PathBuf,
-    unchanged: Unchanged,
-    last: Option<Captured>,
-}
-
 struct Session {
     node: Arc<Node>,
     container: ContainerRef,
@@ -112,20 +103,12 @@ struct Session {
     known_epoch: Epoch,
     remove_source: bool,
     described: Described,
-    trees: Vec<TreeSubject>,
-    memory_last: Option<memory::Captured>,
+    subjects: Shared,
     directory: PathBuf,
     lease: Arc<Lease>,
     outbound: Outbound,
     /// Set from the journal's `Offered` on.
     offered: Option<Epoch>,
-}
-
-/// What a capture of every subject found.
-struct Cut {
-    trees: Vec<TreeSubject>,
-    memory: memory::Captured,
-    manifests: Vec<Manifest>,
 }
 
 impl Session {
@@ -145,17 +128,8 @@ impl Session {
             container: ContainerRef::new(&asked.namespace, &asked.id)?,
         };
         let described = describe(&node, &container).await?;
-        described.check_movable(&node, &container).await?;
-        let mut trees = Vec::new();
-        for (id, path) in &described.writable_volumes {
-            trees.push(TreeSubject::new(Subject::Volume(id.clone()), path.clone()));
-        }
-        match &described.upper_dir {
-            Some(upper) if !begin.without_writable_layer => {
-                trees.push(TreeSubject::new(Subject::Layer(container.clone()), upper.clone()));
-            }
-            _ => {}
-        }
+        described.check_movable(&node).await?;
+        let subjects = Subjects::of(&node, &described, !begin.without_writable_layer);
         let directory = node.config.state_dir.join("dump").join(node.new_id());
         let lease = Arc::new(node.store.lease("migration", IDLE_MAX));
         Ok(Self {
@@ -163,12 +137,11 @@ impl Session {
             offered_as,
             known_epoch: Epoch(begin.known_epoch.min(EPOCH_MAX)),
             remove_source: begin.remove_source,
-            memory_last: None,
             offered: None,
             node,
             container,
             described,
-            trees,
+            subjects: Arc::new(Mutex::new(subjects)),
             directory,
             lease,
             outbound,
@@ -241,13 +214,15 @@ impl Session {
         self.lease.renew()?;
         let pids =
             self.node.containerd.pids(self.container.namespace(), self.container.id()).await?;
-        let trees = std::mem::take(&mut self.trees);
-        let capture = Capture::of(self);
-        let cut = blocking(move || capture.live(trees, &pids)).await?;
-        self.trees = cut.trees;
-        self.memory_last = Some(cut.memory);
+        let (subjects, lease) = (self.subjects.clone(), self.lease.clone());
+        let versions = blocking(move || {
+            let mut subjects = lock(&subjects);
+            subjects.capture_live(&lease, &pids, &|_| true)?;
+            Ok(subjects.versions())
+        })
+        .await?;
+        let manifests = versions.iter().map(|version| version.manifest(0)).collect();
         let elapsed_us = micros(begun.elapsed());
-        let manifests = cut.manifests;
         self.send(from_source::Message::RoundDone(RoundDone { number, manifests, elapsed_us }))
             .await
     }
@@ -267,63 +242,33 @@ impl Session {
         let epoch = offered?.epoch();
         self.offered = Some(epoch);
 
+        let before = lock(&self.subjects).versions();
+        let subjects = (&self.subjects, &self.lease);
+        let cut = cut::freeze_and_dump(&self.node, &self.described, subjects, &self.directory);
+        let cut = cut.await?;
         let begun = Instant::now();
-        self.described.shim.freeze(container.id()).await?;
-        let freeze_us = micros(begun.elapsed());
-
-        let begun = Instant::now();
-        let (images, work) = (self.directory.join("images"), self.directory.join("work"));
-        for directory in [&images, &work] {
-            let made = tokio::fs::create_dir_all(directory).await;
-            made.map_err(crate::content::on("make directory", directory))?;
-        }
-        let base: Vec<_> = self.trees.iter().map(|tree| tree.last.map(|last| last.tree)).collect();
-        let memory_base = self.memory_last.clone();
-        let trees = std::mem::take(&mut self.trees);
-        let capture = Capture::of(self);
-        // Now that nothing runs: what is mapped at the cut, and what was at an earlier capture.
-        let pids = self.node.containerd.pids(container.namespace(), container.id()).await?;
-        let mut mapped = super::describe::mapped_inodes(&pids);
-        mapped.extend(&self.described.mapped_inodes);
-        let reading = tokio::task::spawn_blocking(move || capture.trees(trees, &mapped));
-        let dumped = self.described.shim.dump(container.id(), &images, &work).await;
-        let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
-        dumped?;
-        self.trees = trees?;
-        let dump_us = micros(begun.elapsed());
-
-        let begun = Instant::now();
-        let capture = Capture::of(self);
-        let previous = memory_base.clone();
-        let captured = blocking(move || capture.dump(&images, previous)).await?;
-        let memory_manifest =
-            self.manifest(&self.described.memory, captured.digest, captured.bytes)?;
-        self.memory_last = Some(captured.clone());
-        let mut manifests = Vec::new();
-        let mut pairs = vec![(Kind::Memory, captured.digest, memory_base.map(|base| base.digest))];
-        for (tree, base) in self.trees.iter().zip(base) {
-            let Some(last) = tree.last else { continue };
-            manifests.push(self.manifest(&tree.subject, last.tree, last.bytes)?);
-            pairs.push((Kind::Tree, last.tree, base));
-        }
-        manifests.push(memory_manifest);
+        let versions = cut::read_dump(subjects, &self.directory).await?;
+        let manifests = self.manifests(&versions)?;
+        let base = |version: &Version| {
+            let before = before.iter().find(|before| before.subject == version.subject);
+            before.map(|before| before.root)
+        };
+        // Memory first: it is what the restore waits for.
+        let pairs = versions.iter().rev();
+        let pairs = pairs.map(|version| (version.kind, version.root, base(version))).collect();
         self.send_difference(pairs).await?;
         let difference_us = micros(begun.elapsed());
+        let (freeze_us, dump_us) = (micros(cut.freeze), micros(cut.dump));
         let stopped = Stopped { epoch: epoch.0, manifests, freeze_us, dump_us, difference_us };
         self.send(from_source::Message::Stopped(stopped)).await
     }
 
-    fn manifest(
-        &self,
-        subject: &Subject,
-        digest: Digest,
-        size_bytes: u64,
-    ) -> Result<Manifest, MigrationError> {
-        let newest =
-            self.node.store.snapshots(subject)?.first().map_or(0, |(_, newest)| newest.sequence);
-        let digest = digest.as_bytes().to_vec().into();
-        let (subject, sequence) = (subject.to_string(), newest + 1);
-        Ok(Manifest { subject, digest, size_bytes, changed_bytes: 0, sequence })
+    fn manifests(&self, versions: &[Version]) -> Result<Vec<Manifest>, MigrationError> {
+        let store = &self.node.store;
+        let manifest = |version: &Version| -> Result<_, MigrationError> {
+            Ok(version.manifest(store.next_sequence(&version.subject)?))
+        };
+        versions.iter().map(manifest).collect()
     }
 
     async fn send_difference(
@@ -341,35 +286,13 @@ impl Session {
 
     /// What is to be done once the container runs elsewhere.
     fn remembered(&self) -> Remembered {
-        let mut snapshots = Vec::new();
-        let mut add = |subject: &Subject, kind: Kind, root: Digest, bytes: u64| {
-            if let Ok(manifest) = self.manifest(subject, root, bytes) {
-                let node = &self.node.config.node;
-                snapshots.push(super::snapshot(
-                    subject,
-                    kind,
-                    root,
-                    bytes,
-                    manifest.sequence,
-                    node,
-                ));
-            }
-        };
-        if let Some(memory) = &self.memory_last {
-            add(&self.described.memory, Kind::Memory, memory.digest, memory.bytes);
-        }
-        for tree in &self.trees {
-            if let Some(last) = tree.last {
-                add(&tree.subject, Kind::Tree, last.tree, last.bytes);
-            }
-        }
         let volumes = self.described.writable_volumes.iter().map(|(id, _)| id.clone());
         Remembered {
             container: self.container.clone(),
             destination: self.destination.clone(),
             remove_source: self.remove_source,
             volumes: volumes.collect(),
-            snapshots,
+            versions: lock(&self.subjects).versions(),
             directory: Some(self.directory.clone()),
             lease: Some(self.lease.clone()),
         }
@@ -381,141 +304,6 @@ impl Session {
         take_offer_back(&self.node, &self.container, epoch).await;
         let _ = tokio::fs::remove_dir_all(&self.directory).await;
     }
-}
-
-/// Takes a snapshot of every subject of a running container, without freezing it, and records them.
-///
-/// Such snapshots serve as bases for a migration; they are not consistent with each other.
-pub async fn take_snapshots(
-    node: &Arc<Node>,
-    container: &ContainerRef,
-) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
-    let described = describe(node, container).await?;
-    let pids = node.containerd.pids(container.namespace(), container.id()).await?;
-    let lease = Arc::new(node.store.lease("snapshot", IDLE_MAX));
-    let mut trees = Vec::new();
-    for (id, path) in &described.writable_volumes {
-        trees.push(TreeSubject::new(Subject::Volume(id.clone()), path.clone()));
-    }
-    if let Some(upper) = &described.upper_dir {
-        trees.push(TreeSubject::new(Subject::Layer(container.clone()), upper.clone()));
-    }
-    let (store, keep, name) = (node.store.clone(), node.config.keep_last, node.config.node.clone());
-    let memory = described.memory;
-    blocking(move || {
-        let capture = Capture { store: store.clone(), lease, memory, memory_last: None };
-        let cut = capture.live(trees, &pids)?;
-        store.sync()?;
-        let mut taken = Vec::new();
-        for manifest in cut.manifests {
-            let subject: Subject = manifest.subject.parse()?;
-            let root = Digest::try_from(&manifest.digest[..])?;
-            let newest =
-                store.snapshots(&subject)?.first().map_or(0, |(_, newest)| newest.sequence);
-            let kind = super::destination::kind_of(&subject);
-            let bytes = manifest.size_bytes;
-            let snapshot = super::snapshot(&subject, kind, root, bytes, newest + 1, &name);
-            let id = store.record(&snapshot)?;
-            store.keep_last(&subject, keep)?;
-            taken.push((id, snapshot));
-        }
-        Ok(taken)
-    })
-    .await
-}
-
-impl TreeSubject {
-    fn new(subject: Subject, path: PathBuf) -> Self {
-        Self { subject, path, unchanged: Unchanged::default(), last: None }
-    }
-}
-
-/// What capturing needs, apart from the session, so that it can run on another thread.
-struct Capture {
-    store: Store,
-    lease: Arc<Lease>,
-    memory: Subject,
-    memory_last: Option<memory::Captured>,
-}
-
-impl Capture {
-    fn of(session: &Session) -> Self {
-        Self {
-            store: session.node.store.clone(),
-            lease: session.lease.clone(),
-            memory: session.described.memory.clone(),
-            memory_last: session.memory_last.clone(),
-        }
-    }
-
-    fn live(self, trees: Vec<TreeSubject>, pids: &[u32]) -> Result<Cut, MigrationError> {
-        let before: Vec<_> = trees.iter().map(|tree| tree.last.map(|last| last.tree)).collect();
-        let mapped = super::describe::mapped_inodes(pids);
-        let trees = self.trees(trees, &mapped)?;
-        let mut writer = self.store.writer(&self.lease);
-        let previous =
-            Previous::load(&self.store, self.memory_last.as_ref().map(|last| last.digest))?;
-        let memory = memory::capture_live(pids, &mut writer, &previous)?;
-        writer.flush()?;
-        let mut manifests = Vec::new();
-        for (tree, before) in trees.iter().zip(before) {
-            let Some(last) = tree.last else { continue };
-            manifests.push(Manifest {
-                subject: tree.subject.to_string(),
-                digest: last.tree.as_bytes().to_vec().into(),
-                size_bytes: last.bytes,
-                changed_bytes: changed_bytes(&self.store, last.tree, before)?,
-                sequence: 0,
-            });
-        }
-        manifests.push(Manifest {
-            subject: self.memory.to_string(),
-            digest: memory.digest.as_bytes().to_vec().into(),
-            size_bytes: memory.bytes,
-            changed_bytes: memory.changed_bytes,
-            sequence: 0,
-        });
-        Ok(Cut { trees, memory, manifests })
-    }
-
-    fn trees(
-        &self,
-        mut trees: Vec<TreeSubject>,
-        mapped: &HashSet<u64>,
-    ) -> Result<Vec<TreeSubject>, MigrationError> {
-        let mut writer = self.store.writer(&self.lease);
-        for tree in &mut trees {
-            if matches!(tree.subject, Subject::Layer(_)) && !mapped.is_empty() {
-                // A mapping of an overlay's file need not show the inode of its upper file.
-                tree.unchanged = Unchanged::default();
-            }
-            let captured = capture(&tree.path, &mut writer, &mut tree.unchanged, mapped)?;
-            tree.last = Some(captured);
-        }
-        writer.flush()?;
-        Ok(trees)
-    }
-
-    fn dump(
-        &self,
-        images: &Path,
-        previous: Option<memory::Captured>,
-    ) -> Result<memory::Captured, MigrationError> {
-        let mut writer = self.store.writer(&self.lease);
-        let previous = Previous::load(&self.store, previous.map(|previous| previous.digest))?;
-        let captured = memory::capture_dump(images, &mut writer, &previous)?;
-        writer.flush()?;
-        Ok(captured)
-    }
-}
-
-fn changed_bytes(store: &Store, new: Digest, before: Option<Digest>) -> Result<u64, ContentError> {
-    let mut bytes = 0;
-    difference(store, Kind::Tree, new, before, &mut |changed| {
-        bytes += store.object(&changed.digest)?.len() as u64;
-        Ok(())
-    })?;
-    Ok(bytes)
 }
 
 /// Encodes the difference of each pair into batches.

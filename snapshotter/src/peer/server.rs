@@ -185,7 +185,7 @@ impl Peer for Service {
     async fn describe(&self, request: Request<DescribeRequest>) -> Answer<DescribeResponse> {
         let container = named(request.into_inner().container)?;
         let described = describe(&self.node, &container).await.map_err(|error| status(&error))?;
-        described.check_movable(&self.node, &container).await.map_err(|error| status(&error))?;
+        described.check_movable(&self.node).await.map_err(|error| status(&error))?;
         Ok(Response::new(described.response(&self.node)))
     }
 

@@ -124,6 +124,11 @@ impl Store {
         Ok(of_subject)
     }
 
+    /// Place of the next snapshot of `subject` in its lineage.
+    pub fn next_sequence(&self, subject: &Subject) -> Result<u64, StoreError> {
+        Ok(self.snapshots(subject)?.first().map_or(0, |(_, newest)| newest.sequence) + 1)
+    }
+
     /// All snapshots, in the order in which they were recorded.
     ///
     /// Errors: [`StoreError::SnapshotRecord`] if one cannot be read; it is kept.

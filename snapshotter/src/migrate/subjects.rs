@@ -1,0 +1,240 @@
+//! The subjects of one container, as its node captures them: while it runs, and at the cut.
+//!
+//! Captures follow each other: each remembers what it saw, so that the next reads only what may have changed, and
+//! stores only what did. Nothing here stops the container; [`super::cut`] does.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use godwit_protos::peer::Manifest;
+use godwit_protos::{ContainerRef, Digest, Subject};
+
+use super::describe::{Described, describe, mapped_inodes};
+use super::{MigrationError, blocking};
+use crate::content::capture::{Captured, Unchanged, capture};
+use crate::content::memory::{self, Previous};
+use crate::content::object::Kind;
+use crate::content::{ContentError, Source as _, difference::difference};
+use crate::node::{Node, unix_ms};
+use crate::store::{Lease, Snapshot, SnapshotId, Store, StoreError};
+
+/// How long a snapshot of a running container may take before what it wrote is no longer protected.
+const SNAPSHOT_MAX: Duration = Duration::from_secs(3600);
+
+/// One subject as it was captured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// What it is of.
+    pub subject: Subject,
+    /// What sort of object the root is.
+    pub kind: Kind,
+    /// The manifest.
+    pub root: Digest,
+    /// Its size.
+    pub size_bytes: u64,
+    /// What differs from the capture before.
+    pub changed_bytes: u64,
+}
+
+impl Version {
+    /// As it is told to a peer; `sequence` is its place in the lineage, 0 if it has none yet.
+    pub fn manifest(&self, sequence: u64) -> Manifest {
+        Manifest {
+            subject: self.subject.to_string(),
+            digest: self.root.as_bytes().to_vec().into(),
+            size_bytes: self.size_bytes,
+            changed_bytes: self.changed_bytes,
+            sequence,
+        }
+    }
+
+    /// As it is recorded, taken now.
+    pub fn snapshot(&self, sequence: u64, node: &str) -> Snapshot {
+        Snapshot {
+            subject: self.subject.clone(),
+            sequence,
+            taken_at_unix_ms: unix_ms(),
+            root: self.root,
+            root_kind: self.kind as u8,
+            size_bytes: self.size_bytes,
+            node: node.to_owned(),
+            is_pinned: false,
+        }
+    }
+}
+
+/// A file tree, with what its captures remember.
+struct TreeSubject {
+    subject: Subject,
+    path: PathBuf,
+    unchanged: Unchanged,
+    last: Option<Captured>,
+    changed_bytes: u64,
+}
+
+/// The subjects of one container. What captures store is protected by the lease that is passed to them; what an earlier
+/// one stored must still be there: keep its lease, or a snapshot that was made of it.
+pub struct Subjects {
+    store: Store,
+    memory: Subject,
+    memory_last: Option<memory::Captured>,
+    trees: Vec<TreeSubject>,
+}
+
+impl Subjects {
+    /// The subjects of a described container.
+    pub fn of(node: &Node, described: &Described, writable_layer: bool) -> Self {
+        let tree = |subject, path: &PathBuf| TreeSubject {
+            subject,
+            path: path.clone(),
+            unchanged: Unchanged::default(),
+            last: None,
+            changed_bytes: 0,
+        };
+        let volumes = described.writable_volumes.iter();
+        let mut trees: Vec<_> =
+            volumes.map(|(id, path)| tree(Subject::Volume(id.clone()), path)).collect();
+        if let Some(upper) = described.upper_dir.as_ref().filter(|_| writable_layer) {
+            trees.push(tree(Subject::Layer(described.container.clone()), upper));
+        }
+        let memory = described.memory.clone();
+        Self { store: node.store.clone(), memory, memory_last: None, trees }
+    }
+
+    /// What there is to capture.
+    pub fn all(&self) -> impl Iterator<Item = &Subject> {
+        self.trees.iter().map(|tree| &tree.subject).chain([&self.memory])
+    }
+
+    /// The last capture of each.
+    pub fn versions(&self) -> Vec<Version> {
+        let tree = |tree: &TreeSubject| {
+            tree.last.map(|last| Version {
+                subject: tree.subject.clone(),
+                kind: Kind::Tree,
+                root: last.tree,
+                size_bytes: last.bytes,
+                changed_bytes: tree.changed_bytes,
+            })
+        };
+        let memory = self.memory_last.as_ref().map(|last| Version {
+            subject: self.memory.clone(),
+            kind: Kind::Memory,
+            root: last.digest,
+            size_bytes: last.bytes,
+            changed_bytes: last.changed_bytes,
+        });
+        self.trees.iter().filter_map(tree).chain(memory).collect()
+    }
+
+    /// Captures those subjects that are `wanted` while the processes `pids` run. May block.
+    pub fn capture_live(
+        &mut self,
+        lease: &Lease,
+        pids: &[u32],
+        wanted: &dyn Fn(&Subject) -> bool,
+    ) -> Result<(), MigrationError> {
+        let before: Vec<_> =
+            self.trees.iter().map(|tree| tree.last.map(|last| last.tree)).collect();
+        self.capture_trees(lease, &mapped_inodes(pids), wanted)?;
+        for (tree, before) in self.trees.iter_mut().zip(before) {
+            if let Some(last) = tree.last.filter(|_| wanted(&tree.subject)) {
+                tree.changed_bytes = changed_bytes(&self.store, last.tree, before)?;
+            }
+        }
+        if wanted(&self.memory) {
+            let mut writer = self.store.writer(lease);
+            let memory = memory::capture_live(pids, &mut writer, &self.memory_before()?)?;
+            writer.flush()?;
+            self.memory_last = Some(memory);
+        }
+        Ok(())
+    }
+
+    /// Captures the trees that are `wanted`; `mapped` holds inodes whose times may not tell of stores. May block.
+    pub fn capture_trees(
+        &mut self,
+        lease: &Lease,
+        mapped: &HashSet<u64>,
+        wanted: &dyn Fn(&Subject) -> bool,
+    ) -> Result<(), MigrationError> {
+        let mut writer = self.store.writer(lease);
+        for tree in self.trees.iter_mut().filter(|tree| wanted(&tree.subject)) {
+            if matches!(tree.subject, Subject::Layer(_)) && !mapped.is_empty() {
+                // A mapping of an overlay's file need not show the inode of its upper file.
+                tree.unchanged = Unchanged::default();
+            }
+            tree.last = Some(capture(&tree.path, &mut writer, &mut tree.unchanged, mapped)?);
+        }
+        Ok(writer.flush()?)
+    }
+
+    /// Reads the memory from CRIU's images. May block.
+    pub fn capture_dump(&mut self, lease: &Lease, images: &Path) -> Result<(), MigrationError> {
+        let mut writer = self.store.writer(lease);
+        let captured = memory::capture_dump(images, &mut writer, &self.memory_before()?)?;
+        writer.flush()?;
+        self.memory_last = Some(captured);
+        Ok(())
+    }
+
+    fn memory_before(&self) -> Result<Previous, ContentError> {
+        Previous::load(&self.store, self.memory_last.as_ref().map(|last| last.digest))
+    }
+}
+
+fn changed_bytes(store: &Store, new: Digest, before: Option<Digest>) -> Result<u64, ContentError> {
+    let mut bytes = 0;
+    difference(store, Kind::Tree, new, before, &mut |changed| {
+        bytes += store.object(&changed.digest)?.len() as u64;
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
+/// Records snapshots durably and retires the oldest beyond `keep` of each subject.
+pub fn record(
+    store: &Store,
+    snapshots: &[Snapshot],
+    keep: usize,
+) -> Result<Vec<SnapshotId>, StoreError> {
+    store.sync()?;
+    let mut ids = Vec::new();
+    for snapshot in snapshots {
+        ids.push(store.record(snapshot)?);
+        store.keep_last(&snapshot.subject, keep)?;
+    }
+    Ok(ids)
+}
+
+/// Versions as snapshots at the end of their lineages.
+pub fn newest(
+    store: &Store,
+    versions: &[Version],
+    node: &str,
+) -> Result<Vec<Snapshot>, StoreError> {
+    let snapshot = |one: &Version| Ok(one.snapshot(store.next_sequence(&one.subject)?, node));
+    versions.iter().map(snapshot).collect()
+}
+
+/// Takes a snapshot of every subject of a running container, without freezing it, and records them.
+///
+/// Such snapshots serve as bases for a migration; they are not consistent with each other.
+pub async fn take_snapshots(
+    node: &Node,
+    container: &ContainerRef,
+) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
+    let described = describe(node, container).await?;
+    let pids = node.containerd.pids(container.namespace(), container.id()).await?;
+    let lease = node.store.lease("snapshot", SNAPSHOT_MAX);
+    let mut subjects = Subjects::of(node, &described, true);
+    let (store, keep, name) = (node.store.clone(), node.config.keep_last, node.config.node.clone());
+    blocking(move || {
+        subjects.capture_live(&lease, &pids, &|_| true)?;
+        let snapshots = newest(&store, &subjects.versions(), &name)?;
+        let ids = record(&store, &snapshots, keep)?;
+        Ok(ids.into_iter().zip(snapshots).collect())
+    })
+    .await
+}
