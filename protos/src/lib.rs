@@ -18,6 +18,8 @@ pub use names::{ContainerRef, MigrateFrom, ParseNameError, Subject, VolumeId, Vo
 pub mod annotation {
     /// Where to take the container from: `NODE/NAMESPACE/CONTAINER` ([`crate::MigrateFrom`]).
     pub const MIGRATE_FROM: &str = "godwit.io/migrate-from";
+    /// Which cut on this node to start from: `sha256:` and 64 hexadecimal digits.
+    pub const RESTORE_FROM: &str = "godwit.io/restore-from";
     /// "cooperative" (the default) or "traditional".
     pub const MODE: &str = "godwit.io/mode";
     /// Rounds of pre-copy before the stop.

@@ -171,7 +171,7 @@ impl fmt::Display for VolumeSource {
 /// What a snapshot is *of*. The identity does not depend on the content.
 ///
 /// Text form, parts parted by `|` because image names hold slashes and colons: `volume|ID`,
-/// `layer|NAMESPACE|CONTAINER`, `memory|NAMESPACE|SERVICE|USER`.
+/// `layer|NAMESPACE|CONTAINER`, `memory|NAMESPACE|SERVICE|USER`, `container|NAMESPACE|CONTAINER`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Subject {
     /// A writable volume.
@@ -187,6 +187,8 @@ pub enum Subject {
         /// The container's id, or what the user annotation says.
         user: String,
     },
+    /// A whole container at one instant: its memory, layer and volumes.
+    Container(ContainerRef),
 }
 
 impl FromStr for Subject {
@@ -197,6 +199,7 @@ impl FromStr for Subject {
         match parts.as_slice() {
             ["volume", id] => id.parse().map(Self::Volume),
             ["layer", namespace, id] => ContainerRef::new(namespace, id).map(Self::Layer),
+            ["container", namespace, id] => ContainerRef::new(namespace, id).map(Self::Container),
             &["memory", namespace, service, user]
                 if is_name(namespace) && is_service(service) && is_service(user) =>
             {
@@ -206,7 +209,7 @@ impl FromStr for Subject {
             _ => Err(bad(
                 "subject",
                 text,
-                "volume|ID, layer|NAMESPACE|CONTAINER or memory|NAMESPACE|SERVICE|USER",
+                "volume|ID, layer|NAMESPACE|CONTAINER, memory|NAMESPACE|SERVICE|USER or container|NAMESPACE|CONTAINER",
             )),
         }
     }
@@ -219,6 +222,9 @@ impl fmt::Display for Subject {
             Self::Layer(container) => write!(f, "layer|{}|{}", container.namespace, container.id),
             Self::Memory { namespace, service, user } => {
                 write!(f, "memory|{namespace}|{service}|{user}")
+            }
+            Self::Container(container) => {
+                write!(f, "container|{}|{}", container.namespace, container.id)
             }
         }
     }

@@ -23,7 +23,7 @@ use containerd_shim::protos::events::task::{
 };
 use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim::protos::shim::oci::Options;
-use godwit_protos::{ContainerRef, MigrateFrom};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom};
 use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
@@ -57,6 +57,8 @@ pub(crate) enum Origin {
     Image { image_path: PathBuf, work_path: PathBuf },
     /// Another node.
     Migrate(MigrateFrom),
+    /// A cut that this node has.
+    Restore(Digest),
 }
 
 /// A process added by exec.

@@ -1,10 +1,11 @@
-//! From a request to a running container, by one of three ways ([`Origin`]).
+//! From a request to a running container, by one of four ways ([`Origin`]).
 //!
 //! | | Create | Start |
 //! |---|---|---|
 //! | fresh | volumes, mount, `runc create` | `runc start` |
 //! | image | volumes, mount | `runc restore` |
-//! | migrate | nothing but checks | acquire, volumes, mount, held `runc restore`, claim, settle |
+//! | migrate, from another node | nothing but checks | acquire, volumes, mount, held `runc restore`, claim, settle |
+//! | restore, from a cut of this node | the same | the same |
 //!
 //! Restoring belongs to Start: containerd may fill the root file system between the two, and Create
 //! must answer quickly. A start that fails leaves no process and, for a migration, no mount; the
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use containerd_shim::protos::events::task::TaskStart;
 use godwit_protos::control::{AcquireRequest, AcquireResponse, SettleRequest};
-use godwit_protos::{ContainerRef, MigrateFrom, path};
+use godwit_protos::{ContainerRef, path};
 
 use crate::container::{Container, Origin, read_pid};
 use crate::criu::{self, Connections};
@@ -75,7 +76,7 @@ impl Container {
     /// The part of Create that the origin asks for.
     pub(crate) async fn create(self: &Arc<Self>) -> Result<(), TaskError> {
         match self.origin {
-            Origin::Migrate(_) => Ok(()),
+            Origin::Migrate(_) | Origin::Restore(_) => Ok(()),
             Origin::Image { .. } => Ok(rootfs::mount(&self.rootfs, &self.bundle).await?),
             Origin::Fresh => self.create_fresh().await,
         }
@@ -117,7 +118,16 @@ impl Container {
             Origin::Image { image_path, work_path } => {
                 self.start_image(image_path, work_path).await?;
             }
-            Origin::Migrate(from) => self.start_migrated(from).await?,
+            Origin::Migrate(from) => {
+                let migrate_from = from.to_string();
+                let origin = AcquireRequest { migrate_from, ..Default::default() };
+                self.start_acquired(origin).await?;
+            }
+            Origin::Restore(cut) => {
+                let restore_from = cut.to_string();
+                let origin = AcquireRequest { restore_from, ..Default::default() };
+                self.start_acquired(origin).await?;
+            }
         }
         Ok(self.init.pid())
     }
@@ -174,9 +184,9 @@ impl Container {
     /// 5. settle
     ///
     /// Whatever fails after 1 is reported to the daemon, and everything is undone.
-    async fn start_migrated(self: &Arc<Self>, from: &MigrateFrom) -> Result<(), TaskError> {
+    async fn start_acquired(self: &Arc<Self>, origin: AcquireRequest) -> Result<(), TaskError> {
         let mut daemon = Daemon::connect(&self.name).await?;
-        let acquired = self.acquire(&daemon, from).await?;
+        let acquired = self.acquire(&daemon, origin).await?;
         if acquired.start_fresh {
             self.bind_late().await?;
             self.create_fresh().await?;
@@ -226,14 +236,13 @@ impl Container {
     async fn acquire(
         &self,
         daemon: &Daemon,
-        from: &MigrateFrom,
+        origin: AcquireRequest,
     ) -> Result<AcquireResponse, TaskError> {
         let request = AcquireRequest {
-            migrate_from: from.to_string(),
             bundle: self.bundle.display().to_string(),
             rootfs_upper: upper_dir(self),
             volumes: Spec::load(&self.bundle)?.volumes()?,
-            ..Default::default()
+            ..origin
         };
         let mut cancelled = self.cancelled.subscribe();
         tokio::select! {

@@ -105,8 +105,8 @@ impl TaskService {
         let kept = encoded.and_then(|bytes| std::fs::write(bundle.join(OPTIONS_FILE), bytes));
         kept.map_err(TaskError::io("file of runtime options"))?;
         // The volumes of a migrated container arrive with its state.
-        let mut changed =
-            !matches!(origin, Origin::Migrate(_)) && launch::bind_volumes(&mut spec, &name).await?;
+        let mut changed = !matches!(origin, Origin::Migrate(_) | Origin::Restore(_))
+            && launch::bind_volumes(&mut spec, &name).await?;
         if user_criu_config.is_none() {
             let config = bundle.join(criu::CONFIG_FILE);
             spec.annotate(CRIU_CONFIG, &config.display().to_string());
@@ -173,9 +173,19 @@ fn origin_of(
         };
         return Ok(Origin::Image { image_path: image_path.into(), work_path });
     }
-    match spec.annotation(annotation::MIGRATE_FROM) {
-        Some(from) => Ok(Origin::Migrate(from.parse()?)),
-        None => Ok(Origin::Fresh),
+    let annotated = |key| spec.annotation(key);
+    match (annotated(annotation::MIGRATE_FROM), annotated(annotation::RESTORE_FROM)) {
+        (Some(from), None) => Ok(Origin::Migrate(from.parse()?)),
+        (None, Some(cut)) => {
+            let wrong =
+                |error| TaskError::Invalid(format!("{}: {error}", annotation::RESTORE_FROM));
+            Ok(Origin::Restore(cut.parse().map_err(wrong)?))
+        }
+        (None, None) => Ok(Origin::Fresh),
+        (Some(_), Some(_)) => {
+            let why = format!("{} and {}", annotation::MIGRATE_FROM, annotation::RESTORE_FROM);
+            Err(TaskError::Invalid(format!("{why} exclude each other")))
+        }
     }
 }
 

@@ -14,15 +14,17 @@ use godwit_protos::control::{
     CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty, ImportVolumeRequest,
     ListPeersResponse, ListSnapshotsResponse, ListVolumesResponse, MigrateRequest, OwnershipEntry,
     Peer, PinSnapshotRequest, PlanResponse, Progress, RemoveVolumeRequest, ResolveVolumesRequest,
-    ResolveVolumesResponse, SettleRequest, Snapshot, StatusResponse, SweepResponse, Volume,
+    ResolveVolumesResponse, RestoreSnapshotRequest, SettleRequest, Snapshot, StatusResponse,
+    SweepResponse, Volume,
 };
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation, peer};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
 use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
-use crate::migrate::{MigrationError, Next, chain, describe, plan, subjects};
+use crate::migrate::{MigrationError, Next, chain, cut, describe, plan, restore, subjects};
 use crate::node::{Node, unix_ms};
+use crate::peer::server::Wanted;
 use crate::peer::{Connection, server};
 use crate::store::{SnapshotId, StoreError};
 use crate::volumes::VolumeError;
@@ -182,9 +184,17 @@ impl Control for Service {
     ) -> ttrpc::Result<AcquireResponse> {
         let volumes = asked.volumes.iter().map(|mount| mount.volume.parse());
         let upper = (!asked.rootfs_upper.is_empty()).then(|| PathBuf::from(&asked.rootfs_upper));
+        let (from, cut) = if asked.restore_from.is_empty() {
+            (asked.migrate_from.parse::<MigrateFrom>().map_err(invalid)?, None)
+        } else {
+            let cut = asked.restore_from.parse().map_err(invalid)?;
+            let from = restore::origin(&self.node, cut).await;
+            (from.map_err(|error| migration_error(&error))?, Some(cut))
+        };
         let wanted = Acquire {
             container: container(&asked.container)?,
-            from: asked.migrate_from.parse::<MigrateFrom>().map_err(invalid)?,
+            from,
+            cut,
             upper_dir: upper,
             volumes: volumes.collect::<Result<_, _>>().map_err(invalid)?,
             settings: settings(Path::new(&asked.bundle)).map_err(invalid)?,
@@ -231,12 +241,31 @@ impl Control for Service {
         let (to, message) = self.migration(asked)?;
         let mut events = if to == self.node.config.node {
             let wanted = server::wanted(message).map_err(|status| invalid(status.message()))?;
-            server::follow(&self.node, wanted)
+            server::follow(&self.node, Wanted::Migrate(wanted))
         } else {
             let events = self.at(&to).await?.client().migrate(message).await;
             let events = events.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
             events.into_inner().boxed()
         };
+        while let Some(event) = events.next().await {
+            let event = event.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
+            answer.send(&progress(event)).await?;
+        }
+        Ok(())
+    }
+
+    async fn restore_snapshot(
+        &self,
+        _context: &TtrpcContext,
+        asked: RestoreSnapshotRequest,
+        answer: ServerStreamSender<Progress>,
+    ) -> ttrpc::Result<()> {
+        let wanted = restore::Request {
+            snapshot: snapshot_id(&asked.id)?,
+            although_it_may_run: asked.although_it_may_run_elsewhere,
+            netns: (!asked.netns.is_empty()).then_some(asked.netns),
+        };
+        let mut events = server::follow(&self.node, Wanted::Restore(wanted));
         while let Some(event) = events.next().await {
             let event = event.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
             answer.send(&progress(event)).await?;
@@ -357,7 +386,11 @@ impl Control for Service {
         asked: CreateSnapshotRequest,
     ) -> ttrpc::Result<ListSnapshotsResponse> {
         let wanted = container(&asked.container)?;
-        let taken = subjects::take_snapshots(&self.node, &wanted).await;
+        let taken = if asked.consistent {
+            cut::take(&self.node, &wanted).await
+        } else {
+            subjects::take_snapshots(&self.node, &wanted).await
+        };
         let taken = taken.map_err(|error| migration_error(&error))?;
         let mut answer = ListSnapshotsResponse::new();
         answer.snapshots = taken.iter().map(|(id, one)| snapshot(*id, one)).collect();

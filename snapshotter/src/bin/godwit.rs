@@ -10,11 +10,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use godwit_protos::control::{
     Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest,
     Empty, ImportVolumeRequest, MigrateRequest, PinSnapshotRequest, Progress, RemoveVolumeRequest,
-    Snapshot, Volume,
+    RestoreSnapshotRequest, Snapshot, Volume,
 };
 use godwit_snapshotter::migrate::plan::Plan;
 use serde_json::json;
-use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::{Client, ClientStreamReceiver};
 use ttrpc::context::{Context, with_duration};
 
 /// Longest wait for an answer; a migration of a large container takes its time.
@@ -114,6 +114,20 @@ enum SnapshotCommand {
     Create {
         /// The container.
         name: String,
+        /// Freeze the container meanwhile, and keep what is needed to start it on another node.
+        #[arg(long)]
+        consistent: bool,
+    },
+    /// Start a container on this node from a consistent snapshot, after its host died. What it did since is lost.
+    Restore {
+        /// The number of a snapshot of a whole container (`container|...`).
+        id: String,
+        /// Start it although a peer does not answer or still has it: there may be two of it then.
+        #[arg(long)]
+        although_it_may_run_elsewhere: bool,
+        /// Network namespace to join, if not the one of the same path.
+        #[arg(long)]
+        netns: Option<String>,
     },
     /// Show one snapshot.
     Show {
@@ -270,6 +284,15 @@ async fn migrate(
 ) -> anyhow::Result<()> {
     let request = request(namespace, &asked);
     let mut events = client.migrate(deadline(), &request).await?;
+    follow(&mut events, &asked.name, out).await
+}
+
+/// Shows how something goes, to its end.
+async fn follow(
+    events: &mut ClientStreamReceiver<Progress>,
+    name: &str,
+    out: &Out,
+) -> anyhow::Result<()> {
     let bar = out.bar();
     while let Some(event) = events.recv().await? {
         match event.step.as_str() {
@@ -279,12 +302,12 @@ async fn migrate(
             }
             "failed" => {
                 bar.finish_and_clear();
-                bail!("{}: {}", asked.name, event.text);
+                bail!("{name}: {}", event.text);
             }
             step => bar.set_message(format!("{step}: {}", event.text)),
         }
     }
-    bail!("the daemon hung up; `godwit status` on both nodes tells who runs {}", asked.name)
+    bail!("the daemon hung up; `godwit status` on both nodes tells who runs {name}")
 }
 
 async fn snapshot(
@@ -302,6 +325,14 @@ async fn snapshot(
             let found = found.with_context(|| format!("no snapshot {id} on this node"))?;
             return out.fields(&snapshot_line(found));
         }
+        SnapshotCommand::Restore { id, although_it_may_run_elsewhere, netns } => {
+            let mut request = RestoreSnapshotRequest::new();
+            request.id.clone_from(&id);
+            request.although_it_may_run_elsewhere = although_it_may_run_elsewhere;
+            request.netns = netns.unwrap_or_default();
+            let mut events = client.restore_snapshot(deadline(), &request).await?;
+            return follow(&mut events, &format!("snapshot {id}"), out).await;
+        }
         SnapshotCommand::Pin { id } => {
             (pin.id, pin.pinned) = (id, true);
             return Ok(client.pin_snapshot(deadline(), &pin).await.map(drop)?);
@@ -310,9 +341,10 @@ async fn snapshot(
             pin.id = id;
             return Ok(client.pin_snapshot(deadline(), &pin).await.map(drop)?);
         }
-        SnapshotCommand::Create { name } => {
+        SnapshotCommand::Create { name, consistent } => {
             let mut request = CreateSnapshotRequest::new();
             request.container = Some(container(namespace, name)).into();
+            request.consistent = consistent;
             client.create_snapshot(deadline(), &request).await?
         }
         SnapshotCommand::Delete { id } => {

@@ -4,6 +4,8 @@
 //! Tree ── Directory ─┬─ Directory ...             Memory ─┬─ Tree        CRIU's images without pages
 //!                    ├─ Chunk ...                         └─ Pages ─┬─ Chunk   one page, 4 KiB
 //!                    └─ Pieces ── Chunk ...                         └─ ...     256 pages, 1 MiB
+//! Cut ─┬─ Memory
+//!      └─ Tree ...
 //! ```
 //!
 //! Every box is an object of the store, named by the SHA-256 of its bytes, so a tree is a Merkle tree: two
@@ -46,6 +48,8 @@ pub enum Kind {
     Pages = 4,
     /// A [`Memory`] image.
     Memory = 5,
+    /// A [`Cut`].
+    Cut = 6,
 }
 
 impl Kind {
@@ -59,10 +63,9 @@ impl TryFrom<u8> for Kind {
     type Error = ObjectError;
 
     fn try_from(byte: u8) -> Result<Self, ObjectError> {
-        [Self::Chunk, Self::Pieces, Self::Directory, Self::Tree, Self::Pages, Self::Memory]
-            .into_iter()
-            .find(|kind| *kind as u8 == byte)
-            .ok_or(ObjectError::Kind(byte))
+        use Kind::{Chunk, Cut, Directory, Memory, Pages, Pieces, Tree};
+        let all = [Chunk, Pieces, Directory, Tree, Pages, Memory, Cut];
+        all.into_iter().find(|kind| *kind as u8 == byte).ok_or(ObjectError::Kind(byte))
     }
 }
 
@@ -219,6 +222,36 @@ pub struct Memory {
     pub pages: u64,
 }
 
+/// One subject in a [`Cut`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// What it is of, in the text form of [`godwit_protos::Subject`].
+    pub subject: String,
+    /// The kind of its root: [`Kind::Tree`] or [`Kind::Memory`].
+    pub kind: u8,
+    /// Its manifest.
+    #[serde(with = "digest")]
+    pub root: Digest,
+}
+
+/// A whole container at one instant, and what is needed to run it again without the node that it ran on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cut {
+    /// `NAMESPACE/CONTAINER`.
+    pub container: String,
+    /// Node that took it.
+    pub node: String,
+    /// That node's processor architecture, as Rust names it.
+    pub architecture: String,
+    /// The fence of its last offer by then.
+    pub epoch: u64,
+    /// How that node described the container: a `godwit.peer.v1.DescribeResponse` in protobuf's bytes.
+    #[serde(with = "serde_bytes")]
+    pub description: Vec<u8>,
+    /// Its memory, writable layer and writable volumes, sorted by subject.
+    pub parts: Vec<Part>,
+}
+
 /// An object other than a chunk.
 pub trait Object: Serialize + serde::de::DeserializeOwned {
     /// Its kind.
@@ -324,6 +357,21 @@ impl Object for Memory {
     }
 }
 
+impl Object for Cut {
+    const KIND: Kind = Kind::Cut;
+
+    fn check(&self) -> Result<(), &'static str> {
+        if !self.parts.is_sorted_by(|one, next| one.subject < next.subject) {
+            return Err("parts ascend by subject and none comes twice");
+        }
+        let of = |kind: Kind| self.parts.iter().filter(|part| part.kind == kind as u8).count();
+        if of(Kind::Memory) != 1 || of(Kind::Memory) + of(Kind::Tree) != self.parts.len() {
+            return Err("one memory, and trees");
+        }
+        Ok(())
+    }
+}
+
 impl Entry {
     fn check(&self) -> Result<(), &'static str> {
         if !is_entry_name(&self.name) {
@@ -410,6 +458,12 @@ pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectE
             let images = memory.images.map(|images| (Kind::Tree, images));
             let blocks = memory.maps.into_iter().flat_map(|map| map.blocks);
             images.into_iter().chain(blocks.map(|block| (Kind::Pages, block))).collect()
+        }
+        Kind::Cut => {
+            let parts = Cut::decode(bytes)?.parts.into_iter();
+            parts
+                .map(|part| Ok((Kind::try_from(part.kind)?, part.root)))
+                .collect::<Result<_, _>>()?
         }
     })
 }
@@ -511,6 +565,48 @@ mod tests {
         assert!(Directory::decode(&Directory::Entries(vec![entry]).encode()).is_err());
     }
 
+    fn cut(parts: &[(&str, Kind)]) -> Cut {
+        let part = |(subject, kind): &(&str, Kind)| Part {
+            subject: (*subject).to_owned(),
+            kind: *kind as u8,
+            root: Digest::from_bytes([7; 32]),
+        };
+        Cut {
+            container: "d/c".to_owned(),
+            node: "a".to_owned(),
+            architecture: "x".to_owned(),
+            epoch: 3,
+            description: vec![5],
+            parts: parts.iter().map(part).collect(),
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_a_cut_are_these() {
+        let bytes = cut(&[("memory|d|s|u", Kind::Memory)]).encode();
+        let mut expected =
+            b"\x01\x03d/c\x01a\x01x\x03\x01\x05\x01\x0cmemory|d|s|u\x05\x20".to_vec();
+        expected.extend([7; 32]);
+        assert_eq!(bytes, expected);
+        let children = children(Kind::Cut, &bytes).unwrap();
+        assert_eq!(children, [(Kind::Memory, Digest::from_bytes([7; 32]))]);
+    }
+
+    #[test]
+    fn a_cut_has_one_memory_and_otherwise_trees() {
+        let memory = ("memory|d|s|u", Kind::Memory);
+        for wrong in [
+            &[][..],
+            &[("volume|v", Kind::Tree)],
+            &[memory, memory],
+            &[memory, ("volume|v", Kind::Chunk)],
+            &[("volume|v", Kind::Tree), memory],
+        ] {
+            assert!(Cut::decode(&cut(wrong).encode()).is_err(), "{wrong:?}");
+        }
+        assert!(Cut::decode(&cut(&[memory, ("volume|v", Kind::Tree)]).encode()).is_ok());
+    }
+
     #[test]
     fn an_unknown_version_is_named() {
         let error = Tree::decode(&[9, 1, 2]).unwrap_err();
@@ -519,7 +615,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bytes_of_a_peer_never_panic(bytes: Vec<u8>, kind in 0u8..6) {
+        fn bytes_of_a_peer_never_panic(bytes: Vec<u8>, kind in 0u8..7) {
             let mut bytes = bytes;
             bytes.insert(0, VERSION);
             let _ = children(Kind::try_from(kind).unwrap(), &bytes);

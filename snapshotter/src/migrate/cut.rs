@@ -6,16 +6,23 @@
 //!
 //! On failure whoever has journalled the offer takes it back, which thaws ([`super::release::take_offer_back`]).
 
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::describe::{Described, mapped_inodes};
-use super::subjects::{Subjects, Version};
+use godwit_protos::{ContainerRef, Subject};
+use prost::Message as _;
+
+use super::describe::{Described, describe, mapped_inodes};
+use super::ownership::{Epoch, Event};
+use super::release::take_offer_back;
+use super::subjects::{SNAPSHOT_MAX, Subjects, Version, newest, record};
 use super::{MigrationError, blocking};
+use crate::content::object::{Cut, Kind, Object as _, Part};
 use crate::content::on;
 use crate::node::Node;
-use crate::store::Lease;
+use crate::store::{Lease, Snapshot, SnapshotId};
 
 /// Subjects that a thread reads while others wait.
 pub(super) type Shared = Arc<Mutex<Subjects>>;
@@ -76,4 +83,82 @@ pub(super) async fn read_dump(
         Ok(subjects.versions())
     })
     .await
+}
+
+/// Takes a consistent snapshot of a running container, which is frozen meanwhile, and records it: every subject, and the
+/// whole as one [`Cut`] from which `godwit snapshot restore` can start it elsewhere.
+///
+/// The freeze is journalled as an offer to this node itself, so that whatever happens ends in a thaw. On open: the offer is
+/// taken back. Cancel: the work goes on.
+///
+/// Errors: [`MigrationError`]; the container runs.
+pub async fn take(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
+    let (node, container) = (node.clone(), container.clone());
+    let taken = tokio::spawn(async move { take_here(&node, &container).await });
+    taken.await.map_err(|_cause| MigrationError::Interrupted)?
+}
+
+async fn take_here(
+    node: &Node,
+    container: &ContainerRef,
+) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
+    let described = describe(node, container).await?;
+    described.check_movable(node).await?;
+    let description = described.response(node).encode_to_vec();
+    let lease = Arc::new(node.store.lease("snapshot", SNAPSHOT_MAX));
+    let subjects = Arc::new(Mutex::new(Subjects::of(node, &described, true)));
+    let pids = node.containerd.pids(container.namespace(), container.id()).await?;
+    {
+        // Once while it runs, so that little is left to read while it is frozen.
+        let (subjects, lease) = (subjects.clone(), lease.clone());
+        blocking(move || lock(&subjects).capture_live(&lease, &pids, &|_| true)).await?;
+    }
+    let directory = node.config.state_dir.join("dump").join(node.new_id());
+    let to_itself = format!("{}/{container}", node.config.node);
+    let offer = Event::Offer(to_itself, Epoch::default());
+    let epoch = node.journal.apply(container, &offer, |entry| entry.frozen = true)?.epoch();
+    let shared = (&subjects, &lease);
+    let frozen = freeze_and_dump(node, &described, shared, &directory).await;
+    take_offer_back(node, container, epoch).await;
+    let versions = match frozen {
+        Ok(_) => read_dump(shared, &directory).await,
+        Err(error) => Err(error),
+    };
+    let (store, name, keep) = (node.store.clone(), node.config.node.clone(), node.config.keep_last);
+    let container = container.clone();
+    blocking(move || {
+        let _ = fs::remove_dir_all(&directory);
+        let mut versions = versions?;
+        let mut parts: Vec<Part> = versions.iter().map(part).collect();
+        parts.sort_unstable_by(|one, next| one.subject.cmp(&next.subject));
+        let cut = Cut {
+            container: container.to_string(),
+            node: name.clone(),
+            architecture: std::env::consts::ARCH.to_owned(),
+            epoch: epoch.0,
+            description,
+            parts,
+        };
+        let mut writer = store.writer(&lease);
+        versions.push(Version {
+            subject: Subject::Container(container),
+            kind: Kind::Cut,
+            root: writer.put(&cut.encode())?,
+            size_bytes: versions.iter().map(|version| version.size_bytes).sum(),
+            changed_bytes: 0,
+        });
+        writer.flush()?;
+        let snapshots = newest(&store, &versions, &name)?;
+        let ids = record(&store, &snapshots, keep)?;
+        Ok(ids.into_iter().zip(snapshots).collect())
+    })
+    .await
+}
+
+fn part(version: &Version) -> Part {
+    let (subject, kind) = (version.subject.to_string(), version.kind as u8);
+    Part { subject, kind, root: version.root }
 }

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use godwit_protos::{ContainerRef, MigrateFrom, Subject, VolumeSource};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject, VolumeSource};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -35,7 +35,7 @@ pub const LOOKUP_MAX: Duration = Duration::from_millis(300);
 const NEIGHBOURS_WAIT: Duration = Duration::from_millis(50);
 
 /// How long a neighbour has to answer a hello; one that takes longer than [`NEIGHBOURS_WAIT`] joins later.
-const NEIGHBOUR_MAX: Duration = Duration::from_secs(2);
+pub(super) const NEIGHBOUR_MAX: Duration = Duration::from_secs(2);
 
 /// How long the source has to answer a hello.
 const SOURCE_MAX: Duration = Duration::from_secs(10);
@@ -88,14 +88,23 @@ pub struct Prepared {
 pub struct Acquire {
     /// The container, as it is called here.
     pub container: ContainerRef,
-    /// Where it comes from.
+    /// Where it comes from; with a cut, who had it when that was taken.
     pub from: MigrateFrom,
+    /// The cut to restore, instead of asking that node.
+    pub cut: Option<Digest>,
     /// Directory of its writable layer here, if it has one.
     pub upper_dir: Option<PathBuf>,
     /// The volumes that its own specification mounts.
     pub volumes: Vec<VolumeSource>,
     /// Settings from its annotations.
     pub settings: Settings,
+}
+
+impl Acquire {
+    /// The value of the annotation that asks for it.
+    pub fn annotation(&self) -> String {
+        self.cut.map_or_else(|| self.from.to_string(), |cut| cut.to_string())
+    }
 }
 
 /// What a shim gets.
@@ -155,6 +164,7 @@ pub(super) struct Session {
 pub struct Sessions {
     live: Mutex<HashMap<ContainerRef, Arc<Session>>>,
     prepared: Mutex<HashMap<ContainerRef, Prepared>>,
+    names: Mutex<HashMap<ContainerRef, String>>,
 }
 
 impl std::fmt::Debug for Sessions {
@@ -177,6 +187,17 @@ impl Sessions {
     /// Takes back what was prepared.
     pub fn take_prepared(&self, container: &ContainerRef) -> Option<Prepared> {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).remove(container)
+    }
+
+    /// What the next session of the container is called in events.
+    pub(super) fn name_next(&self, container: &ContainerRef, migration: &str) {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names.insert(container.clone(), migration.to_owned());
+    }
+
+    /// Takes that name back.
+    pub(super) fn take_name(&self, container: &ContainerRef) -> Option<String> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(container)
     }
 
     /// Drops an ended session, unless a newer one has taken its place.
@@ -236,7 +257,7 @@ pub async fn connect(
 /// - Errors: why the session failed. The container runs at its source.
 pub async fn acquire(node: &Arc<Node>, asked: Acquire) -> Result<Acquired, Arc<MigrationError>> {
     let entry = node.journal.container(&asked.container).map_err(|error| Arc::new(error.into()))?;
-    if entry.is_some_and(|entry| entry.has_spent(&asked.from.to_string())) {
+    if entry.is_some_and(|entry| entry.has_spent(&asked.annotation())) {
         return Ok(Acquired::StartFresh);
     }
     let session = {
@@ -416,5 +437,6 @@ pub fn kind_of(subject: &Subject) -> Kind {
     match subject {
         Subject::Volume(_) | Subject::Layer(_) => Kind::Tree,
         Subject::Memory { .. } => Kind::Memory,
+        Subject::Container(_) => Kind::Cut,
     }
 }

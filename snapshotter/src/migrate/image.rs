@@ -34,6 +34,31 @@ const RATE_MIN: f64 = 256e3;
 /// ... once it has had this long.
 const RATE_AFTER: Duration = Duration::from_millis(250);
 
+/// Whom blobs are asked from.
+#[derive(Clone, Copy, Debug)]
+pub enum Whom<'a> {
+    /// Neighbours, and the source for what they do not deliver.
+    Migration(&'a Connections),
+    /// These neighbours; there is no source any more.
+    Neighbours(&'a [Arc<Connection>]),
+}
+
+impl Whom<'_> {
+    fn neighbours(&self) -> Vec<Arc<Connection>> {
+        match self {
+            Self::Migration(connections) => connections.neighbours(),
+            Self::Neighbours(neighbours) => neighbours.to_vec(),
+        }
+    }
+
+    fn source(&self) -> Option<&Arc<Connection>> {
+        match self {
+            Self::Migration(connections) => Some(&connections.source),
+            Self::Neighbours(_) => None,
+        }
+    }
+}
+
 /// Makes `name` an image of this node, unpacked for `snapshotter`, and returns what it is made of.
 ///
 /// Errors: [`MigrationError::NoBlob`] when nobody delivers a blob; containerd's errors, also when the name stands for
@@ -43,7 +68,7 @@ pub async fn bring(
     namespace: &str,
     (name, target): (&str, &Descriptor),
     snapshotter: &str,
-    connections: &Connections,
+    whom: Whom<'_>,
 ) -> Result<ImageContent, MigrationError> {
     if let Some(existing) = node.containerd.image(namespace, name).await?
         && existing.digest != target.digest
@@ -52,11 +77,12 @@ pub async fn bring(
         return Err(ClientError::ImageDiffers { name, existing, wanted }.into());
     }
     let lease = node.containerd.lease(namespace).await?;
-    let source = node.channels.of(&connections.source.node).throughput_bytes_per_second;
+    let source = whom.source().map(|source| node.channels.of(&source.node));
+    let source = source.and_then(|channel| channel.throughput_bytes_per_second);
     let bring = Bring {
         client: lease.client(),
         namespace,
-        connections,
+        whom,
         rate_min: source.map_or(RATE_MIN, |rate| rate * RATE_SHARE_MIN),
         silent: Mutex::default(),
     };
@@ -87,7 +113,7 @@ pub async fn bring(
 struct Bring<'a> {
     client: &'a Client,
     namespace: &'a str,
-    connections: &'a Connections,
+    whom: Whom<'a>,
     /// Bytes per second below which a neighbour is not worth waiting for.
     rate_min: f64,
     /// Neighbours that let a lookup or a blob wait for too long: not asked again.
@@ -122,7 +148,8 @@ impl Bring<'_> {
         let of_source = Demand { patience: source, rate_min: 0.0 };
         let holders = self.holders(digest).await;
         let neighbours = holders.iter().map(|peer| (peer, of_neighbour));
-        for (peer, demand) in neighbours.chain([(&self.connections.source, of_source)]) {
+        let source = self.whom.source().map(|source| (source, of_source));
+        for (peer, demand) in neighbours.chain(source) {
             match self.fetch_from(peer, digest, size, demand).await {
                 Ok(()) => return Ok(()),
                 Err(error) => {
@@ -146,7 +173,7 @@ impl Bring<'_> {
             namespace: self.namespace.to_owned(),
             ..LocateRequest::default()
         };
-        let mut neighbours = self.connections.neighbours();
+        let mut neighbours = self.whom.neighbours();
         neighbours.retain(|peer| !self.silent().contains(&peer.node));
         let ask = neighbours.into_iter().map(|peer| {
             let asked = asked.clone();

@@ -21,6 +21,7 @@ pub mod predict;
 pub mod release;
 pub mod report;
 pub mod request;
+pub mod restore;
 pub mod rounds;
 pub mod session;
 pub mod shim;
@@ -37,7 +38,7 @@ use crate::content::ContentError;
 use crate::node::Node;
 use crate::peer::PeerError;
 use crate::peer::fetch::FetchError;
-use crate::store::StoreError;
+use crate::store::{SnapshotId, StoreError};
 use crate::volumes::VolumeError;
 
 /// Why a migration failed. Until the release the container runs on at its source.
@@ -65,6 +66,19 @@ pub enum MigrationError {
         /// Where to.
         to: String,
     },
+    /// Starting it from a snapshot could make a second runner.
+    #[error(
+        "container {container} may still run elsewhere: {doubts}; if it does not, say --although-it-may-run-elsewhere"
+    )]
+    MayRun {
+        /// Which.
+        container: ContainerRef,
+        /// What each peer said that does not rule it out.
+        doubts: String,
+    },
+    /// A snapshot of one subject cannot be run.
+    #[error("{0} is not of a whole container; `godwit snapshot create --consistent` takes such")]
+    NoCut(SnapshotId),
     /// A name that is taken at the destination.
     #[error("container {0} exists on this node already; delete it first")]
     Exists(ContainerRef),

@@ -16,7 +16,7 @@ use godwit_protos::{ContainerRef, MigrateFrom, annotation};
 use super::destination::{Prepared, Settings, connect, mode_word};
 use super::ownership::Ownership;
 use super::{MigrationError, image, spec};
-use crate::containerd::{ClientError, Container, Descriptor, Runtime, TaskStatus};
+use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
 use crate::volumes::VolumeError;
 
@@ -67,22 +67,39 @@ pub async fn migrate(
     node.events.step(migration, "pre-copy", "image");
     let target = image_of(&described)?;
     let named = (described.image.as_str(), &target);
-    let content =
-        image::bring(node, namespace, named, &described.snapshotter, &connections).await?;
+    let whom = image::Whom::Migration(&connections);
+    let content = image::bring(node, namespace, named, &described.snapshotter, whom).await?;
     let record = record(node, request, &described)?;
+    let migration = migration.to_owned();
+    let prepared = Prepared { migration, begun, connections, remove_source: true };
+    create_and_start(node, container, record, &content, || {
+        node.sessions.prepare(container, prepared);
+    })
+    .await
+}
+
+/// Creates container and task and starts it, which asks for its state; `before` runs before the task is created.
+///
+/// Errors: nothing of it is left, unless it was granted to this node and may have run.
+pub(super) async fn create_and_start(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+    record: Container,
+    content: &ImageContent,
+    before: impl FnOnce(),
+) -> Result<(), MigrationError> {
+    let (namespace, id) = (container.namespace(), container.id());
+    let snapshotter = record.snapshotter.clone();
     let chain_id = content.chain_id().map(|chain_id| chain_id.to_string());
     // Until the container refers to its snapshot, containerd's garbage collection would take it.
     let lease = node.containerd.lease(namespace).await?;
-    let prepared =
-        lease.client().prepare(namespace, &described.snapshotter, id, chain_id.as_deref());
+    let prepared = lease.client().prepare(namespace, &snapshotter, id, chain_id.as_deref());
     let mounts = prepared.await?;
 
     let started = async {
         node.containerd.create_container(namespace, record).await?;
         lease.release().await?;
-        let migration = migration.to_owned();
-        let prepared = Prepared { migration, begun, connections, remove_source: true };
-        node.sessions.prepare(container, prepared);
+        before();
         node.containerd.create_task(namespace, id, mounts).await?;
         node.containerd.start_task(namespace, id).await
     };
@@ -90,11 +107,11 @@ pub async fn migrate(
         Ok(_) => Ok(()),
         Err(error) => {
             node.sessions.take_prepared(container);
+            node.sessions.take_name(container);
             // An error of the call says nothing of the container, which may have come and run.
             if !has_come(node, container)? {
                 super::remove_container(node, container).await;
-                let _ =
-                    node.containerd.remove_snapshot(namespace, &described.snapshotter, id).await;
+                let _ = node.containerd.remove_snapshot(namespace, &snapshotter, id).await;
             }
             Err(match error {
                 ClientError::Failed { reason, .. } => MigrationError::Restore(reason),
@@ -237,14 +254,27 @@ pub(super) fn record(
     request: &Request,
     described: &DescribeResponse,
 ) -> Result<Container, MigrationError> {
+    let annotation = (annotation::MIGRATE_FROM, request.from.to_string());
+    record_with(node, request, described, annotation)
+}
+
+/// The container that takes the described one's place here, with the annotation that says where its state is.
+pub(super) fn record_with(
+    node: &Node,
+    request: &Request,
+    described: &DescribeResponse,
+    origin: (&'static str, String),
+) -> Result<Container, MigrationError> {
     let yes_no = |yes| if yes { "yes" } else { "no" }.to_owned();
-    let settings = [
+    let annotations = [
+        origin,
         (annotation::MODE, mode_word(&request.settings).to_owned()),
         (annotation::MAX_ROUNDS, request.settings.max_rounds.to_string()),
         (annotation::WRITABLE_LAYER, yes_no(request.settings.writable_layer)),
     ];
     let netns = request.netns.as_deref().map(Path::new);
-    let wanted = spec::Wanted { from: &request.from, netns, settings: &settings };
+    let container = &request.from.container;
+    let wanted = spec::Wanted { container, netns, annotations: &annotations };
     let spec = spec::derive(&described.spec_json, &node.config.admit, &wanted)?;
     let id = request.from.container.id().to_owned();
     let mut labels = described.labels.clone();

@@ -68,11 +68,16 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
     let session = Session { id: id.clone(), asked: asked.clone(), state, commands };
     tokio::spawn(async move {
         let container = asked.container.clone();
-        let migration =
-            prepared.as_ref().map_or_else(|| id.clone(), |prepared| prepared.migration.clone());
+        let named = prepared.as_ref().map(|prepared| prepared.migration.clone());
+        let named = named.or_else(|| node.sessions.take_name(&container));
+        let migration = named.unwrap_or_else(|| id.clone());
         let mut work =
             Work { node: node.clone(), asked, id, publish, inbox, migration, may_discard: true };
-        match work.run(prepared).await {
+        let outcome = match work.asked.cut {
+            Some(cut) => work.restore(&cut).await,
+            None => work.run(prepared).await,
+        };
+        match outcome {
             Ok(report) => node.events.done(&work.migration, &report),
             Err(error) => {
                 let error = Arc::new(error);
@@ -89,15 +94,15 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
     session
 }
 
-struct Work {
-    node: Arc<Node>,
-    asked: Acquire,
-    id: String,
-    migration: String,
-    publish: watch::Sender<State>,
+pub(super) struct Work {
+    pub(super) node: Arc<Node>,
+    pub(super) asked: Acquire,
+    pub(super) id: String,
+    pub(super) migration: String,
+    pub(super) publish: watch::Sender<State>,
     inbox: mpsc::Receiver<Command>,
     /// False from the grant on: the tasks may have run, so what they run on stays.
-    may_discard: bool,
+    pub(super) may_discard: bool,
 }
 
 /// The two directions of the hand-off stream.
@@ -219,6 +224,7 @@ impl Work {
                 }
                 Subject::Layer(container) => container == from,
                 Subject::Memory { namespace, .. } => namespace == from.namespace(),
+                Subject::Container(_) => false,
             };
             if !is_asked || manifest.sequence > SEQUENCE_MAX {
                 return Err(MigrationError::Protocol("a subject that is not the container's"));
@@ -436,12 +442,7 @@ impl Work {
             }
         };
         let from = self.asked.from.to_string();
-        let (session, migrate_from) = (self.id.clone(), from.clone());
-        self.node.journal.apply(&container, &Event::Claim(epoch, from.clone()), |entry| {
-            entry.session = Some(session);
-            entry.migrate_from = Some(migrate_from);
-            entry.resumed = false;
-        })?;
+        self.journal_claim(epoch)?;
         let asked = line.send(to_source::Message::Release(Release { epoch: epoch.0 })).await;
         let told = match asked {
             Ok(()) => line.next().await,
@@ -470,10 +471,27 @@ impl Work {
             }
             return Err(MigrationError::Restore(reason));
         }
-        self.settled(line, epoch).await
+        self.settled(Some(line), epoch).await
     }
 
-    async fn settled(&mut self, line: &mut Line, epoch: Epoch) -> Result<Instant, MigrationError> {
+    /// Journals that this node asks for the container, before it does.
+    pub(super) fn journal_claim(&self, epoch: Epoch) -> Result<(), MigrationError> {
+        let (session, annotation) = (self.id.clone(), self.asked.annotation());
+        let claim = Event::Claim(epoch, self.asked.from.to_string());
+        let journalled = self.node.journal.apply(&self.asked.container, &claim, |entry| {
+            entry.session = Some(session);
+            entry.migrate_from = Some(annotation);
+            entry.resumed = false;
+        });
+        Ok(journalled.map(drop)?)
+    }
+
+    /// Waits for the shim's word on how the restore ended, and passes it on to the source, if there is one.
+    pub(super) async fn settled(
+        &mut self,
+        line: Option<&mut Line>,
+        epoch: Epoch,
+    ) -> Result<Instant, MigrationError> {
         let container = self.asked.container.clone();
         let (settlement, done) = loop {
             match self.command().await {
@@ -509,10 +527,12 @@ impl Work {
             let state_dir = self.node.config.state_dir.clone();
             blocking(move || sync_file_system(&state_dir)).await?;
         }
-        // What may have run here is ours, also when it has ended.
-        let told = Settled { running: ran, reason: settlement.reason.clone() };
-        // Should it be lost, the source asks.
-        let _ = line.send(to_source::Message::Settled(told)).await;
+        if let Some(line) = line {
+            // What may have run here is ours, also when it has ended.
+            let told = Settled { running: ran, reason: settlement.reason.clone() };
+            // Should it be lost, the source asks.
+            let _ = line.send(to_source::Message::Settled(told)).await;
+        }
         if settlement.running {
             Ok(running)
         } else {
@@ -527,7 +547,7 @@ impl Work {
         matches!(task, Ok(Some(task)) if task.status == TaskStatus::Running)
     }
 
-    async fn command(&mut self) -> Result<Command, MigrationError> {
+    pub(super) async fn command(&mut self) -> Result<Command, MigrationError> {
         match tokio::time::timeout(SHIM_MAX, self.inbox.recv()).await {
             Ok(Some(command)) => Ok(command),
             Ok(None) => Err(MigrationError::Interrupted),

@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::path::{Component, Path};
 
-use godwit_protos::{MigrateFrom, VolumeSource, annotation};
+use godwit_protos::{ContainerRef, VolumeSource, annotation};
 use oci_spec::runtime::{
     Capability, LinuxBuilder, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceType,
     LinuxNamespaceType, Mount, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
@@ -36,12 +36,12 @@ pub enum SpecError {
 /// What the request adds to the description.
 #[derive(Clone, Debug)]
 pub struct Wanted<'a> {
-    /// Value of the migrate-from annotation.
-    pub from: &'a MigrateFrom,
+    /// The container, which keeps its name.
+    pub container: &'a ContainerRef,
     /// Network namespace to join instead of the one that the source names.
     pub netns: Option<&'a Path>,
-    /// Annotations that carry the request's settings.
-    pub settings: &'a [(&'static str, String)],
+    /// Annotations that say where the state is and carry the request's settings.
+    pub annotations: &'a [(&'static str, String)],
 }
 
 /// Namespaces that a container must have of its own.
@@ -175,7 +175,7 @@ fn fresh_linux(
         }
     }
     let mut linux = LinuxBuilder::default().namespaces(namespaces);
-    let container = &wanted.from.container;
+    let container = wanted.container;
     linux = linux.cgroups_path(format!("/{}/{}", container.namespace(), container.id()));
     if let Some(resources) = from.resources() {
         linux = linux.resources(resources.clone());
@@ -207,8 +207,7 @@ fn annotations(from: &Spec, wanted: &Wanted<'_>) -> std::collections::HashMap<St
     let ours = |key: &str| key.starts_with("godwit.io/") && !identity.contains(&key);
     let mut fresh: std::collections::HashMap<String, String> =
         kept.filter(|(key, _)| !ours(key) && !key.starts_with("org.criu.")).collect();
-    fresh.insert(annotation::MIGRATE_FROM.to_owned(), wanted.from.to_string());
-    fresh.extend(wanted.settings.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+    fresh.extend(wanted.annotations.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     fresh
 }
 
@@ -289,12 +288,12 @@ mod tests {
     }
 
     fn derived(description: &Value, admit: &Admit) -> Result<Spec, SpecError> {
-        let from: MigrateFrom = "edge-a/default/cache".parse().unwrap();
-        let wanted = Wanted {
-            from: &from,
-            netns: None,
-            settings: &[(annotation::MODE, "traditional".into())],
-        };
+        let annotations = [
+            (annotation::MIGRATE_FROM, "edge-a/default/cache".into()),
+            (annotation::MODE, "traditional".into()),
+        ];
+        let container = ContainerRef::new("default", "cache").unwrap();
+        let wanted = Wanted { container: &container, netns: None, annotations: &annotations };
         derive(&description.to_string(), admit, &wanted)
     }
 

@@ -20,7 +20,7 @@ use crate::node::{Node, unix_ms};
 use crate::store::{Lease, Snapshot, SnapshotId, Store, StoreError};
 
 /// How long a snapshot of a running container may take before what it wrote is no longer protected.
-const SNAPSHOT_MAX: Duration = Duration::from_secs(3600);
+pub(super) const SNAPSHOT_MAX: Duration = Duration::from_secs(3600);
 
 /// One subject as it was captured.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
 use crate::migrate::destination::Settings;
-use crate::migrate::{MigrationError, describe::describe, plan, request, source};
+use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
 use crate::node::Node;
 use crate::store::{Store, Stored};
 
@@ -222,7 +222,8 @@ impl Peer for Service {
     type MigrateStream = Pinned<Progress>;
 
     async fn migrate(&self, request: Request<MigrateRequest>) -> Answer<Self::MigrateStream> {
-        Ok(Response::new(follow(&self.node, wanted(request.into_inner())?)))
+        let wanted = Wanted::Migrate(wanted(request.into_inner())?);
+        Ok(Response::new(follow(&self.node, wanted)))
     }
 
     async fn plan(&self, request: Request<MigrateRequest>) -> Answer<PlanResponse> {
@@ -253,8 +254,17 @@ fn settings(asked: &MigrateRequest) -> Result<Settings, String> {
     Ok(Settings { cooperative, max_rounds: asked.max_rounds, writable_layer })
 }
 
-/// Starts a migration to this node and follows its events to the last one.
-pub fn follow(node: &Arc<Node>, wanted: request::Request) -> Pinned<Progress> {
+/// What brings a container to this node.
+#[derive(Clone, Debug)]
+pub enum Wanted {
+    /// From the node that runs it.
+    Migrate(request::Request),
+    /// From a cut that is here.
+    Restore(restore::Request),
+}
+
+/// Starts bringing a container here and follows the events to the last one.
+pub fn follow(node: &Arc<Node>, wanted: Wanted) -> Pinned<Progress> {
     let migration = node.new_id();
     let mut events = node.events.subscribe();
     let (send, receive) = mpsc::channel(QUEUE);
@@ -264,8 +274,16 @@ pub fn follow(node: &Arc<Node>, wanted: request::Request) -> Pinned<Progress> {
         let done = tokio::spawn({
             let (node, migration) = (node.clone(), migration.clone());
             async move {
-                if let Err(error) = request::migrate(&node, &migration, &wanted).await {
-                    node.events.failed(&migration, &error, request::outlook(&node, &wanted));
+                let failed = match &wanted {
+                    Wanted::Migrate(wanted) => request::migrate(&node, &migration, wanted)
+                        .await
+                        .map_err(|error| (error, request::outlook(&node, wanted))),
+                    Wanted::Restore(wanted) => restore::restore(&node, &migration, wanted)
+                        .await
+                        .map_err(|error| (error, restore::OUTLOOK)),
+                };
+                if let Err((error, outlook)) = failed {
+                    node.events.failed(&migration, &error, outlook);
                 }
             }
         });
