@@ -8,6 +8,7 @@
 //! - [`snapshots`]: containerd's snapshotter service over overlayfs; [`containerd`]: our client of containerd.
 //! - [`peer`]: what daemons ask each other, and fetching from several of them at once.
 //! - [`migrate`]: the procedure itself, both sides, and the journal of who may run a container.
+//! - [`policy`]: when to capture, where to put copies, what to give up, whom to ask: pure rules.
 //! - [`control`]: the socket for shims and for `godwit`; [`config`]: the daemon's file.
 
 pub mod config;
@@ -17,6 +18,7 @@ pub mod control;
 pub mod migrate;
 pub mod node;
 pub mod peer;
+pub mod policy;
 pub mod snapshots;
 pub mod store;
 pub mod volumes;
