@@ -5,8 +5,12 @@
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
+
+use crate::policy::retain::Rules;
+use crate::policy::schedule::{Budget, Schedule, ScheduleError};
 
 /// Where the file is looked for unless `--config` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/godwit/godwit.toml";
@@ -40,9 +44,112 @@ pub struct Config {
     /// What a migration may bring to this node.
     #[serde(default)]
     pub admit: Admit,
-    /// Snapshots kept per subject.
-    #[serde(default = "default_keep_last")]
+    /// Cached snapshots: when they are taken, where copies go, what is kept.
+    #[serde(default)]
+    pub cache: Cache,
+    /// What this node says of itself, for others' `cache.place_on`.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What a node does about cached snapshots. Sizes and times by their units; docs/configuration.md explains each key.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cache {
+    /// Whether running containers are captured by schedule.
+    pub schedule: bool,
+    /// Shortest and longest time between two captures of a subject.
+    pub period_min_s: u64,
+    /// See `period_min_s`.
+    pub period_max_s: u64,
+    /// Expected difference to the last snapshot that makes the next one due.
+    pub difference_mib: u64,
+    /// Periods are longer by a share of themselves below this.
+    pub jitter: f64,
+    /// Share of one processor that captures may take on average.
+    pub cpu_share: f64,
+    /// What captures may write on average.
+    pub disk_mib_per_s: u64,
+    /// Runnable tasks per processor beyond which nothing is captured.
+    pub load_max: f64,
+    /// What is done about memory.
+    pub memory: CacheMemory,
+    /// Neighbours that get a copy.
+    pub copies: usize,
+    /// Labels that such a neighbour must have.
+    pub place_on: BTreeMap<String, String>,
+    /// Whether this node keeps copies for others.
+    pub accept: bool,
+    /// Snapshots kept of each subject.
     pub keep_last: usize,
+    /// Younger ones are kept beyond that; 0 for none.
+    pub keep_within_s: u64,
+    /// How long snapshots outlive their container or volume.
+    pub expire_removed_s: u64,
+    /// What the store may hold.
+    pub budget_mib: u64,
+    /// Room on the disk that caching leaves to others.
+    pub min_free_mib: u64,
+}
+
+/// Whether memory, which holds secrets, is cached, and how it is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheMemory {
+    /// While the container runs: good as a base, not to be restored from.
+    Live,
+    /// Under a freeze, with everything else of the container: also a snapshot to restore from.
+    Consistent,
+    /// Not at all, neither by schedule nor after a migration nor for others.
+    Off,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            schedule: true,
+            period_min_s: 60,
+            period_max_s: 3600,
+            difference_mib: 16,
+            jitter: 0.2,
+            cpu_share: 0.1,
+            disk_mib_per_s: 20,
+            load_max: 0.8,
+            memory: CacheMemory::Live,
+            copies: 1,
+            place_on: BTreeMap::new(),
+            accept: true,
+            keep_last: 2,
+            keep_within_s: 0,
+            expire_removed_s: 24 * 3600,
+            budget_mib: 16 << 10,
+            min_free_mib: 1024,
+        }
+    }
+}
+
+impl Cache {
+    /// When subjects are captured.
+    pub fn schedule(&self) -> Result<Schedule, ScheduleError> {
+        let (min, max) =
+            (Duration::from_secs(self.period_min_s), Duration::from_secs(self.period_max_s));
+        Schedule::new(min, max, self.difference_mib << 20, self.jitter)
+    }
+
+    /// What captures may take of the node.
+    pub fn budget(&self) -> Result<Budget, ScheduleError> {
+        Budget::new(self.cpu_share, self.disk_mib_per_s << 20)
+    }
+
+    /// What is kept.
+    pub fn rules(&self) -> Rules {
+        Rules {
+            keep_last: self.keep_last,
+            keep_within: (self.keep_within_s > 0).then(|| Duration::from_secs(self.keep_within_s)),
+            expire_removed: Duration::from_secs(self.expire_removed_s),
+            budget_bytes: None,
+        }
+    }
 }
 
 /// Another node.
@@ -114,6 +221,12 @@ pub enum ConfigError {
         "refusing to listen on {0}: peers are not authenticated yet; on a trusted network, say `insecure = true`"
     )]
     Insecure(SocketAddr),
+    /// A schedule that makes no sense.
+    #[error("[cache] is not usable")]
+    Cache(#[from] ScheduleError),
+    /// What is removed elsewhere would be forgotten before its owner could say that it is there.
+    #[error("`cache.expire_removed_s` must be at least twice `cache.period_max_s`")]
+    Expiry,
     /// Two peers of one name, or a peer of this node's name.
     #[error("peer name {0:?} is not unique")]
     PeerName(String),
@@ -133,10 +246,6 @@ fn default_containerd_socket() -> PathBuf {
 
 fn default_containerd_state() -> PathBuf {
     "/run/containerd".into()
-}
-
-fn default_keep_last() -> usize {
-    2
 }
 
 impl Config {
@@ -159,6 +268,11 @@ impl Config {
             && !self.insecure
         {
             return Err(ConfigError::Insecure(listen));
+        }
+        self.cache.schedule()?;
+        self.cache.budget()?;
+        if self.cache.expire_removed_s < 2 * self.cache.period_max_s {
+            return Err(ConfigError::Expiry);
         }
         let mut names = BTreeMap::from([(self.node.as_str(), ())]);
         for peer in &self.peers {
@@ -207,6 +321,20 @@ mod tests {
             read("node = 'a'\nlissten = '127.0.0.1:1'"),
             Err(ConfigError::Parse { .. })
         ));
+    }
+
+    #[test]
+    fn a_schedule_that_makes_no_sense_is_refused() {
+        for wrong in [
+            "cpu_share = 0.0",
+            "period_min_s = 0",
+            "jitter = 1.5",
+            "memory = 'x'",
+            "expire_removed_s = 1",
+        ] {
+            assert!(read(&format!("node = 'a'\n[cache]\n{wrong}")).is_err(), "{wrong}");
+        }
+        assert!(read("node = 'a'\n[cache]\nmemory = 'off'\ncopies = 3").is_ok());
     }
 
     #[test]

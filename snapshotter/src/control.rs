@@ -17,7 +17,7 @@ use godwit_protos::control::{
     ResolveVolumesResponse, RestoreSnapshotRequest, SettleRequest, Snapshot, StatusResponse,
     SweepResponse, Volume,
 };
-use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation, peer};
+use godwit_protos::{ContainerRef, MigrateFrom, Subject, VolumeSource, annotation, peer};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
@@ -486,7 +486,18 @@ impl Control for Service {
             let text = format!("volume {wanted} is in use by container {user}");
             return Err(rpc(Code::FAILED_PRECONDITION, text));
         }
-        self.blocking(move |node| node.volumes.remove(&wanted)).await?;
+        self.blocking(move |node| {
+            // One that moved away lives on elsewhere.
+            let was_here = node.volumes.path(&wanted, false).is_ok();
+            node.volumes.remove(&wanted)?;
+            match wanted {
+                VolumeSource::Writable(id) if was_here => {
+                    Ok(node.caching.removed(node, Subject::Volume(id))?)
+                }
+                _ => Ok(()),
+            }
+        })
+        .await?;
         Ok(Empty::new())
     }
 
@@ -514,7 +525,7 @@ fn snapshot(id: SnapshotId, taken: &crate::store::Snapshot) -> Snapshot {
     line.size_bytes = taken.size_bytes;
     line.node = taken.node.clone();
     line.pinned = taken.is_pinned;
-    line.age_ms = u64::try_from(unix_ms() - taken.taken_at_unix_ms).unwrap_or(0);
+    line.age_ms = u64::try_from(taken.age(unix_ms()).as_millis()).unwrap_or(u64::MAX);
     line
 }
 

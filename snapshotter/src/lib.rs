@@ -11,6 +11,7 @@
 //! - [`policy`]: when to capture, where to put copies, what to give up, whom to ask: pure rules.
 //! - [`control`]: the socket for shims and for `godwit`; [`config`]: the daemon's file.
 
+pub mod caching;
 pub mod config;
 pub mod containerd;
 pub mod content;

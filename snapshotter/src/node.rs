@@ -1,6 +1,6 @@
 //! What all parts of one daemon share.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use godwit_protos::peer::Progress;
 use tokio::sync::broadcast;
 
+use crate::caching::Caching;
 use crate::config::Config;
 use crate::containerd::{Client, EventKind};
 use crate::content::object::{self, Kind, ObjectError};
@@ -20,7 +21,7 @@ use crate::migrate::ownership::Ownership;
 use crate::migrate::report::Report;
 use crate::migrate::{MigrationError, request};
 use crate::peer::channel::Channels;
-use crate::store::{Options, Store, SweepReport};
+use crate::store::{Options, SnapshotId, Store, SweepReport};
 use crate::volumes::{VolumeError, Volumes};
 
 /// Events that a slow watcher may lag behind before it misses some.
@@ -46,6 +47,8 @@ pub struct Node {
     pub containerd: Client,
     /// Containers that are coming here.
     pub sessions: Sessions,
+    /// What the schedule of snapshots is told.
+    pub caching: Caching,
     /// What happens, for whoever watches.
     pub events: Events,
     /// What `criu --version` says; empty when there is no CRIU.
@@ -110,6 +113,7 @@ impl Node {
             channels,
             containerd,
             sessions,
+            caching: Caching::default(),
             events,
             criu_version,
             ids,
@@ -128,17 +132,21 @@ impl Node {
     ///
     /// Errors: [`VolumeError`] for a list of volumes that cannot be read, or the store's; nothing is removed then.
     pub fn sweep(&self) -> Result<SweepReport, VolumeError> {
-        let contents = self.volumes.contents()?;
-        let roots: Vec<(u8, _)> =
-            contents.into_iter().map(|digest| (Kind::Tree as u8, digest)).collect();
-        let children = |kind: u8, bytes: &[u8]| -> Result<Vec<_>, ObjectError> {
-            let all = object::children(Kind::try_from(kind)?, bytes)?;
-            Ok(all.into_iter().map(|(kind, digest)| (kind as u8, digest)).collect())
-        };
-        let is_leaf = |kind: u8| kind == Kind::Chunk as u8;
         self.store
-            .sweep(&children, is_leaf, &roots)
+            .sweep(&children, is_leaf, &self.content_roots()?)
             .map_err(|error| VolumeError::Sweep(Box::new(error)))
+    }
+
+    /// For each snapshot the bytes that its removal frees. Errors: as of [`Self::sweep`].
+    pub fn exclusive_bytes(&self) -> Result<BTreeMap<SnapshotId, u64>, VolumeError> {
+        self.store
+            .exclusive_bytes(&children, is_leaf, &self.content_roots()?)
+            .map_err(|error| VolumeError::Sweep(Box::new(error)))
+    }
+
+    fn content_roots(&self) -> Result<Vec<(u8, godwit_protos::Digest)>, VolumeError> {
+        let contents = self.volumes.contents()?.into_iter();
+        Ok(contents.map(|digest| (Kind::Tree as u8, digest)).collect())
     }
 
     /// Follows containerd: what is deleted there is forgotten here. Runs until the daemon ends.
@@ -212,6 +220,24 @@ impl Node {
         let roots = snapshots.into_iter().map(|(_, snapshot)| snapshot.root);
         Ok(roots.chain(self.volumes.contents()?).collect())
     }
+}
+
+/// What an object of the store refers to, for marking.
+fn children(kind: u8, bytes: &[u8]) -> Result<Vec<(u8, godwit_protos::Digest)>, ObjectError> {
+    let all = object::children(Kind::try_from(kind)?, bytes)?;
+    Ok(all.into_iter().map(|(kind, digest)| (kind as u8, digest)).collect())
+}
+
+fn is_leaf(kind: u8) -> bool {
+    kind == Kind::Chunk as u8
+}
+
+/// One minute's mean of runnable tasks per processor (proc(5), "loadavg").
+pub fn load() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let tasks = text.split(' ').next().and_then(|first| first.parse::<f64>().ok()).unwrap_or(0.0);
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    tasks / f64::from(u32::try_from(processors).unwrap_or(1))
 }
 
 /// Milliseconds since 1970 by this node's clock.

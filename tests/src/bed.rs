@@ -30,6 +30,13 @@ pub struct BedOptions {
     pub generation: Containerd,
     /// Start the daemon in every node, before containerd.
     pub daemon: bool,
+    /// More of the daemon's configuration, by the node's name; keys first, then tables.
+    pub config: fn(&str) -> String,
+}
+
+/// Snapshots are taken when a test asks for them.
+fn no_schedule(_node: &str) -> String {
+    "[cache]\nschedule = false\n".to_owned()
 }
 
 impl BedOptions {
@@ -37,7 +44,14 @@ impl BedOptions {
     pub fn nodes(count: u8) -> Self {
         let names = (b'a'..=b'z').take(count.into());
         let nodes = names.map(|letter| format!("edge-{}", char::from(letter))).collect();
-        Self { nodes, rate_mbit: None, containerd: true, generation: Containerd::V1, daemon: true }
+        Self {
+            nodes,
+            rate_mbit: None,
+            containerd: true,
+            generation: Containerd::V1,
+            daemon: true,
+            config: no_schedule,
+        }
     }
 
     /// The same with shaped links.
@@ -49,6 +63,12 @@ impl BedOptions {
     /// The same with this containerd.
     pub fn generation(mut self, generation: Containerd) -> Self {
         self.generation = generation;
+        self
+    }
+
+    /// The same with this in the daemon's configuration.
+    pub fn config(mut self, config: fn(&str) -> String) -> Self {
+        self.config = config;
         self
     }
 
@@ -92,7 +112,7 @@ impl Bed {
             .map(|(host, name)| (name.clone(), bed.switch.address(host)))
             .collect();
         for (index, name) in (0..).zip(&options.nodes) {
-            let node = bed.boot(&root, index, name, &addresses);
+            let node = bed.boot(&root, index, name, &addresses, (options.config)(name));
             bed.nodes.push(node.with_context(|| format!("start node {name}"))?);
         }
         std::thread::scope(|scope| {
@@ -116,6 +136,7 @@ impl Bed {
         index: u8,
         name: &str,
         addresses: &[(String, Ipv4Addr)],
+        config: String,
     ) -> Result<Node> {
         let (own, peers): (Vec<_>, Vec<_>) =
             addresses.iter().cloned().partition(|(other, _)| other == name);
@@ -123,7 +144,7 @@ impl Bed {
         let port = self.switch.plug(name, index, address)?;
         let directory = self.run.directory().join(name);
         let run = self.run.number();
-        Node::boot(Parts { run, root, name, address, peers: &peers, directory, port })
+        Node::boot(Parts { run, root, name, address, peers: &peers, config, directory, port })
     }
 
     /// The nodes in the order of the options.

@@ -87,6 +87,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) name: &'a str,
     pub(crate) address: Ipv4Addr,
     pub(crate) peers: &'a [(String, Ipv4Addr)],
+    pub(crate) config: String,
     pub(crate) directory: PathBuf,
     pub(crate) port: Port,
 }
@@ -104,12 +105,12 @@ pub struct ContainerNetwork {
 impl Node {
     /// Makes the node's namespaces and file system; nothing runs in it yet but its process 1.
     pub(crate) fn boot(parts: Parts<'_>) -> Result<Self> {
-        let Parts { run, root, name, address, peers, directory, port } = parts;
+        let Parts { run, root, name, address, peers, config, directory, port } = parts;
         for part in ["upper/etc", "upper/usr/local/bin", "work", "root", "containerd", "godwit"] {
             fs::create_dir_all(directory.join(part))?;
         }
         fs::set_permissions(directory.join("godwit"), fs::Permissions::from_mode(0o700))?;
-        deploy::configure(&directory.join("upper/etc"), name, address, peers)?;
+        deploy::configure(&directory.join("upper/etc"), name, address, peers, &config)?;
         install_programs(&directory.join("upper/usr/local/bin"))?;
         let script = directory.join("init.sh");
         fs::write(&script, INIT)?;

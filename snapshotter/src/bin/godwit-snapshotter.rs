@@ -11,7 +11,7 @@ use clap::Parser;
 use godwit_snapshotter::config::Config;
 use godwit_snapshotter::node::Node;
 use godwit_snapshotter::peer::{PING_INTERVAL, SILENCE_MAX};
-use godwit_snapshotter::{config, control, migrate, peer, snapshots};
+use godwit_snapshotter::{caching, config, control, migrate, peer, snapshots};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -60,6 +60,7 @@ async fn run() -> anyhow::Result<()> {
 
     tokio::spawn(node.clone().follow_containerd());
     tokio::spawn(node.clone().sweep_regularly());
+    tokio::spawn(caching::run(node.clone()));
     if let Some(address) = node.config.listen {
         let listener = TcpListener::bind(address)
             .await

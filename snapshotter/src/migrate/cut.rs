@@ -17,15 +17,16 @@ use prost::Message as _;
 use super::describe::{Described, describe, mapped_inodes};
 use super::ownership::{Epoch, Event};
 use super::release::take_offer_back;
-use super::subjects::{SNAPSHOT_MAX, Subjects, Version, newest, record};
+use super::subjects::{SNAPSHOT_MAX, Subjects, Version, newest};
 use super::{MigrationError, blocking};
+use crate::caching::retention::record;
 use crate::content::object::{Cut, Kind, Object as _, Part};
 use crate::content::on;
 use crate::node::Node;
 use crate::store::{Lease, Snapshot, SnapshotId};
 
 /// Subjects that a thread reads while others wait.
-pub(super) type Shared = Arc<Mutex<Subjects>>;
+pub type Shared = Arc<Mutex<Subjects>>;
 
 /// How long the steps took.
 pub(super) struct Times {
@@ -34,7 +35,7 @@ pub(super) struct Times {
 }
 
 /// Waits for the thread that captures.
-pub(super) fn lock(subjects: &Mutex<Subjects>) -> MutexGuard<'_, Subjects> {
+pub fn lock(subjects: &Mutex<Subjects>) -> MutexGuard<'_, Subjects> {
     subjects.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -102,7 +103,7 @@ pub async fn take(
 }
 
 async fn take_here(
-    node: &Node,
+    node: &Arc<Node>,
     container: &ContainerRef,
 ) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
     let described = describe(node, container).await?;
@@ -127,8 +128,7 @@ async fn take_here(
         Ok(_) => read_dump(shared, &directory).await,
         Err(error) => Err(error),
     };
-    let (store, name, keep) = (node.store.clone(), node.config.node.clone(), node.config.keep_last);
-    let container = container.clone();
+    let (node, container) = (node.clone(), container.clone());
     blocking(move || {
         let _ = fs::remove_dir_all(&directory);
         let mut versions = versions?;
@@ -136,13 +136,13 @@ async fn take_here(
         parts.sort_unstable_by(|one, next| one.subject.cmp(&next.subject));
         let cut = Cut {
             container: container.to_string(),
-            node: name.clone(),
+            node: node.config.node.clone(),
             architecture: std::env::consts::ARCH.to_owned(),
             epoch: epoch.0,
             description,
             parts,
         };
-        let mut writer = store.writer(&lease);
+        let mut writer = node.store.writer(&lease);
         versions.push(Version {
             subject: Subject::Container(container),
             kind: Kind::Cut,
@@ -151,8 +151,8 @@ async fn take_here(
             changed_bytes: 0,
         });
         writer.flush()?;
-        let snapshots = newest(&store, &versions, &name)?;
-        let ids = record(&store, &snapshots, keep)?;
+        let snapshots = newest(&node.store, &versions, &node.config.node)?;
+        let ids = record(&node, &snapshots)?;
         Ok(ids.into_iter().zip(snapshots).collect())
     })
     .await

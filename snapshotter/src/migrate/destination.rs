@@ -189,6 +189,11 @@ impl Sessions {
         self.prepared.lock().unwrap_or_else(PoisonError::into_inner).remove(container)
     }
 
+    /// Whether any container is coming here.
+    pub fn is_busy(&self) -> bool {
+        !self.live().is_empty()
+    }
+
     /// What the next session of the container is called in events.
     pub(super) fn name_next(&self, container: &ContainerRef, migration: &str) {
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);

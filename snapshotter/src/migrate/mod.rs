@@ -281,7 +281,7 @@ async fn remove_container(node: &Node, container: &ContainerRef) {
 }
 
 /// Runs work that waits for disk or processor on a thread of its own.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, MigrationError> + Send + 'static,
 ) -> Result<T, MigrationError> {
     tokio::task::spawn_blocking(work).await.map_err(|_cause| MigrationError::Interrupted)?

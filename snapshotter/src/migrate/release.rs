@@ -16,7 +16,8 @@ use super::MigrationError;
 use super::journal::Entry;
 use super::ownership::{Epoch, Event, Ownership};
 use super::shim::Shim;
-use super::subjects::{Version, newest, record};
+use super::subjects::{Version, newest};
+use crate::caching::retention::{admitted, record};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::store::Lease;
@@ -73,7 +74,7 @@ async fn thaw(node: &Node, container: &ContainerRef) {
 
 /// Asks the destination how the restore of a released container ended, until it answers.
 pub(super) async fn settle_later(
-    node: &Node,
+    node: &Arc<Node>,
     container: &ContainerRef,
     remembered: Option<Remembered>,
 ) {
@@ -187,16 +188,17 @@ impl Remembered {
 
     /// Ends the tasks, keeps the snapshots, gives the volumes away. Each step is safe to leave undone: a snapshot less
     /// makes the next migration slower, and a volume that stays is fenced with its container.
-    pub(super) async fn let_go(self, node: &Node) {
+    pub(super) async fn let_go(self, node: &Arc<Node>) {
         let container = &self.container;
         let ended = async { Shim::find(&node.config, container)?.let_go(container.id()).await };
         if let Err(error) = ended.await {
             tracing::error!(%container, error = error.chain(), "cannot end the tasks that moved away");
         }
-        let (store, versions, keep) = (node.store.clone(), self.versions, node.config.keep_last);
-        let name = node.config.node.clone();
+        node.caching.moved_away(container);
+        let (here, versions) = (node.clone(), self.versions);
         let kept = tokio::task::spawn_blocking(move || {
-            record(&store, &newest(&store, &versions, &name)?, keep)
+            let snapshots = newest(&here.store, &versions, &here.config.node)?;
+            record(&here, &admitted(&here, snapshots))
         });
         if let Ok(Err(error)) = kept.await {
             tracing::warn!(%container, %error, "cannot keep the snapshots");

@@ -56,9 +56,8 @@ pub async fn restore(
 ) -> Result<(), MigrationError> {
     let (snapshot, cut) = find(node, asked.snapshot).await?;
     let container = container_of(&cut)?;
-    let age =
-        Duration::from_millis(u64::try_from(unix_ms() - snapshot.taken_at_unix_ms).unwrap_or(0));
-    let text = format!("{container} as it was on {} {} s ago", cut.node, age.as_secs());
+    let age = snapshot.age(unix_ms()).as_secs();
+    let text = format!("{container} as it was on {} {age} s ago", cut.node);
     node.events.step(migration, "request", &text);
     match node.containerd.container(container.namespace(), container.id()).await {
         Err(ClientError::NotFound(_)) => {}

@@ -22,8 +22,9 @@ use super::destination::{
 use super::layout::Layout;
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Shares};
-use super::subjects::{Version, record};
+use super::subjects::Version;
 use super::{MigrationError, blocking, rounds};
+use crate::caching::retention::{admitted, record};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
 use crate::content::on;
@@ -567,10 +568,10 @@ impl Work {
                     .snapshot(sequence, name)
             });
         let snapshots: Vec<_> = snapshots.collect();
-        let (store, keep) = (self.node.store.clone(), self.node.config.keep_last);
+        let node = self.node.clone();
         let (lease, layout) = (lease.clone(), layout.clone());
         let kept = tokio::task::spawn_blocking(move || {
-            let kept = record(&store, &snapshots, keep);
+            let kept = record(&node, &admitted(&node, snapshots));
             layout.remove_staged();
             drop(lease);
             kept

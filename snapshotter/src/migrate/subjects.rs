@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protos::peer::Manifest;
@@ -12,6 +13,7 @@ use godwit_protos::{ContainerRef, Digest, Subject};
 
 use super::describe::{Described, describe, mapped_inodes};
 use super::{MigrationError, blocking};
+use crate::caching::retention::record;
 use crate::content::capture::{Captured, Unchanged, capture};
 use crate::content::memory::{self, Previous};
 use crate::content::object::Kind;
@@ -20,7 +22,7 @@ use crate::node::{Node, unix_ms};
 use crate::store::{Lease, Snapshot, SnapshotId, Store, StoreError};
 
 /// How long a snapshot of a running container may take before what it wrote is no longer protected.
-pub(super) const SNAPSHOT_MAX: Duration = Duration::from_secs(3600);
+pub(crate) const SNAPSHOT_MAX: Duration = Duration::from_secs(3600);
 
 /// One subject as it was captured.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -179,6 +181,14 @@ impl Subjects {
         Ok(())
     }
 
+    /// Begins anew: what the captures remember may be gone from the store.
+    pub fn forget(&mut self) {
+        self.memory_last = None;
+        for tree in &mut self.trees {
+            (tree.unchanged, tree.last) = (Unchanged::default(), None);
+        }
+    }
+
     fn memory_before(&self) -> Result<Previous, ContentError> {
         Previous::load(&self.store, self.memory_last.as_ref().map(|last| last.digest))
     }
@@ -191,21 +201,6 @@ fn changed_bytes(store: &Store, new: Digest, before: Option<Digest>) -> Result<u
         Ok(())
     })?;
     Ok(bytes)
-}
-
-/// Records snapshots durably and retires the oldest beyond `keep` of each subject.
-pub fn record(
-    store: &Store,
-    snapshots: &[Snapshot],
-    keep: usize,
-) -> Result<Vec<SnapshotId>, StoreError> {
-    store.sync()?;
-    let mut ids = Vec::new();
-    for snapshot in snapshots {
-        ids.push(store.record(snapshot)?);
-        store.keep_last(&snapshot.subject, keep)?;
-    }
-    Ok(ids)
 }
 
 /// Versions as snapshots at the end of their lineages.
@@ -222,18 +217,18 @@ pub fn newest(
 ///
 /// Such snapshots serve as bases for a migration; they are not consistent with each other.
 pub async fn take_snapshots(
-    node: &Node,
+    node: &Arc<Node>,
     container: &ContainerRef,
 ) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
     let described = describe(node, container).await?;
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
     let lease = node.store.lease("snapshot", SNAPSHOT_MAX);
     let mut subjects = Subjects::of(node, &described, true);
-    let (store, keep, name) = (node.store.clone(), node.config.keep_last, node.config.node.clone());
+    let node = node.clone();
     blocking(move || {
         subjects.capture_live(&lease, &pids, &|_| true)?;
-        let snapshots = newest(&store, &subjects.versions(), &name)?;
-        let ids = record(&store, &snapshots, keep)?;
+        let snapshots = newest(&node.store, &subjects.versions(), &node.config.node)?;
+        let ids = record(&node, &snapshots)?;
         Ok(ids.into_iter().zip(snapshots).collect())
     })
     .await

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use futures::{Stream, StreamExt as _};
 use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
-    BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, FromSource, HelloRequest,
-    HelloResponse, LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch,
-    OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, Snapshot,
-    ToSource,
+    BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
+    ForgetResponse, FromSource, HelloRequest, HelloResponse, KeepRequest, KeepResponse,
+    LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch, OwnershipRequest,
+    OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, Snapshot, ToSource,
 };
 use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject};
 use tokio::sync::mpsc;
@@ -20,9 +20,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
+use crate::caching::placement;
+use crate::caching::retention::free_bytes;
 use crate::migrate::destination::Settings;
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
-use crate::node::Node;
+use crate::node::{Node, load};
 use crate::store::{Store, Stored};
 
 /// Names in one lookup, at most.
@@ -102,8 +104,9 @@ impl Peer for Service {
             features: Vec::new(),
             load: load(),
             criu_version: self.node.criu_version.clone(),
-            free_bytes: free_bytes(&self.node.config.state_dir),
+            free_bytes: free_bytes(&self.node),
             architecture: std::env::consts::ARCH.to_owned(),
+            labels: self.node.config.labels.clone().into_iter().collect(),
         }))
     }
 
@@ -217,6 +220,23 @@ impl Peer for Service {
                 epoch: entry.epoch().0,
             },
         }))
+    }
+
+    async fn keep(&self, request: Request<KeepRequest>) -> Answer<KeepResponse> {
+        let node = self.node.clone();
+        // On its own: what has come is kept even if the caller does not wait.
+        let kept = tokio::spawn(async move { placement::keep(&node, request.into_inner()).await });
+        let kept = kept.await.map_err(|_cause| Status::cancelled("stopping"))?;
+        Ok(Response::new(KeepResponse { refused: kept.err().unwrap_or_default() }))
+    }
+
+    async fn forget(&self, request: Request<ForgetRequest>) -> Answer<ForgetResponse> {
+        let node = self.node.clone();
+        let noted =
+            tokio::task::spawn_blocking(move || placement::forget(&node, &request.into_inner()));
+        let noted = noted.await.map_err(|_cause| Status::cancelled("stopping"))?;
+        noted.map_err(Status::internal)?;
+        Ok(Response::new(ForgetResponse {}))
     }
 
     type MigrateStream = Pinned<Progress>;
@@ -357,17 +377,4 @@ fn send_objects(
         }
     }
     let _ = send.blocking_send(Ok(batch));
-}
-
-/// One minute's mean of runnable tasks per processor (proc(5), "loadavg").
-fn load() -> f64 {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let tasks = text.split(' ').next().and_then(|first| first.parse::<f64>().ok()).unwrap_or(0.0);
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    tasks / f64::from(u32::try_from(processors).unwrap_or(1))
-}
-
-fn free_bytes(path: &std::path::Path) -> u64 {
-    nix::sys::statvfs::statvfs(path)
-        .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
 }

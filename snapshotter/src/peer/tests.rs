@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 use godwit_protos::Digest;
 use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
-    BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, FromSource, HelloRequest,
-    HelloResponse, LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch,
-    OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, ToSource,
+    BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
+    ForgetResponse, FromSource, HelloRequest, HelloResponse, KeepRequest, KeepResponse,
+    LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch, OwnershipRequest,
+    OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, ToSource,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -296,6 +297,14 @@ impl Peer for Service {
     }
 
     async fn plan(&self, _request: Request<MigrateRequest>) -> Answer<PlanResponse> {
+        never()
+    }
+
+    async fn keep(&self, _request: Request<KeepRequest>) -> Answer<KeepResponse> {
+        never()
+    }
+
+    async fn forget(&self, _request: Request<ForgetRequest>) -> Answer<ForgetResponse> {
         never()
     }
 }

@@ -8,6 +8,7 @@
 //! | `packs` | number | bytes of the pack that belong to objects and what lies between them |
 //! | `quarantine` | digest | the location where it was found damaged |
 //! | `snapshots` | id | a [`super::Snapshot`] in protobuf |
+//! | `removed` | subject | when its container or volume was removed, in milliseconds since 1970 |
 //!
 //! Commits are of two kinds. A *flush* makes objects visible at once and durable some time later. A
 //! *durable* commit takes everything before it along, so it comes after an fsync of the packs, and
@@ -31,6 +32,7 @@ pub(super) const PACKS: TableDefinition<'_, u32, u32> = TableDefinition::new("pa
 pub(super) const QUARANTINE: TableDefinition<'_, &[u8; 32], &[u8; 17]> =
     TableDefinition::new("quarantine");
 pub(super) const SNAPSHOTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("snapshots");
+pub(super) const REMOVED: TableDefinition<'_, &str, i64> = TableDefinition::new("removed");
 pub(super) const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 
 const META_VERSION: &str = "version";
@@ -127,6 +129,7 @@ impl Index {
         write.open_table(PACKS)?;
         write.open_table(QUARANTINE)?;
         write.open_table(SNAPSHOTS)?;
+        write.open_table(REMOVED)?;
         write.commit()?;
         Ok(version)
     }

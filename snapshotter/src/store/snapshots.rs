@@ -1,6 +1,8 @@
 //! Snapshots: what is kept, and of what. They are the roots that a sweep marks from.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use godwit_protos::{Digest, Subject};
 use prost::Message as _;
@@ -25,7 +27,7 @@ pub struct Snapshot {
     pub subject: Subject,
     /// Place in the subject's lineage; higher is newer. Clocks of nodes differ, this does not.
     pub sequence: u64,
-    /// When it was taken, in milliseconds since 1970, by the clock of `node`.
+    /// When it was taken, in milliseconds since 1970, by this node's clock: one that came here brought its age along.
     pub taken_at_unix_ms: i64,
     /// Digest of the manifest.
     pub root: Digest,
@@ -62,6 +64,12 @@ struct Record {
 }
 
 impl Snapshot {
+    /// How old it is at a time given in milliseconds since 1970; nothing for one from the future.
+    pub fn age(&self, now_unix_ms: i64) -> Duration {
+        let age = now_unix_ms.saturating_sub(self.taken_at_unix_ms);
+        Duration::from_millis(u64::try_from(age).unwrap_or(0))
+    }
+
     fn to_bytes(&self) -> Vec<u8> {
         let record = Record {
             subject: self.subject.to_string(),
@@ -110,6 +118,8 @@ impl Store {
             meta.insert(index::META_NEXT_SNAPSHOT, id + 1)?;
             let bytes = snapshot.to_bytes();
             write.open_table(index::SNAPSHOTS)?.insert(id, bytes.as_slice())?;
+            // Whatever was said of it: it is there.
+            write.open_table(index::REMOVED)?.remove(snapshot.subject.to_string().as_str())?;
             SnapshotId(id)
         };
         index::commit_durable(write, &self.inner.packs)?;
@@ -144,13 +154,13 @@ impl Store {
         Ok(snapshots)
     }
 
-    /// Forgets a snapshot, durably. Its objects go with the next sweep. Pinned or not: see
-    /// [`Self::keep_last`].
+    /// Forgets a snapshot, pinned or not, durably. Its objects go with the next sweep.
     pub fn remove_snapshot(&self, id: SnapshotId) -> Result<(), StoreError> {
         self.remove_snapshots(&[id])
     }
 
-    fn remove_snapshots(&self, ids: &[SnapshotId]) -> Result<(), StoreError> {
+    /// Forgets several.
+    pub fn remove_snapshots(&self, ids: &[SnapshotId]) -> Result<(), StoreError> {
         let write = self.inner.index.begin_write()?;
         {
             let mut table = write.open_table(index::SNAPSHOTS)?;
@@ -177,21 +187,32 @@ impl Store {
         index::commit_durable(write, &self.inner.packs)
     }
 
-    /// Removes the snapshots of `subject` except the newest `count` and the pinned ones. Returns
-    /// what was removed.
-    pub fn keep_last(
-        &self,
-        subject: &Subject,
-        count: usize,
-    ) -> Result<Vec<SnapshotId>, StoreError> {
-        let snapshots = self.snapshots(subject)?;
-        let older = snapshots.iter().skip(count);
-        let retired: Vec<SnapshotId> =
-            older.filter(|(_, snapshot)| !snapshot.is_pinned).map(|(id, _)| *id).collect();
-        if !retired.is_empty() {
-            self.remove_snapshots(&retired)?;
+    /// Notes, durably, that the container or volume of a subject was removed now; recording a snapshot of it takes that
+    /// back. Subjects without snapshots are not noted, nor is one twice.
+    pub fn note_removed(&self, subject: &Subject, now_unix_ms: i64) -> Result<(), StoreError> {
+        if self.snapshots(subject)?.is_empty() {
+            return Ok(());
         }
-        Ok(retired)
+        let text = subject.to_string();
+        let write = self.inner.index.begin_write()?;
+        {
+            let mut table = write.open_table(index::REMOVED)?;
+            if table.get(text.as_str())?.is_none() {
+                table.insert(text.as_str(), now_unix_ms)?;
+            }
+        }
+        index::commit_durable(write, &self.inner.packs)
+    }
+
+    /// Subjects whose containers or volumes were removed, and when, in milliseconds since 1970.
+    pub fn removed(&self) -> Result<BTreeMap<String, i64>, StoreError> {
+        let table = self.inner.index.begin_read()?.open_table(index::REMOVED)?;
+        let mut removed = BTreeMap::new();
+        for entry in table.iter()? {
+            let (subject, at) = entry?;
+            removed.insert(subject.value().to_owned(), at.value());
+        }
+        Ok(removed)
     }
 }
 

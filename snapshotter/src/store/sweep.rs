@@ -15,14 +15,14 @@
 //! Fails closed: if a snapshot, a root or anything but a leaf cannot be read, nothing is removed.
 //! If in step 5 a record cannot be read, its pack stays as it is.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
 use godwit_protos::Digest;
 use redb::ReadableTable as _;
 
 use super::index::{self, Location};
-use super::{Inner, Mismatch, Store, StoreError, pack, step};
+use super::{Inner, Mismatch, SnapshotId, Store, StoreError, pack, step};
 
 /// Records copied to another pack at once, in bytes.
 const COPY_BYTES: usize = 4 << 20;
@@ -155,6 +155,45 @@ impl Store {
         };
         inner.give_space_back(&mut census)?;
         Ok(census.report)
+    }
+
+    /// For each snapshot the bytes of the records that hang on it alone, which its removal frees.
+    ///
+    /// Errors: as of [`Self::sweep`], when something that is marked cannot be read.
+    pub fn exclusive_bytes<E: std::error::Error + 'static>(
+        &self,
+        children: Children<'_, E>,
+        is_leaf: fn(u8) -> bool,
+        extra_roots: &[(u8, Digest)],
+    ) -> Result<BTreeMap<SnapshotId, u64>, SweepError<E>> {
+        let snapshots = self.all_snapshots()?;
+        let others = self.mark(extra_roots.to_vec(), children, is_leaf)?;
+        // By prefix, as marks are: the snapshot that it hangs on, or none if there are several.
+        let mut owners: HashMap<u64, Option<SnapshotId>> = HashMap::new();
+        for (id, snapshot) in &snapshots {
+            let root = vec![(snapshot.root_kind, snapshot.root)];
+            let marks = self.mark(root, children, is_leaf)?;
+            for one in marks.inner.iter().map(prefix).chain(marks.leaves) {
+                let owner = owners.entry(one).or_insert(Some(*id));
+                if *owner != Some(*id) {
+                    *owner = None;
+                }
+            }
+        }
+        let mut bytes: BTreeMap<SnapshotId, u64> =
+            snapshots.iter().map(|(id, _)| (*id, 0)).collect();
+        for entry in self.inner.index.objects()?.iter().map_err(StoreError::from)? {
+            let (digest, entry) = entry.map_err(StoreError::from)?;
+            let digest = Digest::from_bytes(*digest.value());
+            let owner = owners.get(&prefix(&digest)).copied().flatten();
+            let (Some(owner), Some(at)) = (owner, Location::from_bytes(entry.value())) else {
+                continue;
+            };
+            if !others.has(&digest) {
+                *bytes.entry(owner).or_default() += at.record_len() as u64;
+            }
+        }
+        Ok(bytes)
     }
 
     fn mark<E: std::error::Error + 'static>(

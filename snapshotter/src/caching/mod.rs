@@ -1,0 +1,324 @@
+//! Cached snapshots of what runs here: taken by schedule, copied to neighbours, retired.
+//!
+//! ```text
+//!  running containers ──capture when due──► store ──copies──► the nearest neighbours (placement)
+//!                                             │
+//!                                             └──retire──► sweep                      (retention)
+//! ```
+//!
+//! [`run`] looks every [`TICK`] whether something is due. What is due, where copies go and what is given up is decided by
+//! [`crate::policy`]; here are the clocks and the hands. Nothing is captured while the node is loaded, while a container
+//! comes here, or when the disk is short: a capture that is late makes the next migration slower, and nothing else.
+//!
+//! On failure: a capture or copy that fails is tried again when the next is due. All of this is memory only: after a
+//! restart every subject is due at once, within the budget.
+
+pub mod placement;
+pub mod retention;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use godwit_protos::{ContainerRef, Subject};
+use tokio::sync::Semaphore;
+
+use crate::config::CacheMemory;
+use crate::containerd::{ClientError, TaskStatus};
+use crate::migrate::cut::{self, Shared, lock};
+use crate::migrate::describe::describe;
+use crate::migrate::predict::write_rate;
+use crate::migrate::subjects::{SNAPSHOT_MAX, Subjects, Version, newest};
+use crate::migrate::{MigrationError, blocking};
+use crate::node::{Node, load};
+use crate::policy::schedule::{may_run, seed};
+use crate::store::{Snapshot, SnapshotId, StoreError};
+use retention::{has_room, record};
+
+/// How often it is looked whether a subject is due.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How often containerd is asked what runs.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// Runtimes whose containers are captured.
+const RUNTIMES: [&str; 2] = ["io.containerd.runc.godwit.v1", "io.containerd.godwit.v1"];
+
+/// What the rest of the daemon and the schedule tell each other.
+#[derive(Debug)]
+pub struct Caching {
+    moved: Mutex<HashSet<ContainerRef>>,
+    removed: Mutex<Vec<(Subject, Instant)>>,
+    /// Copies that this node fetches for others.
+    keeps: Semaphore,
+}
+
+impl Default for Caching {
+    fn default() -> Self {
+        let (moved, removed) = (Mutex::default(), Mutex::default());
+        Self { moved, removed, keeps: Semaphore::new(placement::KEEPS_MAX) }
+    }
+}
+
+impl Caching {
+    /// A container or volume was removed here: its snapshots expire, here and at every peer.
+    pub fn removed(&self, node: &Node, subject: Subject) -> Result<(), StoreError> {
+        retention::note_removed(node, &subject)?;
+        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
+        removed.push((subject, Instant::now()));
+        Ok(())
+    }
+
+    /// What was removed here within `age`.
+    fn recently_removed(&self, age: Duration) -> Vec<String> {
+        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
+        removed.retain(|(_, at)| at.elapsed() < age);
+        removed.iter().map(|(subject, _)| subject.to_string()).collect()
+    }
+
+    /// A container runs elsewhere now: that it disappears here does not mean that it was removed.
+    pub fn moved_away(&self, container: &ContainerRef) {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner).insert(container.clone());
+    }
+
+    fn take_moved(&self, container: &ContainerRef) -> bool {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner).remove(container)
+    }
+}
+
+/// When a subject is captured next, and what is known of it.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    at: Instant,
+    last: Option<(Instant, SnapshotId)>,
+    write_rate: Option<f64>,
+}
+
+/// A container that runs here.
+struct Tracked {
+    subjects: Shared,
+    due: HashMap<Subject, Due>,
+}
+
+struct Runner {
+    node: Arc<Node>,
+    tracked: HashMap<ContainerRef, Tracked>,
+    looked: Option<Instant>,
+    /// The budget allows no capture before.
+    not_before: Instant,
+    placement: placement::Placement,
+}
+
+/// Takes, copies and retires snapshots. Runs until the daemon ends.
+pub async fn run(node: Arc<Node>) {
+    let placement = placement::Placement::default();
+    let (tracked, not_before) = (HashMap::new(), Instant::now());
+    let mut runner = Runner { node, tracked, looked: None, not_before, placement };
+    loop {
+        tokio::time::sleep(TICK).await;
+        if runner.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+            runner.looked = Some(Instant::now());
+            if let Err(error) = runner.look().await {
+                tracing::warn!(error = error.chain(), "cannot tell what runs here");
+            }
+            runner.placement.tell_removed(&runner.node).await;
+            retention::retire_if_full(&runner.node).await;
+        }
+        if let Some(container) = runner.next() {
+            let begun = Instant::now();
+            match runner.capture(&container).await {
+                Ok(bytes) => {
+                    let budget = runner.node.config.cache.budget();
+                    let pause = budget.map(|budget| budget.next_start(begun.elapsed(), bytes));
+                    runner.not_before = begun + pause.unwrap_or(LOOK);
+                }
+                Err(error) => {
+                    tracing::info!(%container, error = error.chain(), "not captured");
+                    runner.postpone(&container);
+                }
+            }
+        }
+    }
+}
+
+impl Runner {
+    /// Which containers run here, and which were removed.
+    async fn look(&mut self) -> Result<(), MigrationError> {
+        let node = self.node.clone();
+        let mut running = HashSet::new();
+        for namespace in node.containerd.namespaces().await? {
+            for record in node.containerd.list_containers(&namespace).await? {
+                if !RUNTIMES.contains(&record.runtime.name.as_str()) {
+                    continue;
+                }
+                let task = node.containerd.task(&namespace, &record.id).await?;
+                if task.is_some_and(|task| task.status == TaskStatus::Running) {
+                    running.insert(ContainerRef::new(&namespace, &record.id)?);
+                }
+            }
+        }
+        let ended: Vec<_> =
+            self.tracked.keys().filter(|one| !running.contains(*one)).cloned().collect();
+        for container in ended {
+            let Some(tracked) = self.tracked.remove(&container) else { continue };
+            let record = node.containerd.container(container.namespace(), container.id()).await;
+            if matches!(record, Err(ClientError::NotFound(_)))
+                && !node.caching.take_moved(&container)
+            {
+                self.removed(&container, tracked).await?;
+            }
+        }
+        for container in running {
+            if self.tracked.contains_key(&container) {
+                continue;
+            }
+            match describe(&node, &container).await {
+                Ok(described) => {
+                    let subjects = Subjects::of(&node, &described, true);
+                    let due = Due { at: Instant::now(), last: None, write_rate: None };
+                    let due = subjects.all().map(|subject| (subject.clone(), due)).collect();
+                    let subjects = Arc::new(Mutex::new(subjects));
+                    self.tracked.insert(container, Tracked { subjects, due });
+                }
+                // It may have ended meanwhile; the next look finds out.
+                Err(error) => tracing::debug!(%container, error = error.chain(), "not tracked"),
+            }
+        }
+        Ok(())
+    }
+
+    /// A container was removed: what is cached of its memory and layer expires. Its volumes are removed on their own.
+    async fn removed(
+        &mut self,
+        container: &ContainerRef,
+        tracked: Tracked,
+    ) -> Result<(), MigrationError> {
+        let mut gone: Vec<Subject> = tracked.due.into_keys().collect();
+        gone.retain(|subject| !matches!(subject, Subject::Volume(_)));
+        gone.push(Subject::Container(container.clone()));
+        tracing::info!(%container, "removed; its snapshots will expire");
+        let node = self.node.clone();
+        blocking(move || {
+            let mut gone = gone.into_iter();
+            Ok(gone.try_for_each(|subject| node.caching.removed(&node, subject))?)
+        })
+        .await
+    }
+
+    /// The container whose subject has been due for longest, if anything may be captured now.
+    fn next(&self) -> Option<ContainerRef> {
+        let (node, now) = (&self.node, Instant::now());
+        let cache = &node.config.cache;
+        if !cache.schedule
+            || now < self.not_before
+            || !may_run(load(), cache.load_max)
+            || node.sessions.is_busy()
+        {
+            return None;
+        }
+        let is_wanted = |subject: &Subject| {
+            cache.memory != CacheMemory::Off || !matches!(subject, Subject::Memory { .. })
+        };
+        let earliest = self.tracked.iter().filter_map(|(container, tracked)| {
+            let due = tracked.due.iter().filter(|(subject, _)| is_wanted(subject));
+            Some((due.map(|(_, due)| due.at).min()?, container))
+        });
+        let (at, container) = earliest.min_by_key(|(at, _)| *at)?;
+        (at <= now && has_room(node)).then(|| container.clone())
+    }
+
+    /// Captures what is due of a container, records it and has it copied. Returns how much was written.
+    async fn capture(&mut self, container: &ContainerRef) -> Result<u64, MigrationError> {
+        let Some(tracked) = self.tracked.get(container) else { return Ok(0) };
+        let (node, now) = (self.node.clone(), Instant::now());
+        let memory = node.config.cache.memory;
+        let (versions, taken) = if memory == CacheMemory::Consistent {
+            (Vec::new(), cut::take(&node, container).await?)
+        } else {
+            let due: HashSet<Subject> = tracked
+                .due
+                .iter()
+                .filter(|(subject, due)| {
+                    due.at <= now
+                        && (memory == CacheMemory::Live
+                            || !matches!(subject, Subject::Memory { .. }))
+                })
+                .map(|(subject, _)| subject.clone())
+                .collect();
+            let last = tracked.due.values().filter_map(|due| due.last.map(|(_, id)| id)).collect();
+            capture_live(&node, container, &tracked.subjects, due, last).await?
+        };
+        let written = versions.iter().map(|version| version.changed_bytes).sum();
+        self.note(container, now, &versions, &taken);
+        let snapshots: Vec<Snapshot> = taken.into_iter().map(|(_, snapshot)| snapshot).collect();
+        self.placement.copy(&node, snapshots).await;
+        Ok(written)
+    }
+
+    /// Learns the write rates and sets the next captures.
+    fn note(
+        &mut self,
+        container: &ContainerRef,
+        now: Instant,
+        versions: &[Version],
+        taken: &[(SnapshotId, Snapshot)],
+    ) {
+        let Ok(schedule) = self.node.config.cache.schedule() else { return };
+        let Some(tracked) = self.tracked.get_mut(container) else { return };
+        for (id, snapshot) in taken {
+            let Some(due) = tracked.due.get_mut(&snapshot.subject) else { continue };
+            let version = versions.iter().find(|version| version.subject == snapshot.subject);
+            if let (Some(version), Some((before, _))) = (version, due.last) {
+                #[expect(clippy::cast_precision_loss, reason = "a rate")]
+                let (size, changed) = (version.size_bytes as f64, version.changed_bytes as f64);
+                let rate = write_rate(size, changed, (now - before).as_secs_f64());
+                due.write_rate = Some(rate);
+            }
+            let name = snapshot.subject.to_string();
+            let seed = seed(&self.node.config.node, &name, snapshot.sequence);
+            due.at = now + schedule.period(snapshot.size_bytes, due.write_rate, seed);
+            due.last = Some((now, *id));
+        }
+    }
+
+    /// Begins anew with a container after a failure, not before the shortest period has passed.
+    fn postpone(&mut self, container: &ContainerRef) {
+        let pause = Duration::from_secs(self.node.config.cache.period_min_s);
+        if let Some(tracked) = self.tracked.get_mut(container) {
+            lock(&tracked.subjects).forget();
+            let fresh = Due { at: Instant::now() + pause, last: None, write_rate: None };
+            tracked.due.values_mut().for_each(|due| *due = fresh);
+        }
+    }
+}
+
+type Taken = (Vec<Version>, Vec<(SnapshotId, Snapshot)>);
+
+/// Captures `due` while the container runs, on top of what was captured before if the snapshots of that, `last`, are
+/// still there.
+async fn capture_live(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+    subjects: &Shared,
+    due: HashSet<Subject>,
+    last: Vec<SnapshotId>,
+) -> Result<Taken, MigrationError> {
+    let pids = node.containerd.pids(container.namespace(), container.id()).await?;
+    let (node, subjects) = (node.clone(), subjects.clone());
+    blocking(move || {
+        // From here on nothing is swept, so what is there now stays.
+        let lease = node.store.lease("schedule", SNAPSHOT_MAX);
+        let known: HashSet<_> = node.store.all_snapshots()?.into_iter().map(|(id, _)| id).collect();
+        let mut subjects = lock(&subjects);
+        if !last.iter().all(|id| known.contains(id)) {
+            subjects.forget();
+        }
+        subjects.capture_live(&lease, &pids, &|subject| due.contains(subject))?;
+        let mut versions = subjects.versions();
+        versions.retain(|version| due.contains(&version.subject));
+        let snapshots = newest(&node.store, &versions, &node.config.node)?;
+        let ids = record(&node, &snapshots)?;
+        Ok((versions, ids.into_iter().zip(snapshots).collect()))
+    })
+    .await
+}

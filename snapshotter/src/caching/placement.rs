@@ -1,0 +1,269 @@
+//! Copies of snapshots at neighbours.
+//!
+//! After a capture the nearest neighbours ([`place`]) are asked to keep what was taken: they fetch it from here, object by
+//! object, so what they have already does not travel again. Who they are is decided anew each time; the copies of one that
+//! is no longer chosen grow old and are retired there.
+//!
+//! What a peer asks to be kept is bounded: by its announced size, by the room on this disk, and to [`KEEPS_MAX`] at once. It
+//! is refused in words, and asked again when the next capture is due.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protos::peer::{ForgetRequest, KeepRequest, KeptSnapshot};
+use godwit_protos::{Digest, Subject};
+
+use super::retention::{admitted, free_bytes, has_room, note_removed, record};
+use crate::migrate::destination::kind_of;
+use crate::migrate::{MigrationError, blocking};
+use crate::node::{Node, unix_ms};
+use crate::peer::Connection;
+use crate::peer::fetch::{Depth, Peers, fetch};
+use crate::policy::place::{Neighbour, place};
+use crate::store::{Snapshot, Store};
+
+/// How long a peer has to answer a hello.
+const HELLO_MAX: Duration = Duration::from_secs(2);
+
+/// How long a neighbour has to fetch a copy.
+const KEEP_MAX: Duration = Duration::from_secs(900);
+
+/// Copies that this node fetches for others at once.
+pub const KEEPS_MAX: usize = 2;
+
+/// Snapshots in one request, at most.
+const SNAPSHOTS_MAX: usize = 64;
+
+/// Largest place in a lineage that a peer may name, far beyond any that is reached.
+const SEQUENCE_MAX: u64 = 1 << 60;
+
+/// What a copy may cost beyond its announced size, lists and protocol included.
+const SIZE_SLACK: u64 = 16 << 20;
+
+/// How often it is looked how much of a copy has come.
+const GUARD: Duration = Duration::from_millis(200);
+
+/// Where copies of this node's snapshots are.
+#[derive(Debug, Default)]
+pub struct Placement {
+    /// By subject, who has an earlier one.
+    copies: HashMap<Subject, HashSet<String>>,
+    /// Removed subjects by the peers that know it.
+    told: HashMap<String, HashSet<String>>,
+}
+
+impl Placement {
+    /// Has the nearest neighbours keep copies of what was just taken.
+    pub async fn copy(&mut self, node: &Arc<Node>, snapshots: Vec<Snapshot>) {
+        let cache = &node.config.cache;
+        let bytes = snapshots.iter().map(|one| one.size_bytes).sum();
+        if cache.copies == 0 || snapshots.is_empty() {
+            return;
+        }
+        let copies = snapshots.iter().filter_map(|one| self.copies.get(&one.subject));
+        let earlier: HashSet<String> = copies.flatten().cloned().collect();
+        let near = neighbours(node, &earlier).await;
+        let connections: BTreeMap<_, _> =
+            near.iter().filter_map(|(one, line)| Some((one.name.clone(), line.clone()?))).collect();
+        let near: Vec<Neighbour> = near.into_iter().map(|(one, _)| one).collect();
+        for name in place(cache.copies, bytes, &cache.place_on, &near, &[]) {
+            let Some(connection) = connections.get(&name) else { continue };
+            match ask_to_keep(node, connection, &snapshots).await {
+                Ok(()) => {
+                    for snapshot in &snapshots {
+                        let copies = self.copies.entry(snapshot.subject.clone()).or_default();
+                        copies.insert(name.clone());
+                    }
+                }
+                Err(reason) => tracing::info!(node = name, reason, "no copy was kept"),
+            }
+        }
+    }
+
+    /// Tells every peer once which containers and volumes were removed.
+    pub async fn tell_removed(&mut self, node: &Arc<Node>) {
+        let removed = node.caching.recently_removed(node.config.cache.rules().expire_removed);
+        self.told.retain(|subject, _| removed.contains(subject));
+        for peer in &node.config.peers {
+            let knows = |subject: &String| {
+                self.told.get(subject).is_some_and(|peers| peers.contains(&peer.name))
+            };
+            let subjects = removed.iter().filter(|one| !knows(one));
+            let subjects: Vec<String> = subjects.take(SNAPSHOTS_MAX).cloned().collect();
+            if subjects.is_empty() {
+                continue;
+            }
+            let Ok(connection) = Connection::open(&node.config, &peer.name, HELLO_MAX).await else {
+                continue;
+            };
+            let asked = ForgetRequest { subjects: subjects.clone() };
+            let mut client = connection.client();
+            if matches!(tokio::time::timeout(HELLO_MAX, client.forget(asked)).await, Ok(Ok(_))) {
+                for subject in subjects {
+                    self.told.entry(subject).or_default().insert(peer.name.clone());
+                }
+            }
+        }
+    }
+}
+
+/// Every peer, with a connection to those that answer.
+async fn neighbours(
+    node: &Arc<Node>,
+    earlier: &HashSet<String>,
+) -> Vec<(Neighbour, Option<Connection>)> {
+    let ask = node.config.peers.iter().map(|peer| async {
+        let connection = Connection::open(&node.config, &peer.name, HELLO_MAX).await.ok();
+        let channel = node.channels.of(&peer.name);
+        let hello = connection.as_ref().map(|connection| &connection.hello);
+        let neighbour = Neighbour {
+            name: peer.name.clone(),
+            labels: hello
+                .map(|hello| hello.labels.clone().into_iter().collect())
+                .unwrap_or_default(),
+            round_trip_ms: connection
+                .as_ref()
+                .map_or(f64::MAX, |connection| connection.round_trip.as_secs_f64() * 1e3),
+            throughput: channel.throughput_bytes_per_second.unwrap_or(0.0),
+            free_bytes: hello.map_or(0, |hello| hello.free_bytes),
+            is_reachable: connection.is_some(),
+            has_earlier: earlier.contains(&peer.name),
+        };
+        (neighbour, connection)
+    });
+    futures::future::join_all(ask).await
+}
+
+async fn ask_to_keep(
+    node: &Node,
+    connection: &Connection,
+    snapshots: &[Snapshot],
+) -> Result<(), String> {
+    let kept = |one: &Snapshot| KeptSnapshot {
+        subject: one.subject.to_string(),
+        sequence: one.sequence,
+        manifest: one.root.as_bytes().to_vec().into(),
+        size_bytes: one.size_bytes,
+        age_ms: u64::try_from(one.age(unix_ms()).as_millis()).unwrap_or(u64::MAX),
+        node: one.node.clone(),
+    };
+    let snapshots = snapshots.iter().map(kept).collect();
+    let asked = KeepRequest { node: node.config.node.clone(), snapshots };
+    let mut client = connection.client();
+    match tokio::time::timeout(KEEP_MAX, client.keep(asked)).await {
+        Err(_) => Err(format!("no answer within {} s", KEEP_MAX.as_secs())),
+        Ok(Err(status)) => Err(status.message().to_owned()),
+        Ok(Ok(answer)) => match answer.into_inner().refused {
+            refused if refused.is_empty() => Ok(()),
+            refused => Err(refused),
+        },
+    }
+}
+
+/// Fetches snapshots from a peer and keeps them. Returns why not, in words for that peer.
+pub async fn keep(node: &Arc<Node>, asked: KeepRequest) -> Result<(), String> {
+    let cache = &node.config.cache;
+    if !cache.accept {
+        return Err("this node keeps no copies for others".to_owned());
+    }
+    let _turn = node.caching.keeps.try_acquire().map_err(|_cause| "busy with other copies")?;
+    let snapshots = parse(&asked)?;
+    let snapshots = admitted(node, snapshots);
+    if snapshots.is_empty() {
+        return Err("this node keeps no memory".to_owned());
+    }
+    let size = snapshots.iter().map(|one| one.size_bytes).fold(0, u64::saturating_add);
+    if size > cache.budget_mib << 20 || !has_room(node) || size > free_bytes(node) {
+        return Err("there is no room".to_owned());
+    }
+    let fetched = fetch_copies(node, &asked.node, snapshots, size).await;
+    fetched.map_err(|error| error.chain())
+}
+
+fn parse(asked: &KeepRequest) -> Result<Vec<Snapshot>, String> {
+    if asked.snapshots.is_empty() || asked.snapshots.len() > SNAPSHOTS_MAX {
+        return Err(format!("1 to {SNAPSHOTS_MAX} snapshots at once"));
+    }
+    let parse = |one: &KeptSnapshot| -> Result<Snapshot, String> {
+        let subject: Subject = one
+            .subject
+            .parse()
+            .map_err(|error: godwit_protos::ParseNameError| error.to_string())?;
+        if one.sequence > SEQUENCE_MAX {
+            return Err("a place in a lineage that is never reached".to_owned());
+        }
+        Ok(Snapshot {
+            root_kind: kind_of(&subject) as u8,
+            subject,
+            sequence: one.sequence,
+            taken_at_unix_ms: unix_ms().saturating_sub_unsigned(one.age_ms),
+            root: Digest::try_from(&one.manifest[..]).map_err(|error| error.to_string())?,
+            size_bytes: one.size_bytes,
+            node: one.node.clone(),
+            is_pinned: false,
+        })
+    };
+    asked.snapshots.iter().map(parse).collect()
+}
+
+async fn fetch_copies(
+    node: &Arc<Node>,
+    from: &str,
+    snapshots: Vec<Snapshot>,
+    size: u64,
+) -> Result<(), MigrationError> {
+    let source = Arc::new(Connection::open(&node.config, from, HELLO_MAX).await?);
+    let peers = Peers { neighbours: Vec::new(), source: source.clone(), standings: Arc::default() };
+    let lease = Arc::new(node.store.lease("copy", KEEP_MAX));
+    let roots: Vec<_> = snapshots.iter().map(|one| (kind_of(&one.subject), one.root)).collect();
+    tokio::select! {
+        fetched = fetch(&node.store, &lease, &peers, &roots, Depth::Content) => { fetched?; }
+        why = too_much(node, &source, size) => return Err(MigrationError::Protocol(why)),
+    }
+    let here = node.clone();
+    blocking(move || {
+        let known = |one: &Snapshot| is_known(&here.store, one);
+        let mut fresh = Vec::new();
+        for snapshot in snapshots {
+            if !known(&snapshot)? {
+                fresh.push(snapshot);
+            }
+        }
+        record(&here, &fresh)?;
+        drop(lease);
+        Ok(())
+    })
+    .await
+}
+
+/// Ends when a copy turns out larger than it was announced, or the disk gets short.
+async fn too_much(node: &Node, source: &Connection, size: u64) -> &'static str {
+    let most = size.saturating_add(size / 4).saturating_add(SIZE_SLACK);
+    loop {
+        tokio::time::sleep(GUARD).await;
+        if source.traffic.received() > most {
+            return "a copy is larger than it was announced";
+        }
+        if !has_room(node) {
+            return "the disk is short";
+        }
+    }
+}
+
+fn is_known(store: &Store, snapshot: &Snapshot) -> Result<bool, MigrationError> {
+    let same =
+        |(_, one): &(_, Snapshot)| one.root == snapshot.root && one.sequence == snapshot.sequence;
+    Ok(store.snapshots(&snapshot.subject)?.iter().any(same))
+}
+
+/// A peer says that containers or volumes were removed: what is kept of them expires.
+pub fn forget(node: &Node, asked: &ForgetRequest) -> Result<(), String> {
+    if asked.subjects.len() > SNAPSHOTS_MAX {
+        return Err(format!("more than {SNAPSHOTS_MAX} subjects at once"));
+    }
+    for subject in asked.subjects.iter().filter_map(|text| text.parse().ok()) {
+        note_removed(node, &subject).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! What is kept, and what goes.
+//!
+//! [`record`] is the one way in for snapshots: it makes them durable and then applies the rules. A snapshot that goes frees
+//! its space with the next sweep. When the store is beyond its budget, or the disk is short, [`retire_if_full`] sweeps
+//! first, and gives up the least useful snapshots only if that is not enough. Pins hold whatever happens; what a migration
+//! uses is leased, so a sweep waits for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protos::Subject;
+
+use crate::config::CacheMemory;
+use crate::content::object::Kind;
+use crate::node::{Node, unix_ms};
+use crate::policy::retain::{Kept, Reason, Removal, Rules, retain};
+use crate::store::{Snapshot, SnapshotId, StoreError};
+use crate::volumes::VolumeError;
+
+/// Rounds of giving up and measuring again, at most.
+const ROUNDS_MAX: usize = 16;
+
+/// Records snapshots durably and retires what the rules no longer keep. Returns their names.
+///
+/// Errors: the store's; what was recorded by then stays.
+pub fn record(node: &Node, snapshots: &[Snapshot]) -> Result<Vec<SnapshotId>, StoreError> {
+    node.store.sync()?;
+    let ids = snapshots.iter().map(|one| node.store.record(one)).collect::<Result<Vec<_>, _>>()?;
+    retire(node)?;
+    Ok(ids)
+}
+
+/// Of snapshots that arise by themselves, those that this node keeps: none of memory if it is told so.
+pub fn admitted(node: &Node, mut snapshots: Vec<Snapshot>) -> Vec<Snapshot> {
+    if node.config.cache.memory == CacheMemory::Off {
+        snapshots.retain(|one| one.root_kind == Kind::Tree as u8);
+    }
+    snapshots
+}
+
+/// Whether the disk has room for caching.
+pub fn has_room(node: &Node) -> bool {
+    free_bytes(node) >= node.config.cache.min_free_mib << 20
+}
+
+/// Bytes that are free on the disk of the store.
+pub fn free_bytes(node: &Node) -> u64 {
+    nix::sys::statvfs::statvfs(&node.config.state_dir)
+        .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
+}
+
+/// Notes that a container or volume was removed.
+pub fn note_removed(node: &Node, subject: &Subject) -> Result<(), StoreError> {
+    node.store.note_removed(subject, unix_ms())
+}
+
+/// Applies the rules of age and number.
+fn retire(node: &Node) -> Result<(), StoreError> {
+    let kept = kept(node, |_| 0)?;
+    give_up(node, &retain(&kept, &node.config.cache.rules(), 0))
+}
+
+fn kept(node: &Node, bytes_freed: impl Fn(SnapshotId) -> u64) -> Result<Vec<Kept>, StoreError> {
+    let (now, removed) = (unix_ms(), node.store.removed()?);
+    let since =
+        |then: i64| Duration::from_millis(u64::try_from(now.saturating_sub(then)).unwrap_or(0));
+    let all = node.store.all_snapshots()?.into_iter();
+    Ok(all
+        .map(|(id, snapshot)| {
+            let subject = snapshot.subject.to_string();
+            let removed_for = removed.get(&subject).map(|at| since(*at));
+            Kept {
+                id,
+                sequence: snapshot.sequence,
+                age: snapshot.age(now),
+                bytes_freed: bytes_freed(id),
+                is_pinned: snapshot.is_pinned,
+                is_leased: false,
+                subject_exists: removed_for.is_none(),
+                removed_for,
+                last_used: None,
+                subject,
+            }
+        })
+        .collect())
+}
+
+fn give_up(node: &Node, removals: &[Removal]) -> Result<(), StoreError> {
+    for Removal { id, reason } in removals {
+        tracing::info!(%id, ?reason, "retired");
+    }
+    let ids: Vec<SnapshotId> = removals.iter().map(|removal| removal.id).collect();
+    if ids.is_empty() { Ok(()) } else { node.store.remove_snapshots(&ids) }
+}
+
+/// Retires what has expired, and the least useful snapshots if the store is beyond its budget or the disk is short.
+pub async fn retire_if_full(node: &Arc<Node>) {
+    let here = node.clone();
+    let done = tokio::task::spawn_blocking(move || {
+        retire(&here)?;
+        if excess(&here)? > 0 { make_room(&here) } else { Ok(()) }
+    });
+    if let Ok(Err(error)) = done.await {
+        tracing::warn!(error = crate::migrate::chain(&error), "nothing was retired");
+    }
+}
+
+/// Bytes that the store holds too many.
+fn excess(node: &Node) -> Result<u64, StoreError> {
+    let cache = &node.config.cache;
+    let over = node.store.usage()?.bytes.saturating_sub(cache.budget_mib << 20);
+    Ok(over.max((cache.min_free_mib << 20).saturating_sub(free_bytes(node))))
+}
+
+/// Gives up snapshots until the store is within its budget, or nothing is left that may go.
+///
+/// Snapshots share chunks, so what their removal frees is measured again after each round.
+fn make_room(node: &Node) -> Result<(), VolumeError> {
+    for _ in 0..ROUNDS_MAX {
+        // Leased: whoever uses the store comes first.
+        if node.sweep().is_err() {
+            return Ok(());
+        }
+        let excess = excess(node)?;
+        if excess == 0 {
+            return Ok(());
+        }
+        let bytes = node.exclusive_bytes()?;
+        let kept = kept(node, |id| bytes.get(&id).copied().unwrap_or(0))?;
+        let held: u64 = node.store.usage()?.bytes;
+        let rules =
+            Rules { budget_bytes: Some(held.saturating_sub(excess)), ..node.config.cache.rules() };
+        let mut freed = 0;
+        let goes: Vec<Removal> = retain(&kept, &rules, held)
+            .into_iter()
+            .filter(|removal| removal.reason == Reason::OverBudget)
+            .take_while(|removal| {
+                let is_needed = freed < excess;
+                freed += bytes.get(&removal.id).copied().unwrap_or(0);
+                is_needed
+            })
+            .collect();
+        if goes.is_empty() {
+            tracing::warn!(excess, "the store is beyond its budget, and nothing may go");
+            return Ok(());
+        }
+        give_up(node, &goes)?;
+    }
+    Ok(())
+}
