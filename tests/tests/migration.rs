@@ -133,7 +133,7 @@ fn a_neighbours_snapshot_spares_the_source() -> Result<()> {
 /// Method: a shell counts into a file of its writable layer; the count goes on where it was.
 fn busybox_moves(name: &'static str, mode: &str) -> Result<()> {
     images::import(node(0), Image::Busybox, "godwit")?;
-    let script = "mkdir -p /a; rm -f /etc/hostname; i=0; while :; do i=$((i+1)); echo $i > /a/count; usleep 20000; done";
+    let script = "mkdir -p /a; rm -f /etc/hostname; i=0; while :; do i=$((i+1)); echo $i > /a/new; mv /a/new /a/count; usleep 20000; done";
     Container::new(name, Image::Busybox).command(&["sh", "-c", script]).start(node(0))?;
     let count = |at: &Node| -> Result<u64> {
         let text = at.ok(&[
