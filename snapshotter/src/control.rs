@@ -26,7 +26,7 @@ use crate::migrate::{MigrationError, Next, chain, cut, describe, plan, restore, 
 use crate::node::{Node, unix_ms};
 use crate::peer::server::Wanted;
 use crate::peer::{Connection, server};
-use crate::store::{SnapshotId, StoreError};
+use crate::store::{SnapshotId, StoreError, Thrift};
 use crate::volumes::VolumeError;
 
 /// How long a peer has to answer `godwit peers`.
@@ -502,7 +502,7 @@ impl Control for Service {
     }
 
     async fn sweep(&self, _context: &TtrpcContext, _asked: Empty) -> ttrpc::Result<SweepResponse> {
-        let report = self.blocking(Node::sweep).await?;
+        let report = self.blocking(|node| node.sweep(Thrift::Usual)).await?;
         let mut answer = SweepResponse::new();
         answer.freed_bytes = report.bytes_freed;
         answer.kept_objects = report.objects_kept;

@@ -21,7 +21,7 @@ use crate::migrate::ownership::Ownership;
 use crate::migrate::report::Report;
 use crate::migrate::{MigrationError, request};
 use crate::peer::channel::Channels;
-use crate::store::{Options, SnapshotId, Store, SweepReport};
+use crate::store::{Options, SnapshotId, Store, SweepReport, Thrift};
 use crate::volumes::{VolumeError, Volumes};
 
 /// Events that a slow watcher may lag behind before it misses some.
@@ -131,9 +131,9 @@ impl Node {
     /// Frees what no snapshot, read-only volume or lease refers to.
     ///
     /// Errors: [`VolumeError`] for a list of volumes that cannot be read, or the store's; nothing is removed then.
-    pub fn sweep(&self) -> Result<SweepReport, VolumeError> {
+    pub fn sweep(&self, thrift: Thrift) -> Result<SweepReport, VolumeError> {
         self.store
-            .sweep(&children, is_leaf, &self.content_roots()?)
+            .sweep(&children, is_leaf, &self.content_roots()?, thrift)
             .map_err(|error| VolumeError::Sweep(Box::new(error)))
     }
 
@@ -204,7 +204,7 @@ impl Node {
         loop {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let node = self.clone();
-            match tokio::task::spawn_blocking(move || node.sweep()).await {
+            match tokio::task::spawn_blocking(move || node.sweep(Thrift::Usual)).await {
                 Ok(Ok(report)) => tracing::info!(?report, "swept"),
                 Ok(Err(error)) => {
                     tracing::info!(error = crate::migrate::chain(&error), "not swept");

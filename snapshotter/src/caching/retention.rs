@@ -14,7 +14,7 @@ use crate::config::CacheMemory;
 use crate::content::object::Kind;
 use crate::node::{Node, unix_ms};
 use crate::policy::retain::{Kept, Reason, Removal, Rules, retain};
-use crate::store::{Snapshot, SnapshotId, StoreError};
+use crate::store::{Snapshot, SnapshotId, StoreError, Thrift};
 use crate::volumes::VolumeError;
 
 /// Rounds of giving up and measuring again, at most.
@@ -117,8 +117,9 @@ fn excess(node: &Node) -> Result<u64, StoreError> {
 /// Snapshots share chunks, so what their removal frees is measured again after each round.
 fn make_room(node: &Node) -> Result<(), VolumeError> {
     for _ in 0..ROUNDS_MAX {
-        // Leased: whoever uses the store comes first.
-        if node.sweep().is_err() {
+        if let Err(error) = node.sweep(Thrift::Tight) {
+            // Leased: whoever uses the store comes first.
+            tracing::debug!(error = crate::migrate::chain(&error), "no room is made now");
             return Ok(());
         }
         let excess = excess(node)?;

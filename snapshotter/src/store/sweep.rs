@@ -6,7 +6,7 @@
 //! 3. remove unmarked entries from the index, durably, together with the packs in which none is
 //!    left;
 //! 4. let leases be taken again; unlink the empty packs;
-//! 5. copy what lives in packs that are less than half alive into the active pack, 6. commit the
+//! 5. copy what lives in packs that are less alive than [`Thrift`] asks for into the active pack, 6. commit the
 //!    new places durably without the old packs, 7. unlink the old packs.
 //!
 //! On open: packs that the index does not name are deleted, which finishes steps 4 and 7; copies of
@@ -26,6 +26,24 @@ use super::{Inner, Mismatch, SnapshotId, Store, StoreError, pack, step};
 
 /// Records copied to another pack at once, in bytes.
 const COPY_BYTES: usize = 4 << 20;
+
+/// How much of a pack may be dead before what lives in it is copied elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thrift {
+    /// Half: copying costs less than what it gives back.
+    Usual,
+    /// A tenth: space is short.
+    Tight,
+}
+
+impl Thrift {
+    fn live_percent_min(self) -> u64 {
+        match self {
+            Self::Usual => 50,
+            Self::Tight => 90,
+        }
+    }
+}
 
 /// Kinds and digests of what an object refers to, from its kind and its bytes.
 pub type Children<'a, E> = &'a dyn Fn(u8, &[u8]) -> Result<Vec<(u8, Digest)>, E>;
@@ -90,8 +108,8 @@ fn prefix(digest: &Digest) -> u64 {
 }
 
 /// What step 3 leaves to do for the later ones.
-#[derive(Default)]
 struct Census {
+    thrift: Thrift,
     report: SweepReport,
     /// Bytes in records that live, by pack.
     live: BTreeMap<u32, u64>,
@@ -106,14 +124,16 @@ impl Census {
         self.live.get(&pack).copied().unwrap_or(0)
     }
 
-    fn is_mostly_dead(&self, pack: u32) -> bool {
-        self.ends.get(&pack).is_none_or(|end| self.live_in(pack) * 2 < u64::from(*end))
+    fn is_worth_rewriting(&self, pack: u32) -> bool {
+        self.ends.get(&pack).is_none_or(|end| {
+            self.live_in(pack) * 100 < u64::from(*end) * self.thrift.live_percent_min()
+        })
     }
 
-    /// Numbers and lengths of the closed packs that are mostly dead.
-    fn mostly_dead(&self) -> impl Iterator<Item = (u32, u32)> {
+    /// Numbers and lengths of the closed packs that are worth rewriting.
+    fn worth_rewriting(&self) -> impl Iterator<Item = (u32, u32)> {
         let closed = self.ends.range(..self.closed_below);
-        closed.filter(|(pack, _)| self.is_mostly_dead(**pack)).map(|(pack, end)| (*pack, *end))
+        closed.filter(|(pack, _)| self.is_worth_rewriting(**pack)).map(|(pack, end)| (*pack, *end))
     }
 }
 
@@ -130,6 +150,7 @@ impl Store {
     /// - `children` gives kinds and digests of what an object of some kind refers to; its bytes
     ///   have been verified.
     /// - `is_leaf` says of which kinds the objects refer to nothing; they are not read.
+    /// - `thrift` says which packs are rewritten.
     /// - Errors: [`SweepError`]; nothing was removed, except that after a full disk in the last
     ///   steps the space of some dead objects is not given back yet.
     pub fn sweep<E: std::error::Error + 'static>(
@@ -137,6 +158,7 @@ impl Store {
         children: Children<'_, E>,
         is_leaf: fn(u8) -> bool,
         extra_roots: &[(u8, Digest)],
+        thrift: Thrift,
     ) -> Result<SweepReport, SweepError<E>> {
         let inner = &*self.inner;
         let generation = inner.leases.generation();
@@ -151,7 +173,7 @@ impl Store {
             let Some(_guard) = inner.leases.exclusive(generation) else {
                 return Err(SweepError::Disturbed);
             };
-            inner.remove_unmarked(&marks)?
+            inner.remove_unmarked(&marks, thrift)?
         };
         inner.give_space_back(&mut census)?;
         Ok(census.report)
@@ -227,9 +249,9 @@ impl Store {
 
 impl Inner {
     /// Step 3. Called with leases excluded.
-    fn remove_unmarked(&self, marks: &Marks) -> Result<Census, StoreError> {
+    fn remove_unmarked(&self, marks: &Marks, thrift: Thrift) -> Result<Census, StoreError> {
         let write = self.index.begin_write()?;
-        let mut census = retain_marked(&write, marks)?;
+        let mut census = retain_marked(&write, marks, thrift)?;
         {
             let mut packs = write.open_table(index::PACKS)?;
             for entry in packs.iter()? {
@@ -238,11 +260,12 @@ impl Inner {
             }
             // Leases are excluded, so no writer has anything pending in a pack that is closed by
             // now.
-            if self.packs.active().is_some_and(|active| census.is_mostly_dead(active)) {
+            if self.packs.active().is_some_and(|active| census.is_worth_rewriting(active)) {
                 self.packs.close_active();
             }
             census.closed_below = self.packs.closed_below();
-            for (pack, _) in census.mostly_dead().filter(|(pack, _)| census.live_in(*pack) == 0) {
+            for (pack, _) in census.worth_rewriting().filter(|(pack, _)| census.live_in(*pack) == 0)
+            {
                 packs.remove(pack)?;
             }
         }
@@ -254,7 +277,7 @@ impl Inner {
 
     /// Steps 4 to 7.
     fn give_space_back(&self, census: &mut Census) -> Result<(), StoreError> {
-        let dead: Vec<(u32, u32)> = census.mostly_dead().collect();
+        let dead: Vec<(u32, u32)> = census.worth_rewriting().collect();
         let (empty, sparse): (Vec<_>, Vec<_>) =
             dead.into_iter().partition(|(pack, _)| census.live_in(*pack) == 0);
         for (pack, end) in empty {
@@ -350,8 +373,13 @@ impl Inner {
 
 /// Removes unmarked entries and counts. Errors: an entry that cannot be read; `write` must then be
 /// dropped.
-fn retain_marked(write: &redb::WriteTransaction, marks: &Marks) -> Result<Census, StoreError> {
-    let mut census = Census::default();
+fn retain_marked(
+    write: &redb::WriteTransaction,
+    marks: &Marks,
+    thrift: Thrift,
+) -> Result<Census, StoreError> {
+    let (report, live, ends) = (SweepReport::default(), BTreeMap::new(), BTreeMap::new());
+    let mut census = Census { thrift, report, live, ends, closed_below: 0 };
     let Census { report, live, .. } = &mut census;
     let mut unreadable = None;
     write.open_table(index::OBJECTS)?.retain(|digest, entry| {

@@ -55,7 +55,7 @@ fn is_leaf(kind: u8) -> bool {
 }
 
 fn sweep(store: &Store) -> Result<SweepReport, SweepError<NotANode>> {
-    store.sweep(&leaves_of, is_leaf, &[])
+    store.sweep(&leaves_of, is_leaf, &[], Thrift::Usual)
 }
 
 fn snapshot(root: Digest, sequence: u64) -> Snapshot {
@@ -323,10 +323,10 @@ fn a_sweep_removes_nothing_while_a_lease_is_live_or_was_taken_meanwhile() {
         drop(store.lease("late", HOUR));
         leaves_of(NODE, bytes)
     };
-    let refused = store.sweep(&take_one, is_leaf, &[]).unwrap_err();
+    let refused = store.sweep(&take_one, is_leaf, &[], Thrift::Usual).unwrap_err();
     assert!(matches!(refused, SweepError::Disturbed));
     assert!(all_whole(&store, &digests));
-    let report = store.sweep(&leaves_of, is_leaf, &[(LEAF, digests[0])]).unwrap();
+    let report = store.sweep(&leaves_of, is_leaf, &[(LEAF, digests[0])], Thrift::Usual).unwrap();
     assert_eq!((report.objects_kept, report.objects_removed), (4, 0));
     assert_eq!(sweep(&store).unwrap().objects_removed, 1);
     assert!(all_whole(&store, &leaves));
@@ -356,10 +356,10 @@ fn a_sweep_fails_closed_on_what_it_cannot_read() {
     let garbage = put_all(&store, &[page(1)]);
     let (id, leaves) = record(&store, 2..4);
     let cannot = |_: u8, _: &[u8]| Err(NotANode);
-    let failed = store.sweep(&cannot, is_leaf, &[]).unwrap_err();
+    let failed = store.sweep(&cannot, is_leaf, &[], Thrift::Usual).unwrap_err();
     assert!(matches!(failed, SweepError::Children { source: NotANode, .. }));
     let absent = Digest::of(b"absent");
-    let failed = store.sweep(&leaves_of, is_leaf, &[(NODE, absent)]).unwrap_err();
+    let failed = store.sweep(&leaves_of, is_leaf, &[(NODE, absent)], Thrift::Usual).unwrap_err();
     assert!(matches!(failed, SweepError::Missing(digest) if digest == absent));
     assert!(all_whole(&store, &garbage) && all_whole(&store, &leaves));
 
@@ -630,7 +630,7 @@ fn agrees_with_a_map(acts: Vec<Act>) -> Result<(), TestCaseError> {
                 now.pending.clear();
                 drop(lease);
                 let nothing = |_: u8, _: &[u8]| Ok::<_, Infallible>(Vec::new());
-                let report = store.sweep(&nothing, is_leaf, &[]).unwrap();
+                let report = store.sweep(&nothing, is_leaf, &[], Thrift::Usual).unwrap();
                 let roots: BTreeSet<Digest> = now.snapshots.iter().map(|(_, root)| *root).collect();
                 now.visible.retain(|digest, _| roots.contains(digest));
                 prop_assert_eq!(report.objects_kept, now.visible.len() as u64);
