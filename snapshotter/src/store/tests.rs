@@ -334,6 +334,41 @@ fn a_sweep_removes_nothing_while_a_lease_is_live_or_was_taken_meanwhile() {
 }
 
 #[test]
+fn what_a_snapshot_alone_holds_is_what_its_removal_frees() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    // Pages 4 and 5 are shared, page 2 is kept by another root.
+    let (one, leaves) = record(&store, 1..6);
+    let (other, _) = record(&store, 4..9);
+    let kept = [(LEAF, leaves[1])];
+    let bytes = store.exclusive_bytes(&leaves_of, is_leaf, &kept).unwrap();
+    let page = (4096 + pack::RECORD_BYTES) as u64;
+    let list = |leaves: u64| leaves * 32 + pack::RECORD_BYTES as u64;
+    assert_eq!(bytes, [(one, 2 * page + list(5)), (other, 3 * page + list(5))].into());
+    store.remove_snapshot(other).unwrap();
+    let before = store.usage().unwrap().bytes;
+    let report = store.sweep(&leaves_of, is_leaf, &kept, Thrift::Tight).unwrap();
+    assert_eq!(report.objects_removed, 4);
+    assert!(before - store.usage().unwrap().bytes >= bytes[&other], "tight: it is given back");
+}
+
+#[test]
+fn what_was_removed_is_there_again_with_its_next_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (id, _) = record(&store, 1..3);
+    let (_, mut one) = store.all_snapshots().unwrap().remove(0);
+    let nobody = "layer|default|nobody".parse().unwrap();
+    store.note_removed(&nobody, 5).unwrap();
+    store.note_removed(&one.subject, 6).unwrap();
+    store.note_removed(&one.subject, 7).unwrap();
+    assert_eq!(store.removed().unwrap(), [(one.subject.to_string(), 6)].into());
+    one.sequence += 1;
+    assert!(store.record(&one).unwrap() > id);
+    assert!(store.removed().unwrap().is_empty());
+}
+
+#[test]
 fn a_writer_whose_lease_has_ended_cannot_flush() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
