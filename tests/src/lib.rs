@@ -40,6 +40,7 @@ pub mod place;
 pub mod redis;
 pub mod root;
 pub mod run;
+pub mod sim;
 mod sys;
 pub mod workload;
 

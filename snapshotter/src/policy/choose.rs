@@ -1,13 +1,13 @@
 //! Whom a destination asks for a subject, and what that is expected to bring.
 //!
-//! The model. Of `size` bytes written at a set rate, a snapshot of some age leaves a difference
+//! The model. Of a subject written at a set rate, a snapshot of some age leaves a difference
 //! ([`predict::changed`](changed)), which the source must send; what it has besides, a fresher snapshot has too, since
-//! pages that have stayed the same since long ago have stayed the same since. So, freshest first, everything that must
-//! arrive is a row of nested parts, and by an instant T all of it can be here if
+//! pages that have stayed the same since long ago have stayed the same since. So, freshest first, everything that is
+//! missing is a row of nested parts, and by an instant T all of it can be here if
 //!
 //! ```text
 //! for every k:  what the k freshest and the source have and nobody else  <=  what they send until T
-//!               size                                                     <=  what the destination takes in until T
+//!               all that is missing                                      <=  what the destination takes in until T
 //! ```
 //!
 //! A node sends from the moment it has been asked ([`ROUND_TRIPS`]), at its measured rate divided among the tasks that
@@ -45,8 +45,10 @@ const END_MAX_US: u64 = 1 << 42;
 /// What is to be brought.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Wanted {
-    /// Bytes that the destination lacks.
+    /// Its whole size.
     pub size_bytes: f64,
+    /// Of that, what the destination lacks.
+    pub missing_bytes: f64,
     /// Bytes per second that are written, if it was measured.
     pub write_rate: Option<f64>,
 }
@@ -131,23 +133,23 @@ pub fn choose(
     source: &Source,
     ingest: f64,
 ) -> Vec<Choice> {
-    let size = at_least_zero(wanted.size_bytes);
+    let (size, missing) = (at_least_zero(wanted.size_bytes), at_least_zero(wanted.missing_bytes));
     let written_over = || size / WRITTEN_OVER_UNKNOWN.as_secs_f64();
     let write_rate = at_least_zero(wanted.write_rate.unwrap_or_else(written_over));
     let ages = ages(candidates);
     let source = Channel {
-        held: size,
+        held: missing,
         rate: rate(source.rate, source.round_trip, source.load),
         begins: source.round_trip * ROUND_TRIPS,
     };
     let channel = |(one, age): (&Candidate, &Duration)| Channel {
-        held: size - changed(size, write_rate, age.as_secs_f64()),
+        held: at_least_zero(missing - changed(size, write_rate, age.as_secs_f64())),
         rate: rate(one.rate, one.round_trip, one.load),
         begins: one.round_trip * ROUND_TRIPS,
     };
     let channels: Vec<Channel> = candidates.iter().zip(&ages).map(channel).collect();
     let end = |chosen: &[usize]| {
-        end(size, &source, chosen.iter().map(|index| channels[*index]).collect(), ingest)
+        end(&source, chosen.iter().map(|index| channels[*index]).collect(), ingest)
     };
     let alone = end(&[]);
     let saved: Vec<Duration> =
@@ -225,17 +227,19 @@ fn ages(candidates: &[Candidate]) -> Vec<Duration> {
 
 /// The earliest whole microsecond by which everything can be here. Searched for, not computed: so rounding never turns a
 /// worse candidate into a better one.
-fn end(size: f64, source: &Channel, mut chosen: Vec<Channel>, ingest: f64) -> Duration {
+fn end(source: &Channel, mut chosen: Vec<Channel>, ingest: f64) -> Duration {
     chosen.sort_by(|one, other| other.held.total_cmp(&one.held));
     let suffices = |end: Duration| {
         let mut sent = source.bytes_until(end);
         let mut others = chosen.iter();
         loop {
             let next = others.next();
-            if sent < size - next.map_or(0.0, |next| next.held) {
+            if sent < source.held - next.map_or(0.0, |next| next.held) {
                 return false;
             }
-            let Some(next) = next else { return at_least_zero(ingest) * end.as_secs_f64() >= size };
+            let Some(next) = next else {
+                return at_least_zero(ingest) * end.as_secs_f64() >= source.held;
+            };
             sent += next.bytes_until(end);
         }
     };
@@ -277,7 +281,8 @@ mod tests {
     use proptest::prelude::*;
 
     const MIB: f64 = 1_048_576.0;
-    const WANTED: Wanted = Wanted { size_bytes: 100.0 * MIB, write_rate: Some(0.1 * MIB) };
+    const WANTED: Wanted =
+        Wanted { size_bytes: 100.0 * MIB, missing_bytes: 100.0 * MIB, write_rate: Some(0.1 * MIB) };
     const SOURCE: Source = Source { rate: Some(10.0 * MIB), round_trip: Duration::ZERO, load: 0.0 };
     const INGEST: f64 = 1000.0 * MIB;
 
@@ -377,7 +382,7 @@ mod tests {
     #[test]
     fn nonsense_is_survived() {
         let nan = Candidate { rate: Some(f64::NAN), load: f64::NAN, ..candidate("nan", 0, 0, 1.0) };
-        let wanted = Wanted { size_bytes: f64::NAN, write_rate: Some(f64::NEG_INFINITY) };
+        let wanted = Wanted { size_bytes: f64::NAN, write_rate: Some(f64::NEG_INFINITY), ..WANTED };
         let source = Source { rate: Some(f64::INFINITY), ..SOURCE };
         let nan = std::slice::from_ref(&nan);
         assert!(!choose(&wanted, nan, &source, f64::NAN)[0].chosen);
@@ -400,10 +405,14 @@ mod tests {
 
     fn any_wanted() -> impl Strategy<Value = (Wanted, Source, f64)> {
         let source = (proptest::option::of(0.1f64..200.0), 0u64..100, 0.0f64..4.0);
-        (0.0f64..2000.0, proptest::option::of(0.0f64..10.0), source, 1.0f64..200.0).prop_map(
-            |(size, rate, (source, ms, load), ingest)| {
-                let wanted =
-                    Wanted { size_bytes: size * MIB, write_rate: rate.map(|rate| rate * MIB) };
+        let sizes = (0.0f64..2000.0, 0.0f64..=1.0);
+        (sizes, proptest::option::of(0.0f64..10.0), source, 1.0f64..200.0).prop_map(
+            |((size, missing), rate, (source, ms, load), ingest)| {
+                let wanted = Wanted {
+                    size_bytes: size * MIB,
+                    missing_bytes: size * missing * MIB,
+                    write_rate: rate.map(|rate| rate * MIB),
+                };
                 let (rate, round_trip) = (source.map(|rate| rate * MIB), Duration::from_millis(ms));
                 (wanted, Source { rate, round_trip, load }, ingest * MIB)
             },
@@ -478,12 +487,13 @@ mod tests {
         ) {
             let choices = choose(&wanted, &all, &source, ingest);
             let sum: f64 = choices.iter().map(|choice| choice.expected_bytes).sum();
-            prop_assert!(sum <= wanted.size_bytes * 1.000_001 + 1.0);
+            prop_assert!(sum <= wanted.missing_bytes * 1.000_001 + 1.0);
             let size = wanted.size_bytes;
             let rate = wanted.write_rate.unwrap_or(size / 3600.0);
             for choice in &choices {
                 let index = all.iter().position(|one| one.node == choice.node).unwrap();
-                let held = size - changed(size, rate, ages(&all)[index].as_secs_f64());
+                let leaves = changed(size, rate, ages(&all)[index].as_secs_f64());
+                let held = at_least_zero(wanted.missing_bytes - leaves);
                 prop_assert!(choice.expected_bytes <= held * 1.000_001 + 1.0);
             }
         }
