@@ -184,7 +184,9 @@ impl Session {
 
     async fn run(&mut self, inbound: &mut Streaming<ToSource>) -> Result<(), MigrationError> {
         let epoch = self.epoch()?;
-        self.send(from_source::Message::Begun(Begun { epoch: epoch.0 })).await?;
+        let trees = self.trees.iter().map(|tree| &tree.subject);
+        let subjects = trees.chain([&self.described.memory]).map(ToString::to_string).collect();
+        self.send(from_source::Message::Begun(Begun { epoch: epoch.0, subjects })).await?;
         loop {
             match next(inbound, IDLE_MAX).await? {
                 to_source::Message::Round(round) if round.number <= ROUNDS_MAX => {
