@@ -1,4 +1,4 @@
-//! Generates the messages and services of `proto/`: ttrpc for the node's own sockets, gRPC between nodes.
+//! Generates the messages and services of `proto/`: ttrpc for the node's own sockets, gRPC between nodes and to etcd.
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("CARGO_FEATURE_PEER").is_some() {
         tonic_prost_build::configure()
             .bytes(".")
-            .compile_protos(&["proto/peer.proto"], &["proto"])?;
+            .compile_protos(&["proto/peer.proto", "proto/etcd.proto"], &["proto"])?;
     }
     println!("cargo:rerun-if-changed=proto");
     Ok(())

@@ -12,7 +12,9 @@ mod digest;
 mod names;
 
 pub use digest::{Digest, ParseDigestError};
-pub use names::{ContainerRef, MigrateFrom, ParseNameError, Subject, VolumeId, VolumeSource};
+pub use names::{
+    ContainerRef, MigrateFrom, ParseNameError, ServiceRef, Subject, VolumeId, VolumeSource, is_name,
+};
 
 /// Annotations that Godwit reads from a container's OCI specification.
 pub mod annotation {
@@ -87,4 +89,18 @@ pub mod peer {
         reason = "generated"
     )]
     tonic::include_proto!("godwit.peer.v1");
+}
+
+/// The part of etcd's API that the directory uses.
+#[cfg(feature = "peer")]
+pub mod etcd {
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::pedantic,
+        clippy::restriction,
+        reason = "generated"
+    )]
+    tonic::include_proto!("etcdserverpb");
 }

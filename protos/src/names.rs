@@ -31,8 +31,9 @@ fn bad(kind: &'static str, text: &str, expected: &'static str) -> ParseNameError
     ParseNameError { kind, text: text.chars().take(120).collect(), expected }
 }
 
-/// A letter or digit, then letters, digits, `_`, `.` and `-`.
-fn is_name(text: &str) -> bool {
+/// Whether this can name a node, namespace, container or volume: a letter or digit, then letters, digits, `_`, `.`
+/// and `-`.
+pub fn is_name(text: &str) -> bool {
     text.len() <= NAME_BYTES_MAX
         && text.starts_with(|first: char| first.is_ascii_alphanumeric())
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
@@ -230,6 +231,44 @@ impl fmt::Display for Subject {
     }
 }
 
+/// A service in one containerd namespace: what the memory of all its users is of. Text form: `NAMESPACE|SERVICE`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceRef {
+    namespace: String,
+    service: String,
+}
+
+impl ServiceRef {
+    /// The service whose memory this is, if it is memory.
+    pub fn of(subject: &Subject) -> Option<Self> {
+        match subject {
+            Subject::Memory { namespace, service, .. } => {
+                Some(Self { namespace: namespace.clone(), service: service.clone() })
+            }
+            Subject::Volume(_) | Subject::Layer(_) | Subject::Container(_) => None,
+        }
+    }
+}
+
+impl FromStr for ServiceRef {
+    type Err = ParseNameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('|') {
+            Some((namespace, service)) if is_name(namespace) && is_service(service) => {
+                Ok(Self { namespace: namespace.to_owned(), service: service.to_owned() })
+            }
+            _ => Err(bad("service", text, "NAMESPACE|SERVICE")),
+        }
+    }
+}
+
+impl fmt::Display for ServiceRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}|{}", self.namespace, self.service)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,6 +303,18 @@ mod tests {
     fn a_subject_keeps_an_image_name_with_slashes_and_colons() {
         let text = "memory|default|docker.io/library/redis:7|cache";
         assert_eq!(text.parse::<Subject>().unwrap().to_string(), text);
+    }
+
+    #[test]
+    fn a_service_is_of_one_namespace() {
+        let memory: Subject = "memory|default|docker.io/library/redis:7|cache".parse().unwrap();
+        let service = ServiceRef::of(&memory).unwrap();
+        assert_eq!(service.to_string(), "default|docker.io/library/redis:7");
+        assert_eq!(service.to_string().parse(), Ok(service));
+        assert_eq!(ServiceRef::of(&"volume|data".parse().unwrap()), None);
+        for text in ["redis:7", "|redis:7", "default|", "a/b|redis:7", "default|redis|7"] {
+            assert!(text.parse::<ServiceRef>().is_err(), "{text}");
+        }
     }
 
     proptest! {

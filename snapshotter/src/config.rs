@@ -44,6 +44,12 @@ pub struct Config {
     /// What a migration may bring to this node.
     #[serde(default)]
     pub admit: Admit,
+    /// Whether memory of one user of a service may serve another one's migration, within a containerd namespace.
+    #[serde(default)]
+    pub sibling_memory: bool,
+    /// Where it is looked up who holds what.
+    #[serde(default)]
+    pub directory: Directory,
     /// Cached snapshots: when they are taken, where copies go, what is kept.
     #[serde(default)]
     pub cache: Cache,
@@ -152,6 +158,36 @@ impl Cache {
     }
 }
 
+/// Which directory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// Every peer is asked.
+    #[default]
+    Neighbours,
+    /// etcd is.
+    Etcd,
+}
+
+/// How nodes learn what others hold.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Directory {
+    /// Which directory.
+    pub backend: Backend,
+    /// etcd's addresses, `http://HOST:PORT`, asked in this order.
+    pub endpoints: Vec<String>,
+    /// Nodes of one site see each other's entries.
+    pub site: String,
+}
+
+impl Default for Directory {
+    fn default() -> Self {
+        let (backend, endpoints) = (Backend::default(), Vec::new());
+        Self { backend, endpoints, site: "default".to_owned() }
+    }
+}
+
 /// Another node.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -230,6 +266,9 @@ pub enum ConfigError {
     /// Two peers of one name, or a peer of this node's name.
     #[error("peer name {0:?} is not unique")]
     PeerName(String),
+    /// Keys of the directory that do not fit together.
+    #[error("[directory] {0}")]
+    Directory(&'static str),
 }
 
 fn default_state_dir() -> PathBuf {
@@ -280,12 +319,28 @@ impl Config {
                 return Err(ConfigError::PeerName(peer.name.clone()));
             }
         }
-        Ok(())
+        self.directory.check()
     }
 
     /// The peer of this name.
     pub fn peer(&self, name: &str) -> Option<&Peer> {
         self.peers.iter().find(|peer| peer.name == name)
+    }
+}
+
+impl Directory {
+    fn check(&self) -> Result<(), ConfigError> {
+        let is_etcd = self.backend == Backend::Etcd;
+        if is_etcd == self.endpoints.is_empty() {
+            return Err(ConfigError::Directory("`endpoints` goes with `backend = \"etcd\"`"));
+        }
+        if !self.endpoints.iter().all(|endpoint| endpoint.starts_with("http://")) {
+            return Err(ConfigError::Directory("`endpoints` have the form http://HOST:PORT"));
+        }
+        if !godwit_protos::is_name(&self.site) {
+            return Err(ConfigError::Directory("`site` has letters, digits, '_', '.' and '-'"));
+        }
+        Ok(())
     }
 }
 
@@ -335,6 +390,25 @@ mod tests {
             assert!(read(&format!("node = 'a'\n[cache]\n{wrong}")).is_err(), "{wrong}");
         }
         assert!(read("node = 'a'\n[cache]\nmemory = 'off'\ncopies = 3").is_ok());
+    }
+
+    #[test]
+    fn etcd_needs_endpoints_and_nothing_else_takes_them() {
+        let directory = |keys: &str| read(&format!("node = 'a'\n[directory]\n{keys}"));
+        let etcd = directory("backend = 'etcd'\nendpoints = ['http://x:2379']").unwrap().directory;
+        assert_eq!((etcd.backend, etcd.site.as_str()), (Backend::Etcd, "default"));
+        assert_eq!(read("node = 'a'").unwrap().directory.backend, Backend::Neighbours);
+        for wrong in [
+            "backend = 'etcd'",
+            "endpoints = ['http://x:2379']",
+            "backend = 'etcd'\nendpoints = ['https://x:2379']",
+            "backend = 'etcd'\nendpoints = ['http://x:2379']\nsite = 'a/b'",
+        ] {
+            assert!(matches!(directory(wrong), Err(ConfigError::Directory(_))), "{wrong}");
+        }
+        for wrong in ["backend = 'zookeeper'", "endpoint = 'http://x:2379'"] {
+            assert!(matches!(directory(wrong), Err(ConfigError::Parse { .. })), "{wrong}");
+        }
     }
 
     #[test]

@@ -322,6 +322,7 @@ impl Control for Service {
         answer.listen = self.node.config.listen.map_or_else(String::new, |at| at.to_string());
         answer.store_bytes = usage.bytes;
         answer.objects = usage.objects;
+        answer.directory = self.node.directory.status();
         answer.ownership = entries
             .into_iter()
             .map(|(container, entry)| {

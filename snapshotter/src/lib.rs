@@ -7,6 +7,7 @@
 //! - [`volumes`]: writable volumes by identity, read-only ones by digest.
 //! - [`snapshots`]: containerd's snapshotter service over overlayfs; [`containerd`]: our client of containerd.
 //! - [`peer`]: what daemons ask each other, and fetching from several of them at once.
+//! - [`directory`]: who holds what, asked of the neighbours or of etcd.
 //! - [`migrate`]: the procedure itself, both sides, and the journal of who may run a container.
 //! - [`policy`]: when to capture, where to put copies, what to give up, whom to ask: pure rules.
 //! - [`control`]: the socket for shims and for `godwit`; [`config`]: the daemon's file.
@@ -16,6 +17,7 @@ pub mod config;
 pub mod containerd;
 pub mod content;
 pub mod control;
+pub mod directory;
 pub mod migrate;
 pub mod node;
 pub mod peer;

@@ -1,6 +1,6 @@
 //! What all parts of one daemon share.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use godwit_protos::peer::Progress;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::caching::Caching;
 use crate::config::Config;
 use crate::containerd::{Client, EventKind};
 use crate::content::object::{self, Kind, ObjectError};
 use crate::content::on;
+use crate::directory::{self, Directory};
 use crate::migrate::destination::Sessions;
 use crate::migrate::journal::Journal;
 use crate::migrate::ownership::Ownership;
@@ -43,6 +44,8 @@ pub struct Node {
     pub volumes: Volumes,
     /// What is known of the ways to the peers.
     pub channels: Channels,
+    /// Who holds what elsewhere.
+    pub directory: Arc<dyn Directory>,
     /// containerd.
     pub containerd: Client,
     /// Containers that are coming here.
@@ -103,6 +106,7 @@ impl Node {
         }
         let containerd = Client::connect(&config.containerd_socket);
         let channels = Channels::open(&state.join("peers.json"));
+        let directory = directory::open(&config);
         let (sessions, events) = (Sessions::default(), Events::default());
         let ids = AtomicU64::new(0);
         Ok(Arc::new(Self {
@@ -111,6 +115,7 @@ impl Node {
             journal,
             volumes,
             channels,
+            directory,
             containerd,
             sessions,
             caching: Caching::default(),
@@ -214,11 +219,33 @@ impl Node {
         }
     }
 
-    /// Manifests that this node can serve whole: those of its snapshots and of its read-only volumes.
-    pub fn whole_manifests(&self) -> Result<HashSet<godwit_protos::Digest>, VolumeError> {
+    /// What this node can serve whole: its snapshots and its read-only volumes.
+    pub fn held(&self) -> Result<Vec<directory::Entry>, VolumeError> {
         let snapshots = self.store.all_snapshots()?;
-        let roots = snapshots.into_iter().map(|(_, snapshot)| snapshot.root);
-        Ok(roots.chain(self.volumes.contents()?).collect())
+        let snapshots = snapshots.into_iter().map(|(_, snapshot)| snapshot);
+        Ok(directory::held(&self.config.node, snapshots.collect(), self.volumes.contents()?))
+    }
+
+    /// Has the directory know what this node holds, until `stopped` says that it leaves.
+    pub async fn publish_until(self: Arc<Self>, mut stopped: watch::Receiver<bool>) {
+        let Some(renewal) = self.directory.renewal() else { return };
+        let mut changed = self.store.snapshots_changed();
+        while !*stopped.borrow() {
+            changed.mark_unchanged();
+            let node = self.clone();
+            match tokio::task::spawn_blocking(move || node.held()).await {
+                Ok(Ok(held)) => self.directory.publish(held).await,
+                Ok(Err(error)) => {
+                    tracing::warn!(error = crate::migrate::chain(&error), "nothing is published");
+                }
+                Err(_) => break,
+            }
+            tokio::select! {
+                _ = tokio::time::timeout(renewal, changed.changed()) => {}
+                _ = stopped.changed() => break,
+            }
+        }
+        self.directory.withdraw().await;
     }
 }
 

@@ -37,6 +37,8 @@ pub const PACKAGES: &[&str] = &[
     "containerd",
     "crun",
     "e2fsprogs",
+    "etcd-server",
+    "faketime",
     "iproute2",
     "iptables",
     "iputils-arping",

@@ -69,6 +69,7 @@ async fn run() -> anyhow::Result<()> {
     }
     tracing::info!(node = %node.config.node, "ready");
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+    let publishing = tokio::spawn(node.clone().publish_until(stopped.clone()));
     let stop = async move {
         let (Ok(mut term), Ok(mut int)) =
             (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
@@ -92,6 +93,7 @@ async fn run() -> anyhow::Result<()> {
     let _ = tokio::time::timeout(STOP_MAX, control_server.shutdown()).await;
     // Nobody would thaw what stays frozen.
     migrate::release::take_offers_back(&node).await;
+    let _ = tokio::time::timeout(STOP_MAX, publishing).await;
     tracing::info!("stopped");
     Ok(())
 }

@@ -422,7 +422,8 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     });
     let ownership: Vec<_> = ownership.collect();
     let object = json!({"node": status.node, "version": status.version, "criu_version": status.criu_version,
-        "listen": status.listen, "store_bytes": status.store_bytes, "objects": status.objects, "ownership": ownership});
+        "listen": status.listen, "store_bytes": status.store_bytes, "objects": status.objects,
+        "directory": status.directory, "ownership": ownership});
     if out.json {
         return out.object(&object, "");
     }
@@ -432,8 +433,8 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     out.object(
         &object,
         &format!(
-            "node {}, godwit {}, CRIU {criu}\nlistening on {listen}\nstore: {objects} objects, {bytes} bytes",
-            status.node, status.version
+            "node {}, godwit {}, CRIU {criu}\nlistening on {listen}\nstore: {objects} objects, {bytes} bytes\ndirectory: {}",
+            status.node, status.version, status.directory
         ),
     )?;
     out.table(&ownership, &["container", "state", "epoch", "peer"])

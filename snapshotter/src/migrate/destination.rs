@@ -10,12 +10,12 @@
 //! [`claim`] when the container is restored and held. Only a journalled `Owner` lets it run. A claim whose session is
 //! gone, because the daemon restarted, is answered from the journal and the source's word. Read next: [`super::session`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject, VolumeSource};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, ServiceRef, Subject, VolumeSource};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -23,13 +23,11 @@ use super::MigrationError;
 use super::ownership::{Epoch, Event, Ownership};
 use super::session::begin;
 use crate::content::object::Kind;
+use crate::directory::{Entry, Joined, Lookup, Query};
 use crate::node::Node;
 use crate::peer::channel::MEASURED_BYTES_MIN;
 use crate::peer::fetch::{Peers, Standings};
 use crate::peer::{Connection, PeerError};
-
-/// How long a neighbour has to answer a lookup.
-pub const LOOKUP_MAX: Duration = Duration::from_millis(300);
 
 /// How long a migration waits for neighbours to answer a hello before it goes on without them.
 const NEIGHBOURS_WAIT: Duration = Duration::from_millis(50);
@@ -66,7 +64,8 @@ pub struct Connections {
     /// The node that runs the container.
     pub source: Arc<Connection>,
     /// Nodes that have answered so far; none in traditional mode.
-    neighbours: Arc<Mutex<Vec<Arc<Connection>>>>,
+    neighbours: Joined,
+    is_cooperative: bool,
     standings: Arc<Standings>,
 }
 
@@ -228,17 +227,17 @@ pub async fn connect(
     settings: &Settings,
 ) -> Result<Connections, PeerError> {
     let deadline = tokio::time::Instant::now() + NEIGHBOURS_WAIT;
-    let neighbours: Arc<Mutex<Vec<_>>> = Arc::default();
+    let (joined, neighbours) = watch::channel(Vec::new());
+    let joined = Arc::new(joined);
     let mut joining = JoinSet::new();
     let others = node.config.peers.iter().filter(|peer| peer.name != source);
     for peer in others.filter(|_| settings.cooperative).cloned() {
-        let (node, neighbours) = (node.clone(), neighbours.clone());
+        let (node, joined) = (node.clone(), joined.clone());
         joining.spawn(async move {
             match Connection::open(&node.config, &peer.name, NEIGHBOUR_MAX).await {
                 Ok(connection) => {
                     node.channels.greeted(&connection);
-                    let mut all = neighbours.lock().unwrap_or_else(PoisonError::into_inner);
-                    all.push(Arc::new(connection));
+                    joined.send_modify(|all| all.push(Arc::new(connection)));
                 }
                 Err(error) => {
                     tracing::info!(node = %peer.name, error = super::chain(&error), "not asked");
@@ -253,7 +252,8 @@ pub async fn connect(
     // Who has not answered yet goes on trying.
     joining.detach_all();
     let standings = Arc::new(Standings::known(node.channels.rates()));
-    Ok(Connections { source: Arc::new(source), neighbours, standings })
+    let (source, is_cooperative) = (Arc::new(source), settings.cooperative);
+    Ok(Connections { source, neighbours, is_cooperative, standings })
 }
 
 /// Brings a container's state here and has the source stop it. See the module's comment.
@@ -401,12 +401,37 @@ pub(super) async fn ask_again(
 impl Connections {
     /// Neighbours that have answered so far.
     pub fn neighbours(&self) -> Vec<Arc<Connection>> {
-        self.neighbours.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.neighbours.borrow().clone()
     }
 
-    /// Whom to fetch from.
-    pub fn peers(&self) -> Peers {
-        Peers { neighbours: self.neighbours(), ..self.source_alone() }
+    /// Begins to look for who holds what of a container that comes to `to`: snapshots of `subjects` and, where this
+    /// node may use them, of its service's other users; and `contents` by digest. Nobody is asked in traditional mode.
+    pub fn look_up(
+        &self,
+        node: &Node,
+        to: &ContainerRef,
+        subjects: Vec<Subject>,
+        contents: Vec<Digest>,
+    ) -> Lookup {
+        let mut query = Query::default();
+        if self.is_cooperative {
+            let may_share = |subject: &&Subject| {
+                node.config.sibling_memory
+                    && matches!(subject, Subject::Memory { namespace, .. } if namespace == to.namespace())
+            };
+            let services = subjects.iter().filter(may_share).filter_map(ServiceRef::of).collect();
+            query = Query { subjects, services, manifests: contents };
+        }
+        Lookup::begin(&node.directory, query, self.neighbours.clone())
+    }
+
+    /// Whom to fetch from: the source, and the neighbours of those entries for which `holds` is true.
+    pub fn holders(&self, entries: &[Entry], holds: impl Fn(&Entry) -> bool) -> Peers {
+        let nodes: HashSet<&str> =
+            entries.iter().filter(|entry| holds(entry)).map(|entry| entry.node.as_str()).collect();
+        let mut neighbours = self.neighbours();
+        neighbours.retain(|peer| nodes.contains(peer.node.as_str()));
+        Peers { neighbours, ..self.source_alone() }
     }
 
     /// The source without its neighbours.

@@ -14,8 +14,9 @@ use godwit_protos::Digest;
 use godwit_protos::peer::{LocateRequest, ReadBlobRequest};
 
 use super::MigrationError;
-use super::destination::{Connections, LOOKUP_MAX};
+use super::destination::Connections;
 use crate::containerd::{Client, ClientError, Descriptor, ImageContent};
+use crate::directory::LOOKUP_MAX;
 use crate::node::Node;
 use crate::peer::Connection;
 

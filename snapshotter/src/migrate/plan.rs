@@ -3,8 +3,8 @@
 //! 1. The source describes its container; what would make the migration fail is looked for here.
 //! 2. The source captures every subject twice while the container runs: the lists of what there is (about a
 //!    hundredth of the size) come here, and what changed in between tells the rate of writing.
-//! 3. Neighbours say which snapshots of these subjects they have; their lists come too. So what each one holds of what
-//!    is wanted is known object by object, not guessed.
+//! 3. The directory says which neighbours have snapshots of these subjects; their lists come too. So what each one holds
+//!    of what is wanted is known object by object, not guessed.
 //! 4. A few objects are fetched to see how well they compress.
 //! 5. [`predict`] makes bytes by node, rounds, time and downtime of it.
 //!
@@ -15,13 +15,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use godwit_protos::peer::{
-    Begin, DescribeResponse, LocateRequest, LocateResponse, RoundDone, Snapshot,
-};
-use godwit_protos::{Digest, Subject, VolumeSource};
+use godwit_protos::peer::{Begin, DescribeResponse, LocateRequest, LocateResponse, RoundDone};
+use godwit_protos::{Digest, ServiceRef, Subject, VolumeSource};
 use serde::{Deserialize, Serialize};
 
-use super::destination::{Connections, LOOKUP_MAX, connect, kind_of, mode_word};
+use super::destination::{Connections, connect, kind_of, mode_word};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use super::request::{Request, describe_at, pre_flight, record};
 use super::session::{Line, named};
@@ -29,6 +27,7 @@ use super::{MigrationError, blocking};
 use crate::containerd::ClientError;
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
+use crate::directory::{Entry, LOOKUP_MAX};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, Peers, fetch};
@@ -50,6 +49,10 @@ pub struct Candidate {
     pub node: String,
     /// Place of its newest snapshot in the subject's lineage; 0 for content by digest.
     pub sequence: u64,
+    /// How long ago that was taken, by its own clock, in milliseconds; 0 for content by digest.
+    pub age_ms: u64,
+    /// Whether all that it has is memory of other users of the service.
+    pub is_sibling: bool,
     /// Of what the destination lacks, what it has, in bytes.
     pub held_bytes: u64,
     /// What earlier migrations measured, in bytes per second.
@@ -126,11 +129,19 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
     let survey = Survey { node, connections: &connections, lease: &lease };
     let mut surveyed = Vec::new();
     surveyed.push(survey.image(&described, request.from.container.namespace()).await?);
-    let (subjects, capture) = survey.subjects(request).await?;
+    let volumes = described.volumes.iter().filter_map(|mount| mount.volume.parse().ok());
+    let contents: Vec<Digest> = volumes
+        .filter_map(|volume| match volume {
+            VolumeSource::Content(digest) => Some(digest),
+            VolumeSource::Writable(_) => None,
+        })
+        .collect();
+    let (subjects, capture, found) = survey.subjects(request, &contents).await?;
     surveyed.extend(subjects);
-    for volume in described.volumes.iter().filter_map(|mount| mount.volume.parse().ok()) {
-        let VolumeSource::Content(digest) = volume else { continue };
-        surveyed.push(survey.content(digest).await?);
+    for digest in contents {
+        let entries = found.iter().filter(|entry| entry.manifest == digest).cloned().collect();
+        let root = (Kind::Tree, digest);
+        surveyed.push(survey.tree(digest.to_string(), root, None, entries).await?);
     }
     let mut rates: BTreeMap<_, _> = node.channels.rates().into_iter().collect();
     rates.extend(connections.measured());
@@ -184,11 +195,13 @@ struct Survey<'a> {
 }
 
 impl Survey<'_> {
-    /// Has the source capture everything twice. Returns the subjects and how long a capture takes.
+    /// Has the source capture everything twice. Returns the subjects, how long a capture takes, and what the directory
+    /// says of them and of `contents`.
     async fn subjects(
         &self,
         request: &Request,
-    ) -> Result<(Vec<Surveyed>, Duration), MigrationError> {
+        contents: &[Digest],
+    ) -> Result<(Vec<Surveyed>, Duration, Vec<Entry>), MigrationError> {
         let begin = Begin {
             container: Some(named(&request.from.container)),
             destination: self.node.config.node.clone(),
@@ -199,11 +212,14 @@ impl Survey<'_> {
             r#as: Some(named(&request.from.container)),
         };
         let mut line = Line::open(&self.connections.source, begin).await?;
-        line.begun().await?;
+        let (_, subjects) = line.begun().await?;
+        let container = &request.from.container;
+        let lookup = self.connections.look_up(self.node, container, subjects, contents.to_vec());
         let begun = Instant::now();
         let first = line.round(1).await?;
         let capture = begun.elapsed();
-        let surveyed = self.first_round(&first).await;
+        let found = lookup.found(LOOKUP_MAX).await;
+        let surveyed = self.first_round(&first, &found).await;
         let between = begun.elapsed();
         let second = line.round(2).await;
         line.abort("only a plan was asked for".to_owned()).await;
@@ -213,38 +229,39 @@ impl Survey<'_> {
             let changed = later.changed_bytes as f64;
             one.part.write_rate = write_rate(one.part.size, changed, between.as_secs_f64());
         }
-        Ok((surveyed, capture))
+        Ok((surveyed, capture, found))
     }
 
-    async fn first_round(&self, round: &RoundDone) -> Result<Vec<Surveyed>, MigrationError> {
+    async fn first_round(
+        &self,
+        round: &RoundDone,
+        found: &[Entry],
+    ) -> Result<Vec<Surveyed>, MigrationError> {
         let mut surveyed = Vec::new();
         for manifest in &round.manifests {
             let subject: Subject = manifest.subject.parse()?;
             let root = (kind_of(&subject), Digest::try_from(&manifest.digest[..])?);
-            let asked =
-                LocateRequest { subjects: vec![subject.to_string()], ..LocateRequest::default() };
-            let mut one =
-                self.tree(subject.to_string(), root, Some(manifest.size_bytes), asked).await?;
+            let is_of = |entry: &&Entry| {
+                entry.subject.as_ref().is_some_and(|other| {
+                    *other == subject || (ServiceRef::of(other).is_some() && root.0 == Kind::Memory)
+                })
+            };
+            let entries = found.iter().filter(is_of).cloned().collect();
+            let size = Some(manifest.size_bytes);
+            let mut one = self.tree(subject.to_string(), root, size, entries).await?;
             one.part.is_memory = root.0 == Kind::Memory;
             surveyed.push(one);
         }
         Ok(surveyed)
     }
 
-    /// A read-only volume.
-    async fn content(&self, digest: Digest) -> Result<Surveyed, MigrationError> {
-        let manifests = vec![digest.as_bytes().to_vec().into()];
-        let asked = LocateRequest { manifests, ..LocateRequest::default() };
-        self.tree(digest.to_string(), (Kind::Tree, digest), None, asked).await
-    }
-
-    /// What is missing of a version and who has it.
+    /// What is missing of a version, and who of those that `entries` name has it.
     async fn tree(
         &self,
         name: String,
         root: (Kind, Digest),
         size: Option<u64>,
-        asked: LocateRequest,
+        entries: Vec<Entry>,
     ) -> Result<Surveyed, MigrationError> {
         let leaves = self.leaves(&self.connections.source_alone(), root).await?;
         let size = size.unwrap_or(leaves.size);
@@ -253,10 +270,16 @@ impl Survey<'_> {
         let missing = blocking(move || Ok(here.missing(&all)?)).await?;
         let mut candidates = Vec::new();
         let mut union = HashSet::new();
-        for (peer, answer) in self.locate(asked).await {
-            let held = self.held(&peer, root, &answer, &missing).await;
-            if let Some((sequence, held)) = held {
-                candidates.push((peer, sequence, held.len()));
+        for peer in self.connections.holders(&entries, |_| true).neighbours {
+            let theirs = entries.iter().filter(|entry| entry.node == peer.node);
+            let theirs: Vec<&Entry> = theirs.take(SNAPSHOTS_PER_NEIGHBOUR).collect();
+            let held = self.held(&peer, root, &theirs, &missing).await;
+            if let (Some(best), false) = (theirs.first(), held.is_empty()) {
+                let is_sibling = best.subject.as_ref().is_some_and(|of| of.to_string() != name);
+                let sequence = if is_sibling { 0 } else { best.sequence };
+                let age_ms = u64::try_from(best.age.as_millis()).unwrap_or(u64::MAX);
+                let known = Candidate { sequence, age_ms, is_sibling, ..Candidate::default() };
+                candidates.push((peer, known, held.len()));
                 union.extend(held);
             }
         }
@@ -275,26 +298,21 @@ impl Survey<'_> {
         };
         let wire_ratio = self.sample(&missing).await?;
         let candidates = candidates
-            .iter()
-            .map(|(peer, sequence, held)| self.candidate(peer, *sequence, of(*held), &part))
+            .into_iter()
+            .map(|(peer, known, held)| self.candidate(&peer, known, of(held), &part))
             .collect();
         Ok(Surveyed { name, part, wire_ratio, candidates })
     }
 
-    /// What a neighbour has of `missing`, by its newest snapshots, and the sequence of the newest.
+    /// What a neighbour has of `missing`, by its best snapshots.
     async fn held(
         &self,
         peer: &Arc<Connection>,
         (kind, root): (Kind, Digest),
-        answer: &LocateResponse,
+        theirs: &[&Entry],
         missing: &[Digest],
-    ) -> Option<(u64, HashSet<Digest>)> {
-        let mut snapshots: Vec<&Snapshot> = answer.snapshots.iter().collect();
-        snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.sequence));
-        let newest = snapshots.first().map_or(0, |snapshot| snapshot.sequence);
-        let roots = snapshots.iter().map(|snapshot| &snapshot.manifest);
-        let roots = roots.take(SNAPSHOTS_PER_NEIGHBOUR).chain(&answer.manifests);
-        let roots = roots.filter_map(|digest| Digest::try_from(&digest[..]).ok());
+    ) -> HashSet<Digest> {
+        let roots = theirs.iter().map(|entry| entry.manifest);
         let peers =
             Peers { neighbours: Vec::new(), source: peer.clone(), standings: Arc::default() };
         let mut has = HashSet::new();
@@ -309,12 +327,11 @@ impl Survey<'_> {
                 Err(error) => tracing::info!(node = peer.node, %error, "not counted on"),
             }
         }
-        let held: HashSet<Digest> =
-            missing.iter().filter(|digest| has.contains(digest)).copied().collect();
-        (!held.is_empty()).then_some((newest, held))
+        missing.iter().filter(|digest| has.contains(digest)).copied().collect()
     }
 
-    fn candidate(&self, peer: &Connection, sequence: u64, held: f64, part: &Part) -> Candidate {
+    /// What help from `peer` is worth, of which `known` says what it has.
+    fn candidate(&self, peer: &Connection, known: Candidate, held: f64, part: &Part) -> Candidate {
         let channel = self.node.channels.of(&peer.node);
         let source = self.node.channels.of(&self.connections.source.node);
         let rate = |measured: Option<f64>| measured.unwrap_or(super::predict::RATE_UNKNOWN);
@@ -329,7 +346,6 @@ impl Survey<'_> {
         );
         Candidate {
             node: peer.node.clone(),
-            sequence,
             held_bytes: to_u64(held),
             throughput_bytes_per_second: channel.throughput_bytes_per_second,
             round_trip_ms: channel.round_trip_ms,
@@ -337,6 +353,7 @@ impl Survey<'_> {
             score_s: score,
             chosen,
             reason,
+            ..known
         }
     }
 
@@ -379,12 +396,14 @@ impl Survey<'_> {
                 .collect(),
             ..Part::default()
         };
-        let candidates =
-            holders.iter().map(|(peer, held)| self.candidate(peer, 0, *held, &part)).collect();
+        let candidate = |(peer, held): &(Arc<Connection>, f64)| {
+            self.candidate(peer, Candidate::default(), *held, &part)
+        };
+        let candidates = holders.iter().map(candidate).collect();
         Ok(Surveyed { name: "image".to_owned(), part, wire_ratio: 1.0, candidates })
     }
 
-    /// Asks every neighbour; one that does not answer in time has nothing.
+    /// Asks every neighbour for blobs; one that does not answer in time has nothing.
     async fn locate(&self, asked: LocateRequest) -> Vec<(Arc<Connection>, LocateResponse)> {
         let ask = self.connections.neighbours().into_iter().map(|peer| {
             let (asked, mut client) = (asked.clone(), peer.client());

@@ -3,6 +3,7 @@
 //! The steps stand in [`Work::migrate`] in their order. Until the grant an error tells the source to abort and removes what was
 //! staged; from the grant on nothing is removed here unless the shim vouches that no task ran.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ use crate::caching::retention::{admitted, record};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
 use crate::content::on;
+use crate::directory::{Lookup, SEQUENCE_MAX};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, fetch};
@@ -45,8 +47,11 @@ const CALLER_PAUSE: Duration = Duration::from_millis(100);
 /// How long the shim has to end tasks that were refused.
 const UNDO_MAX: Duration = Duration::from_secs(30);
 
-/// Largest place in a lineage that a peer may name, far beyond any that is reached.
-const SEQUENCE_MAX: u64 = 1 << 60;
+/// How long who was asked in a lookup is still waited for once the answer is needed.
+const LOOKUP_WAIT: Duration = Duration::from_millis(50);
+
+/// Subjects of a container that are looked up: volumes, layer and memory.
+const SUBJECTS_MAX: usize = 64;
 
 /// What a failure before the grant means.
 pub(super) const RUNS_ON: &str = "it runs on at its source, and nothing is left here";
@@ -123,10 +128,13 @@ impl Line {
         Ok(Self { to, from })
     }
 
-    /// The epoch of what has begun.
-    pub(super) async fn begun(&mut self) -> Result<Epoch, MigrationError> {
+    /// The epoch of what has begun, and the subjects that the rounds will bring.
+    pub(super) async fn begun(&mut self) -> Result<(Epoch, Vec<Subject>), MigrationError> {
         match self.next().await? {
-            from_source::Message::Begun(begun) => Ok(Epoch(begun.epoch)),
+            from_source::Message::Begun(begun) => {
+                let subjects = begun.subjects.iter().take(SUBJECTS_MAX).map(|text| text.parse());
+                Ok((Epoch(begun.epoch), subjects.collect::<Result<_, _>>()?))
+            }
             _ => Err(MigrationError::Protocol("expected begun")),
         }
     }
@@ -214,20 +222,22 @@ impl Work {
         });
     }
 
+    /// Whether a subject is part of the container that was asked for.
+    fn is_asked(&self, subject: &Subject) -> bool {
+        let from = &self.asked.from.container;
+        match subject {
+            Subject::Volume(id) => self.asked.volumes.contains(&VolumeSource::Writable(id.clone())),
+            Subject::Layer(container) => container == from,
+            Subject::Memory { namespace, .. } => namespace == from.namespace(),
+            Subject::Container(_) => false,
+        }
+    }
+
     /// Errors: also a subject that is not part of the container that was asked for.
     fn parse_manifests(&self, manifests: &[Manifest]) -> Result<Parsed, MigrationError> {
-        let from = &self.asked.from.container;
         let parse = |manifest: &Manifest| -> Result<_, MigrationError> {
             let subject: Subject = manifest.subject.parse()?;
-            let is_asked = match &subject {
-                Subject::Volume(id) => {
-                    self.asked.volumes.contains(&VolumeSource::Writable(id.clone()))
-                }
-                Subject::Layer(container) => container == from,
-                Subject::Memory { namespace, .. } => namespace == from.namespace(),
-                Subject::Container(_) => false,
-            };
-            if !is_asked || manifest.sequence > SEQUENCE_MAX {
+            if !self.is_asked(&subject) || manifest.sequence > SEQUENCE_MAX {
                 return Err(MigrationError::Protocol("a subject that is not the container's"));
             }
             Ok((subject, Digest::try_from(&manifest.digest[..])?, manifest.sequence))
@@ -259,10 +269,17 @@ impl Work {
         layout: &mut Layout,
         line: &mut Line,
     ) -> Result<Report, MigrationError> {
-        let epoch = line.begun().await?;
+        let (epoch, mut subjects) = line.begun().await?;
+        subjects.retain(|subject| self.is_asked(subject));
+        let lookup = prepared.connections.look_up(
+            &self.node,
+            &self.asked.container,
+            subjects,
+            self.missing_contents().into_iter().collect(),
+        );
         let mut shares = Shares::default();
-        self.bring_contents(prepared, lease, &mut shares).await?;
-        let rounds = self.pre_copy(prepared, lease, layout, line, &mut shares).await?;
+        self.bring_contents(prepared, &lookup, lease, &mut shares).await?;
+        let rounds = self.pre_copy(prepared, &lookup, lease, layout, line, &mut shares).await?;
         lease.renew()?;
 
         self.somebody_waits().await?;
@@ -330,24 +347,31 @@ impl Work {
         Ok(())
     }
 
-    /// Read-only volumes, by digest: neighbours first.
+    /// Read-only volumes that are not here.
+    fn missing_contents(&self) -> BTreeSet<Digest> {
+        let contents = self.asked.volumes.iter().filter_map(|volume| match volume {
+            VolumeSource::Content(digest) => Some(*digest),
+            VolumeSource::Writable(_) => None,
+        });
+        contents.filter(|digest| !self.node.volumes.has_content(digest)).collect()
+    }
+
+    /// Read-only volumes, by digest: neighbours that have them first.
     async fn bring_contents(
         &self,
         prepared: &Prepared,
+        lookup: &Lookup,
         lease: &Arc<Lease>,
         shares: &mut Shares,
     ) -> Result<(), MigrationError> {
-        for volume in &self.asked.volumes {
-            let VolumeSource::Content(digest) = volume else { continue };
-            if self.node.volumes.has_content(digest) {
-                continue;
-            }
+        for digest in self.missing_contents() {
             self.node.events.step(&self.migration, "pre-copy", &format!("volume {digest}"));
-            let root = [(Kind::Tree, *digest)];
-            let peers = prepared.connections.peers();
+            let found = lookup.found(LOOKUP_WAIT).await;
+            let root = [(Kind::Tree, digest)];
+            let peers = prepared.connections.holders(&found, |entry| entry.manifest == digest);
             let brought = fetch(&self.node.store, lease, &peers, &root, Depth::Content).await?;
-            shares.add(&volume.to_string(), &brought[0]);
-            let (volumes, digest) = (self.node.volumes.clone(), *digest);
+            shares.add(&digest.to_string(), &brought[0]);
+            let volumes = self.node.volumes.clone();
             blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await?;
         }
         Ok(())
@@ -356,6 +380,7 @@ impl Work {
     async fn pre_copy(
         &self,
         prepared: &Prepared,
+        lookup: &Lookup,
         lease: &Arc<Lease>,
         layout: &mut Layout,
         line: &mut Line,
@@ -373,7 +398,8 @@ impl Work {
             // What has changed since a round is nowhere but at the source.
             let first = number == 1;
             let peers = if first {
-                prepared.connections.peers()
+                let found = lookup.found(LOOKUP_WAIT).await;
+                prepared.connections.holders(&found, |entry| entry.subject.is_some())
             } else {
                 prepared.connections.source_alone()
             };

@@ -157,7 +157,8 @@ impl Session {
 
     async fn run(&mut self, inbound: &mut Streaming<ToSource>) -> Result<(), MigrationError> {
         let epoch = self.epoch()?;
-        self.send(from_source::Message::Begun(Begun { epoch: epoch.0 })).await?;
+        let subjects = lock(&self.subjects).all().map(ToString::to_string).collect();
+        self.send(from_source::Message::Begun(Begun { epoch: epoch.0, subjects })).await?;
         loop {
             match next(inbound, IDLE_MAX).await? {
                 to_source::Message::Round(round) if round.number <= ROUNDS_MAX => {

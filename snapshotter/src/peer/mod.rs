@@ -268,4 +268,4 @@ impl AsyncWrite for Counted {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -12,9 +12,9 @@ use godwit_protos::peer::{
     BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
     ForgetResponse, FromSource, HelloRequest, HelloResponse, KeepRequest, KeepResponse,
     LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch, OwnershipRequest,
-    OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, Snapshot, ToSource,
+    OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, ToSource,
 };
-use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -22,6 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
 use crate::caching::placement;
 use crate::caching::retention::free_bytes;
+use crate::directory::{Query, neighbours};
 use crate::migrate::destination::Settings;
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
 use crate::node::{Node, load};
@@ -112,9 +113,14 @@ impl Peer for Service {
 
     async fn locate(&self, request: Request<LocateRequest>) -> Answer<LocateResponse> {
         let asked = request.into_inner();
-        if asked.subjects.len() + asked.manifests.len() + asked.blobs.len() > LOOKUPS_MAX {
+        let names = [asked.subjects.len(), asked.services.len(), asked.blobs.len()];
+        if asked.manifests.len() + names.iter().sum::<usize>() > LOOKUPS_MAX {
             let text = format!("more than {LOOKUPS_MAX} names in one lookup");
             return Err(Status::invalid_argument(text));
+        }
+        let mut query = neighbours::query(&asked);
+        if !self.node.config.sibling_memory {
+            query.services.clear();
         }
         let mut answer = LocateResponse { load: load(), ..LocateResponse::default() };
         for blob in asked.blobs {
@@ -124,11 +130,13 @@ impl Peer for Service {
                 answer.blobs.push(blob);
             }
         }
-        let (node, subjects, manifests) = (self.node.clone(), asked.subjects, asked.manifests);
-        let found = tokio::task::spawn_blocking(move || locate(&node, &subjects, &manifests)).await;
-        let found = found.map_err(|_cause| Status::cancelled("stopping"))?;
-        (answer.snapshots, answer.manifests) =
-            found.map_err(|error| Status::internal(crate::migrate::chain(&error)))?;
+        if query != Query::default() {
+            let node = self.node.clone();
+            let held = tokio::task::spawn_blocking(move || node.held()).await;
+            let held = held.map_err(|_cause| Status::cancelled("stopping"))?;
+            let held = held.map_err(|error| Status::internal(crate::migrate::chain(&error)))?;
+            (answer.snapshots, answer.manifests) = neighbours::answer(query.select(held));
+        }
         Ok(Response::new(answer))
     }
 
@@ -323,31 +331,6 @@ pub fn follow(node: &Arc<Node>, wanted: Wanted) -> Pinned<Progress> {
         let _ = done.await;
     });
     Box::pin(ReceiverStream::new(receive))
-}
-
-type Located = (Vec<Snapshot>, Vec<prost::bytes::Bytes>);
-
-fn locate(
-    node: &Node,
-    subjects: &[String],
-    manifests: &[prost::bytes::Bytes],
-) -> Result<Located, crate::volumes::VolumeError> {
-    let mut snapshots = Vec::new();
-    for text in subjects {
-        let Ok(subject) = text.parse::<Subject>() else { continue };
-        for (_, snapshot) in node.store.snapshots(&subject)? {
-            snapshots.push(Snapshot {
-                subject: text.clone(),
-                sequence: snapshot.sequence,
-                taken_at_unix_ms: snapshot.taken_at_unix_ms,
-                manifest: snapshot.root.as_bytes().to_vec().into(),
-                size_bytes: snapshot.size_bytes,
-            });
-        }
-    }
-    let whole = node.whole_manifests()?;
-    let held = |digest: &[u8]| Digest::try_from(digest).is_ok_and(|digest| whole.contains(&digest));
-    Ok((snapshots, manifests.iter().filter(|digest| held(digest)).cloned().collect()))
 }
 
 /// Sends what the store has, in its stored form, and the names of what it has not.

@@ -97,6 +97,8 @@ struct Scripted {
     script: Script,
     objects: HashMap<Digest, Vec<u8>>,
     asked: Mutex<Vec<Vec<Digest>>>,
+    /// What it answers to a lookup; nothing at all without it.
+    located: Option<LocateResponse>,
 }
 
 impl Scripted {
@@ -264,7 +266,10 @@ impl Peer for Service {
     }
 
     async fn locate(&self, _request: Request<LocateRequest>) -> Answer<LocateResponse> {
-        never()
+        match &self.0.located {
+            Some(located) => Ok(Response::new(located.clone())),
+            None => std::future::pending().await,
+        }
     }
 
     type ReadBlobStream = ReceiverStream<Result<BlobPiece, Status>>;
@@ -332,11 +337,21 @@ async fn node(
     objects: HashMap<Digest, Vec<u8>>,
 ) -> (Arc<Scripted>, Arc<Connection>) {
     let greeting = Greeting::Welcomes;
-    let asked = Mutex::default();
-    let (node, config) =
-        serve(Scripted { name: name.to_owned(), greeting, script, objects, asked }).await;
-    let connection = Connection::open(&config, name, LIMIT).await.unwrap();
+    let (name, asked) = (name.to_owned(), Mutex::default());
+    connect(Scripted { name, greeting, script, objects, asked, located: None }).await
+}
+
+async fn connect(node: Scripted) -> (Arc<Scripted>, Arc<Connection>) {
+    let (node, config) = serve(node).await;
+    let connection = Connection::open(&config, &node.name, LIMIT).await.unwrap();
     (node, Arc::new(connection))
+}
+
+/// Starts a node that has no objects and answers every lookup so, or not at all, and connects to it.
+pub(crate) async fn locating(name: &str, located: Option<LocateResponse>) -> Arc<Connection> {
+    let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
+    let (greeting, script) = (Greeting::Welcomes, Script::Honest);
+    connect(Scripted { name, greeting, script, objects, asked, located }).await.1
 }
 
 /// Bytes that do not compress and are nowhere twice.
@@ -734,7 +749,8 @@ async fn a_connection_is_not_opened_to_a_node_that_does_not_say_a_proper_hello()
     let limit = Duration::from_millis(300);
     let greet = |greeting| async move {
         let (script, objects, asked) = (Script::Honest, HashMap::new(), Mutex::default());
-        let node = Scripted { name: "near".to_owned(), greeting, script, objects, asked };
+        let name = "near".to_owned();
+        let node = Scripted { name, greeting, script, objects, asked, located: None };
         serve(node).await.1
     };
     for greeting in [Greeting::Refuses, Greeting::SpeaksAnotherVersion] {

@@ -52,6 +52,7 @@ use std::time::Duration;
 
 use godwit_protos::Digest;
 use redb::{ReadableTable as _, ReadableTableMetadata as _};
+use tokio::sync::watch;
 
 use encoding::Decoder;
 pub use encoding::{Encoding, decode};
@@ -149,6 +150,8 @@ struct Inner {
     damage: Vec<Damage>,
     /// Grows when objects leave the index; tells writers that what they have read is out of date.
     removals: AtomicU64,
+    /// Tells whoever follows that the snapshots are others than before.
+    snapshots_changed: watch::Sender<()>,
 }
 
 impl Store {
@@ -183,6 +186,7 @@ impl Store {
             leases: Arc::default(),
             damage,
             removals: AtomicU64::new(0),
+            snapshots_changed: watch::Sender::new(()),
         };
         Ok(Self { inner: Arc::new(inner) })
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use godwit_protos::{Digest, Subject};
 use prost::Message as _;
 use redb::ReadableTable as _;
+use tokio::sync::watch;
 
 use super::{Store, StoreError, index};
 
@@ -123,7 +124,13 @@ impl Store {
             SnapshotId(id)
         };
         index::commit_durable(write, &self.inner.packs)?;
+        self.inner.snapshots_changed.send_replace(());
         Ok(id)
+    }
+
+    /// Follows recording and removing of snapshots.
+    pub fn snapshots_changed(&self) -> watch::Receiver<()> {
+        self.inner.snapshots_changed.subscribe()
     }
 
     /// Snapshots of `subject`, the highest sequence first; of equal ones the one recorded last.
@@ -170,7 +177,9 @@ impl Store {
                 }
             }
         }
-        index::commit_durable(write, &self.inner.packs)
+        index::commit_durable(write, &self.inner.packs)?;
+        self.inner.snapshots_changed.send_replace(());
+        Ok(())
     }
 
     /// Exempts a snapshot from being retired, or ends that, durably.
