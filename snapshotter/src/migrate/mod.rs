@@ -9,6 +9,7 @@
 //! What is promised on failure is in [`ownership`] (never two runners) and [`source`] (frozen, not killed, until the
 //! destination runs); docs/failure-model.md has the table.
 
+pub mod choice;
 pub mod cut;
 pub mod describe;
 pub mod destination;

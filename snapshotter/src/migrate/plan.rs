@@ -23,7 +23,7 @@ use super::destination::{Connections, connect, kind_of, mode_word};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use super::request::{Request, describe_at, pre_flight, record};
 use super::session::{Line, named};
-use super::{MigrationError, blocking};
+use super::{MigrationError, blocking, choice};
 use crate::containerd::ClientError;
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
@@ -61,9 +61,9 @@ pub struct Candidate {
     pub round_trip_ms: f64,
     /// Runnable tasks per processor, as it says.
     pub load: f64,
-    /// Seconds until the subject is here if this neighbour is asked and the source sends the rest.
+    /// Seconds that it alone would save over the source alone, by the age of its snapshot and what is known of it.
     pub score_s: f64,
-    /// Whether the subject comes sooner with its help. If not, the source soon does its share.
+    /// Whether it will be asked.
     pub chosen: bool,
     /// The figures behind it, for people.
     pub reason: String,
@@ -247,8 +247,9 @@ impl Survey<'_> {
                 })
             };
             let entries = found.iter().filter(is_of).cloned().collect();
-            let size = Some(manifest.size_bytes);
-            let mut one = self.tree(subject.to_string(), root, size, entries).await?;
+            let mut one = self
+                .tree(subject.to_string(), root, Some((&subject, manifest.size_bytes)), entries)
+                .await?;
             one.part.is_memory = root.0 == Kind::Memory;
             surveyed.push(one);
         }
@@ -260,11 +261,16 @@ impl Survey<'_> {
         &self,
         name: String,
         root: (Kind, Digest),
-        size: Option<u64>,
+        subject: Option<(&Subject, u64)>,
         entries: Vec<Entry>,
     ) -> Result<Surveyed, MigrationError> {
         let leaves = self.leaves(&self.connections.source_alone(), root).await?;
-        let size = size.unwrap_or(leaves.size);
+        let size = subject.map_or(leaves.size, |(_, size)| size);
+        // Whoever has read-only content has all of it, and is asked.
+        let choices = match subject {
+            Some(subject) => choice::choices(self.node, self.connections, &entries, subject)?,
+            None => Vec::new(),
+        };
         let here = self.node.store.clone();
         let all: Vec<Digest> = leaves.digests.iter().copied().collect();
         let missing = blocking(move || Ok(here.missing(&all)?)).await?;
@@ -278,15 +284,28 @@ impl Survey<'_> {
                 let is_sibling = best.subject.as_ref().is_some_and(|of| of.to_string() != name);
                 let sequence = if is_sibling { 0 } else { best.sequence };
                 let age_ms = u64::try_from(best.age.as_millis()).unwrap_or(u64::MAX);
-                let known = Candidate { sequence, age_ms, is_sibling, ..Candidate::default() };
+                let choice = choices.iter().find(|choice| choice.node == peer.node);
+                let chosen = choice.is_none_or(|choice| choice.chosen);
+                let known = Candidate {
+                    sequence,
+                    age_ms,
+                    is_sibling,
+                    chosen,
+                    score_s: choice.map_or(0.0, |choice| choice.score),
+                    reason: choice.map_or_else(String::new, |choice| choice.reason.to_string()),
+                    ..Candidate::default()
+                };
                 candidates.push((peer, known, held.len()));
-                union.extend(held);
+                if chosen {
+                    union.extend(held);
+                }
             }
         }
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
         let of = |objects: usize| size as f64 * objects as f64 / leaves.digests.len().max(1) as f64;
         let holders = candidates
             .iter()
+            .filter(|(_, known, _)| known.chosen)
             .map(|(peer, _, held)| Held { node: peer.node.clone(), bytes: of(*held) });
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
         let part = Part {
@@ -333,25 +352,16 @@ impl Survey<'_> {
     /// What help from `peer` is worth, of which `known` says what it has.
     fn candidate(&self, peer: &Connection, known: Candidate, held: f64, part: &Part) -> Candidate {
         let channel = self.node.channels.of(&peer.node);
-        let source = self.node.channels.of(&self.connections.source.node);
-        let rate = |measured: Option<f64>| measured.unwrap_or(super::predict::RATE_UNKNOWN);
-        let (theirs, sources) =
-            (rate(channel.throughput_bytes_per_second), rate(source.throughput_bytes_per_second));
-        let alone = part.missing / sources;
-        let score = (held / theirs).max((part.missing - held) / sources);
-        let chosen = score <= alone;
-        let reason = format!(
-            "{:.0}% of what is missing, {score:.1} s instead of {alone:.1} s",
-            100.0 * held / part.missing.max(1.0)
-        );
+        let share = format!("{:.0}% of what is missing", 100.0 * held / part.missing.max(1.0));
+        let words = [share.as_str(), known.reason.as_str()];
+        let reason =
+            words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join("; ");
         Candidate {
             node: peer.node.clone(),
             held_bytes: to_u64(held),
             throughput_bytes_per_second: channel.throughput_bytes_per_second,
             round_trip_ms: channel.round_trip_ms,
             load: channel.load,
-            score_s: score,
-            chosen,
             reason,
             ..known
         }
@@ -397,7 +407,8 @@ impl Survey<'_> {
             ..Part::default()
         };
         let candidate = |(peer, held): &(Arc<Connection>, f64)| {
-            self.candidate(peer, Candidate::default(), *held, &part)
+            let known = Candidate { chosen: true, ..Candidate::default() };
+            self.candidate(peer, known, *held, &part)
         };
         let candidates = holders.iter().map(candidate).collect();
         Ok(Surveyed { name: "image".to_owned(), part, wire_ratio: 1.0, candidates })
@@ -543,7 +554,7 @@ impl fmt::Display for Plan {
                 mib(share.write_bytes_per_second)
             )?;
             for candidate in &share.candidates {
-                let verdict = if candidate.chosen { "helps" } else { "slower than the source" };
+                let verdict = if candidate.chosen { "asked" } else { "not asked" };
                 writeln!(f, "    {}: {verdict}, {}", candidate.node, candidate.reason)?;
             }
         }

@@ -24,12 +24,12 @@ use super::layout::Layout;
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
-use super::{MigrationError, blocking, rounds};
+use super::{MigrationError, blocking, choice, rounds};
 use crate::caching::retention::{admitted, record};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
 use crate::content::on;
-use crate::directory::{Lookup, SEQUENCE_MAX};
+use crate::directory::{Entry, Lookup, SEQUENCE_MAX};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, fetch};
@@ -397,12 +397,12 @@ impl Work {
             let manifests = self.parse_manifests(&done.manifests)?;
             // What has changed since a round is nowhere but at the source.
             let first = number == 1;
-            let peers = if first {
+            let mut peers = prepared.connections.source_alone();
+            if first {
                 let found = lookup.found(LOOKUP_WAIT).await;
-                prepared.connections.holders(&found, |entry| entry.subject.is_some())
-            } else {
-                prepared.connections.source_alone()
-            };
+                peers.neighbours =
+                    self.worth_asking(prepared, &found, &done.manifests, &manifests)?;
+            }
             let roots: Vec<_> =
                 manifests.iter().map(|(subject, root, _)| (kind_of(subject), *root)).collect();
             let brought = fetch(&self.node.store, lease, &peers, &roots, Depth::Content).await?;
@@ -416,6 +416,28 @@ impl Work {
         let mut at = layout.clone();
         *layout = blocking(move || at.stage_memory().map(|()| at)).await?;
         Ok(number)
+    }
+
+    /// Of the neighbours that were found those that bring the end nearer.
+    fn worth_asking(
+        &self,
+        prepared: &Prepared,
+        found: &[Entry],
+        told: &[Manifest],
+        manifests: &Parsed,
+    ) -> Result<Vec<Arc<Connection>>, MigrationError> {
+        let connections = &prepared.connections;
+        let (mut all, subjects) = (Vec::new(), manifests.iter().map(|(subject, ..)| subject));
+        for (subject, told) in subjects.clone().zip(told) {
+            all.extend(choice::choices(
+                &self.node,
+                connections,
+                found,
+                (subject, told.size_bytes),
+            )?);
+        }
+        let asked = choice::asked(&all, found, &subjects.collect::<Vec<_>>());
+        Ok(choice::among(connections, &asked))
     }
 
     async fn stop_and_copy(

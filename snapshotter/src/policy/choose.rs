@@ -20,6 +20,7 @@
 //! adds nothing costs that node something. Should the measurements be wrong, the source helps all the same
 //! (`peer::queue`); the choice only says who is asked first.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::migrate::predict::{RATE_UNKNOWN, changed};
@@ -37,7 +38,7 @@ const ROUND_TRIPS: u32 = 3;
 const WINDOW_BYTES: f64 = 1_048_576.0;
 
 /// A subject that was never measured is taken to be written over once in this time.
-const WRITTEN_OVER_UNKNOWN: Duration = Duration::from_secs(3600);
+pub const WRITTEN_OVER_UNKNOWN: Duration = Duration::from_secs(3600);
 
 /// No end is later than this, in microseconds; about 50 days.
 const END_MAX_US: u64 = 1 << 42;
@@ -92,6 +93,17 @@ pub enum Reason {
     NotNeeded,
     /// Not asked: [`CHOSEN_MAX`] others are.
     Enough,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Sooner => "all is here sooner with it",
+            Self::NoUse => "too old or too slow: the source alone is as soon",
+            Self::NotNeeded => "those that are asked bring as much as soon",
+            Self::Enough => "enough others are asked",
+        })
+    }
 }
 
 /// What was decided about a candidate.

@@ -1,0 +1,90 @@
+//! Whom a migration asks for a subject: what the directory found and what is known of the nodes, put to
+//! [`crate::policy::choose`]. A plan and the migration ask the same question and get the same answer.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use godwit_protos::Subject;
+
+use super::destination::Connections;
+use super::predict::{RATE_UNKNOWN, changed};
+use crate::directory::Entry;
+use crate::node::{Node, unix_ms};
+use crate::peer::Connection;
+use crate::policy::choose::{Candidate, Choice, Source, WRITTEN_OVER_UNKNOWN, Wanted, choose};
+use crate::store::StoreError;
+
+/// Decides about every neighbour that has a snapshot of `subject`; the best first.
+pub fn choices(
+    node: &Node,
+    connections: &Connections,
+    entries: &[Entry],
+    (subject, size_bytes): (&Subject, u64),
+) -> Result<Vec<Choice>, StoreError> {
+    let mut newest = BTreeMap::<&str, &Entry>::new();
+    for entry in entries.iter().filter(|entry| entry.subject.as_ref() == Some(subject)) {
+        let known = newest.entry(&entry.node).or_insert(entry);
+        if known.sequence < entry.sequence {
+            *known = entry;
+        }
+    }
+    let head = newest.values().map(|entry| entry.sequence).max().unwrap_or(0);
+    let neighbours = connections.neighbours();
+    let candidates: Vec<Candidate> = neighbours
+        .iter()
+        .filter_map(|peer| {
+            let entry = newest.get(peer.node.as_str())?;
+            Some(Candidate {
+                node: peer.node.clone(),
+                lag: head - entry.sequence,
+                age: entry.age,
+                rate: node.channels.of(&peer.node).throughput_bytes_per_second,
+                round_trip: peer.round_trip,
+                load: peer.hello.load,
+            })
+        })
+        .collect();
+    let source = &connections.source;
+    let rate = node.channels.of(&source.node).throughput_bytes_per_second;
+    let of_source = Source { rate, round_trip: source.round_trip, load: source.hello.load };
+    // However many send, this node takes in no more than it ever did.
+    let rates = node.channels.rates().into_iter().map(|(_, rate)| rate);
+    let ingest = rates.fold(RATE_UNKNOWN, f64::max);
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let size = size_bytes as f64;
+    let missing_bytes = missing(node, subject, size)?;
+    let wanted = Wanted { size_bytes: size, missing_bytes, write_rate: None };
+    Ok(choose(&wanted, &candidates, &of_source, ingest))
+}
+
+/// What this node lacks, by the age of its own newest snapshot.
+fn missing(node: &Node, subject: &Subject, size: f64) -> Result<f64, StoreError> {
+    let newest = node.store.snapshots(subject)?.into_iter().next();
+    let since = newest.map(|(_, snapshot)| snapshot.age(unix_ms()).as_secs_f64());
+    let write_rate = size / WRITTEN_OVER_UNKNOWN.as_secs_f64();
+    Ok(since.map_or(size, |since| changed(size, write_rate, since)))
+}
+
+/// The nodes that are asked: those chosen for at least one subject, and those that have memory of another user, whose
+/// worth no rule tells.
+pub fn asked<'a>(
+    choices: impl IntoIterator<Item = &'a Choice>,
+    entries: &[Entry],
+    subjects: &[&Subject],
+) -> HashSet<String> {
+    let chosen = choices.into_iter().filter(|choice| choice.chosen).map(|choice| &choice.node);
+    let siblings = entries.iter().filter(|entry| is_sibling(entry, subjects));
+    chosen.chain(siblings.map(|entry| &entry.node)).cloned().collect()
+}
+
+/// Whether an entry is memory of a user other than those that are asked for.
+fn is_sibling(entry: &Entry, subjects: &[&Subject]) -> bool {
+    entry.subject.as_ref().is_some_and(|subject| !subjects.contains(&subject))
+}
+
+/// The connections to these nodes.
+pub fn among(connections: &Connections, nodes: &HashSet<String>) -> Vec<Arc<Connection>> {
+    let mut neighbours = connections.neighbours();
+    neighbours.retain(|peer| nodes.contains(&peer.node));
+    neighbours
+}
