@@ -16,6 +16,8 @@ use ttrpc::context;
 
 /// Deadline of calls that only look something up.
 const CALL_TIME_MAX: Duration = Duration::from_secs(30);
+/// Deadline of [`Daemon::resolve_volumes`], which may bring read-only content from neighbours.
+const RESOLVE_TIME_MAX: Duration = Duration::from_secs(600);
 /// Deadline of [`Daemon::acquire`], which moves all the data.
 const ACQUIRE_TIME_MAX: Duration = Duration::from_secs(3600);
 /// How long a claim without an answer is asked again before the restore is undone.
@@ -82,7 +84,7 @@ impl Daemon {
         let wanted = mounts.len();
         let request =
             ResolveVolumesRequest { container: self.container(), mounts, ..Default::default() };
-        let context = context::with_duration(CALL_TIME_MAX);
+        let context = context::with_duration(RESOLVE_TIME_MAX);
         let paths =
             self.client.resolve_volumes(context, &request).await.map_err(DaemonError::of)?.paths;
         if paths.len() == wanted {

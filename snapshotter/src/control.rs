@@ -11,16 +11,17 @@ use async_trait::async_trait;
 use futures::StreamExt as _;
 use godwit_protos::control::{
     AcquireRequest, AcquireResponse, ClaimRequest, ClaimResponse, Container, Control,
-    CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty, ImportVolumeRequest,
-    ListPeersResponse, ListSnapshotsResponse, ListVolumesResponse, MigrateRequest, OwnershipEntry,
-    Peer, PinSnapshotRequest, PlanResponse, Progress, RemoveVolumeRequest, ResolveVolumesRequest,
-    ResolveVolumesResponse, RestoreSnapshotRequest, SettleRequest, Snapshot, StatusResponse,
-    SweepResponse, Volume,
+    CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty, ExportVolumeRequest,
+    ImportVolumeRequest, ListPeersResponse, ListSnapshotsResponse, ListVolumesResponse,
+    MigrateRequest, OwnershipEntry, Peer, PinSnapshotRequest, PlanResponse, Progress,
+    RemoveVolumeRequest, ResolveVolumesRequest, ResolveVolumesResponse, RestoreSnapshotRequest,
+    SettleRequest, Snapshot, StatusResponse, SweepResponse, VerifyVolumeRequest, Volume,
 };
 use godwit_protos::{ContainerRef, MigrateFrom, Subject, VolumeSource, annotation, peer};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
+use crate::contents;
 use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
 use crate::migrate::{MigrationError, Next, chain, cut, describe, plan, restore, subjects};
 use crate::node::{Node, unix_ms};
@@ -101,7 +102,8 @@ fn volume_error(error: &VolumeError) -> Error {
         VolumeError::Unknown(_)
         | VolumeError::NoContent(_)
         | VolumeError::Store(StoreError::UnknownSnapshot(_)) => Code::NOT_FOUND,
-        VolumeError::Exists(_) => Code::ALREADY_EXISTS,
+        VolumeError::Exists(_) | VolumeError::NotEmpty(_) => Code::ALREADY_EXISTS,
+        VolumeError::Damaged { .. } => Code::DATA_LOSS,
         VolumeError::Moved { .. } | VolumeError::ReadOnly(_) => Code::FAILED_PRECONDITION,
         VolumeError::Journal(_)
         | VolumeError::Content(_)
@@ -112,6 +114,9 @@ fn volume_error(error: &VolumeError) -> Error {
 }
 
 fn migration_error(error: &MigrationError) -> Error {
+    if let MigrationError::Volume(error) = error {
+        return volume_error(error);
+    }
     let code = match error.next() {
         Next::Retry => Code::UNAVAILABLE,
         Next::GiveUp => Code::FAILED_PRECONDITION,
@@ -164,6 +169,12 @@ impl Control for Service {
             .map(|mount| mount.volume.parse().map(|source| (source, mount.read_only)))
             .collect::<Result<_, _>>()
             .map_err(invalid)?;
+        for (source, read_only) in &mounts {
+            if let (VolumeSource::Content(digest), true) = (source, read_only) {
+                let brought = contents::bring(&self.node, *digest).await;
+                brought.map_err(|error| migration_error(&error))?;
+            }
+        }
         let paths = self
             .blocking(move |node| {
                 let path = |(source, read_only): &(VolumeSource, bool)| {
@@ -436,10 +447,7 @@ impl Control for Service {
         _context: &TtrpcContext,
         asked: ImportVolumeRequest,
     ) -> ttrpc::Result<Volume> {
-        let directory = PathBuf::from(asked.directory);
-        if !directory.is_absolute() {
-            return Err(invalid(format!("{} is not an absolute path", directory.display())));
-        }
+        let directory = absolute(asked.directory)?;
         let (digest, path) = self
             .blocking(move |node| {
                 let digest = node.volumes.import(&directory)?;
@@ -452,6 +460,27 @@ impl Control for Service {
         answer.path = path.to_string_lossy().into_owned();
         answer.read_only = true;
         Ok(answer)
+    }
+
+    async fn export_volume(
+        &self,
+        _context: &TtrpcContext,
+        asked: ExportVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let wanted: VolumeSource = asked.id.parse().map_err(invalid)?;
+        let directory = absolute(asked.directory)?;
+        self.blocking(move |node| node.volumes.export(&wanted, &directory)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn verify_volume(
+        &self,
+        _context: &TtrpcContext,
+        asked: VerifyVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let wanted: godwit_protos::Digest = asked.id.parse().map_err(invalid)?;
+        self.blocking(move |node| node.volumes.verify(&wanted)).await?;
+        Ok(Empty::new())
     }
 
     async fn list_volumes(
@@ -509,6 +538,14 @@ impl Control for Service {
         answer.kept_objects = report.objects_kept;
         Ok(answer)
     }
+}
+
+fn absolute(path: String) -> ttrpc::Result<PathBuf> {
+    let path = PathBuf::from(path);
+    if path.is_absolute() {
+        return Ok(path);
+    }
+    Err(invalid(format!("{} is not an absolute path", path.display())))
 }
 
 fn snapshot_id(text: &str) -> ttrpc::Result<SnapshotId> {

@@ -16,6 +16,7 @@ pub mod caching;
 pub mod config;
 pub mod containerd;
 pub mod content;
+pub mod contents;
 pub mod control;
 pub mod directory;
 pub mod migrate;

@@ -22,7 +22,7 @@ use crate::content::capture::{Unchanged, capture};
 use crate::content::materialize::materialize;
 use crate::content::{ContentError, on};
 use crate::migrate::journal::{Journal, JournalError, VolumeEntry};
-use crate::store::{Store, StoreError};
+use crate::store::{Lease, Store, StoreError};
 
 /// How long an import may take before the sweep no longer waits for it.
 const IMPORT_LEASE: Duration = Duration::from_secs(3600);
@@ -47,11 +47,26 @@ pub enum VolumeError {
     #[error("volume {0} exists on this node already")]
     Exists(VolumeId),
     /// Read-only content that is not here.
-    #[error("volume {0} is not on this node; import it with `godwit volume import DIRECTORY`")]
+    #[error(
+        "volume {0} is neither on this node nor at a neighbour; import it with `godwit volume import DIRECTORY`"
+    )]
     NoContent(Digest),
     /// A writable volume mounted by digest, or read-only content mounted for writing.
     #[error("volume {0} is named by its content and can only be mounted read-only")]
     ReadOnly(Digest),
+    /// An export would mix with what is there.
+    #[error("{} is not an empty or new directory", .0.display())]
+    NotEmpty(PathBuf),
+    /// What is laid out is not what its name says.
+    #[error(
+        "volume {digest} is damaged: what is laid out is {found}; remove it with `godwit volume rm {digest}`"
+    )]
+    Damaged {
+        /// Its name.
+        digest: Digest,
+        /// What it is now.
+        found: Digest,
+    },
     /// The journal failed.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -239,12 +254,38 @@ impl Volumes {
     /// Reads a directory into the store and lays it out as read-only content.
     pub fn import(&self, directory: &Path) -> Result<Digest, VolumeError> {
         let lease = self.store.lease("volume import", IMPORT_LEASE);
-        let mut writer = self.store.writer(&lease);
+        let tree = self.capture(directory, &lease)?;
+        self.store.sync()?;
+        self.lay_out(&tree)?;
+        Ok(tree)
+    }
+
+    /// Writes a copy of a volume into the directory, which must be new or empty: of a writable one as it is now.
+    ///
+    /// Errors: the copy may then be incomplete; the volume is as it was.
+    pub fn export(&self, source: &VolumeSource, directory: &Path) -> Result<(), VolumeError> {
+        fs::create_dir_all(directory).map_err(on("make directory", directory))?;
+        let mut entries = fs::read_dir(directory).map_err(on("list", directory))?;
+        if entries.next().is_some() {
+            return Err(VolumeError::NotEmpty(directory.to_owned()));
+        }
+        let lease = self.store.lease("volume export", IMPORT_LEASE);
+        let tree = self.capture(&self.path(source, true)?, &lease)?;
+        Ok(materialize(&self.store, &tree, None, directory)?)
+    }
+
+    /// Reads what is laid out of `digest` and compares. Errors: [`VolumeError::Damaged`].
+    pub fn verify(&self, digest: &Digest) -> Result<(), VolumeError> {
+        let lease = self.store.lease("volume verify", IMPORT_LEASE);
+        let found = self.capture(&self.path(&VolumeSource::Content(*digest), true)?, &lease)?;
+        if found == *digest { Ok(()) } else { Err(VolumeError::Damaged { digest: *digest, found }) }
+    }
+
+    fn capture(&self, directory: &Path, lease: &Lease) -> Result<Digest, VolumeError> {
+        let mut writer = self.store.writer(lease);
         let none = HashSet::new();
         let captured = capture(directory, &mut writer, &mut Unchanged::default(), &none)?;
         writer.flush()?;
-        self.store.sync()?;
-        self.lay_out(&captured.tree)?;
         Ok(captured.tree)
     }
 
@@ -398,6 +439,13 @@ mod tests {
         let path = volumes.path(&source, true).unwrap();
         assert_eq!(fs::read(path.join("f")).unwrap(), b"content");
         assert!(matches!(volumes.path(&source, false), Err(VolumeError::ReadOnly(_))));
+        volumes.verify(&digest).unwrap();
+        let copy = dir.path().join("copy");
+        volumes.export(&source, &copy).unwrap();
+        assert_eq!(fs::read(copy.join("f")).unwrap(), b"content");
+        assert!(matches!(volumes.export(&source, &copy), Err(VolumeError::NotEmpty(_))));
+        fs::write(path.join("f"), b"changed").unwrap();
+        assert!(matches!(volumes.verify(&digest), Err(VolumeError::Damaged { .. })));
         volumes.remove(&source).unwrap();
         assert!(matches!(volumes.path(&source, true), Err(VolumeError::NoContent(_))));
     }

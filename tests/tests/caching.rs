@@ -102,6 +102,27 @@ fn a_running_container_is_captured_copied_and_forgotten_when_it_is_removed() -> 
     Ok(())
 }
 
+fn eager(_node: &str) -> String {
+    EAGER.to_owned()
+}
+
+#[test]
+fn copies_follow_the_neighbourhood() -> Result<()> {
+    let name = "follow";
+    let bed = Bed::start(&BedOptions::nodes(3).rate_mbit(400).config(eager))?;
+    let [a, b, c] = [0, 1, 2].map(|index| bed.node(index));
+    start(&bed, a, name, 0, 16)?;
+    wait_until("somebody has a copy", SOON, || Ok(has(b, "memory|")? || has(c, "memory|")?))?;
+    let (first, other) = if has(b, "memory|")? { (b, c) } else { (c, b) };
+    // A copy goes where the one before is, so that only the difference travels.
+    std::thread::sleep(Duration::from_secs(6));
+    ensure!(!has(other, "memory|")?, "one copy was asked for");
+    first.kill_daemon()?;
+    wait_until("the other neighbour has one", SOON, || has(other, "memory|"))?;
+    first.start_daemon()?;
+    remove(a, name)
+}
+
 fn no_memory(_node: &str) -> String {
     format!("{EAGER}memory = \"off\"\n")
 }

@@ -183,6 +183,45 @@ fn with_neighbours_of_no_use_everything_comes_from_the_source() -> Result<()> {
     Ok(())
 }
 
+/// Method: one neighbour has it; it is mounted where it never was, and where nobody has it.
+#[test]
+fn a_read_only_volume_is_brought_from_whoever_has_it_by_digest() -> Result<()> {
+    let (here, there) = (node(0), node(3));
+    there.sh("mkdir -p /srv/model && head -c 20000000 /dev/urandom > /srv/model/weights && echo v1 > /srv/model/name")?;
+    let digest = there.ok(&["godwit", "volume", "import", "/srv/model"])?;
+    let digest = digest.trim();
+    images::import(here, Image::Busybox, "godwit")?;
+    let run = |name: &'static str, volume: &str| {
+        let script = "sha256sum < /model/weights; cat /model/name; ! touch /model/x";
+        let container = workload::Container::new(name, Image::Busybox);
+        let container = container.volume(volume, "/model", "ro").command(&["sh", "-c", script]);
+        container.run(here)
+    };
+    run("reader", digest)?.ok()?;
+    ensure!(here.ok(&["godwit", "volume", "ls"])?.contains(digest), "it is here now");
+    let expected = there.sh("sha256sum < /srv/model/weights")?;
+    let found =
+        here.sh(&format!("sha256sum < /var/lib/godwit/content/{}/weights", &digest[7..]))?;
+    ensure!(found == expected, "{found} is not {expected}");
+    here.ok(&["godwit", "volume", "verify", digest])?;
+    here.ok(&["godwit", "volume", "export", digest, "/srv/copy"])?;
+    here.sh("[ \"$(cat /srv/copy/name)\" = v1 ]")?;
+    let again = here.run(&["godwit", "volume", "export", digest, "/srv/copy"])?;
+    ensure!(!again.succeeded() && again.stderr.contains("/srv/copy"), "{again:?}");
+
+    let nobody = format!("sha256:{}", "5".repeat(64));
+    let refused = run("nobody", &nobody)?;
+    ensure!(
+        !refused.succeeded() && refused.stderr.contains("neither on this node nor"),
+        "{refused:?}"
+    );
+    wait_until("it has ended", Duration::from_secs(10), || {
+        Ok(workload::task(here, "reader")?.as_deref() == Some("STOPPED"))
+    })?;
+    here.ok(&["ctr", "tasks", "rm", "reader"])?;
+    here.sh("ctr containers rm reader; ctr containers rm nobody || true").map(drop)
+}
+
 /// Method: the destination's daemon is killed while memory arrives over a slow link; what had come is not sent again.
 #[test]
 fn a_cut_transfer_is_resumed_also_after_the_daemon_died() -> Result<()> {

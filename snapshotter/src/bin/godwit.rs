@@ -9,8 +9,8 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use godwit_protos::control::{
     Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest,
-    Empty, ImportVolumeRequest, MigrateRequest, PinSnapshotRequest, Progress, RemoveVolumeRequest,
-    RestoreSnapshotRequest, Snapshot, Volume,
+    Empty, ExportVolumeRequest, ImportVolumeRequest, MigrateRequest, PinSnapshotRequest, Progress,
+    RemoveVolumeRequest, RestoreSnapshotRequest, Snapshot, VerifyVolumeRequest, Volume,
 };
 use godwit_snapshotter::migrate::plan::Plan;
 use serde_json::json;
@@ -163,6 +163,18 @@ enum VolumeCommand {
     Import {
         /// The directory.
         directory: PathBuf,
+    },
+    /// Write a copy of a volume into a directory, which must be new or empty.
+    Export {
+        /// A volume id or sha256:...
+        id: String,
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// Check that read-only content is what its name says.
+    Verify {
+        /// sha256:...
+        id: String,
     },
     /// List volumes.
     #[command(alias = "list")]
@@ -379,6 +391,18 @@ async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> an
             request.directory = path.to_string_lossy().into_owned();
             let made = client.import_volume(deadline(), &request).await?;
             out.object(&line(&made), &made.id)
+        }
+        VolumeCommand::Export { id, directory } => {
+            let mut request = ExportVolumeRequest::new();
+            request.id = id;
+            let path = std::path::absolute(&directory)?;
+            request.directory = path.to_string_lossy().into_owned();
+            Ok(client.export_volume(deadline(), &request).await.map(drop)?)
+        }
+        VolumeCommand::Verify { id } => {
+            let mut request = VerifyVolumeRequest::new();
+            request.id = id;
+            Ok(client.verify_volume(deadline(), &request).await.map(drop)?)
         }
         VolumeCommand::Ls => {
             let listed = client.list_volumes(deadline(), &Empty::new()).await?;
