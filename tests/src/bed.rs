@@ -30,6 +30,8 @@ pub struct BedOptions {
     pub generation: Containerd,
     /// Start the daemon in every node, before containerd.
     pub daemon: bool,
+    /// Further keys of every daemon's configuration.
+    pub keys: String,
 }
 
 impl BedOptions {
@@ -37,7 +39,14 @@ impl BedOptions {
     pub fn nodes(count: u8) -> Self {
         let names = (b'a'..=b'z').take(count.into());
         let nodes = names.map(|letter| format!("edge-{}", char::from(letter))).collect();
-        Self { nodes, rate_mbit: None, containerd: true, generation: Containerd::V1, daemon: true }
+        let (rate_mbit, generation, keys) = (None, Containerd::V1, String::new());
+        Self { nodes, rate_mbit, containerd: true, generation, daemon: true, keys }
+    }
+
+    /// The same with memory of one user of a service serving others too.
+    pub fn sibling_memory(mut self) -> Self {
+        self.keys.push_str("sibling_memory = true\n");
+        self
     }
 
     /// The same with shaped links.
@@ -92,7 +101,7 @@ impl Bed {
             .map(|(host, name)| (name.clone(), bed.switch.address(host)))
             .collect();
         for (index, name) in (0..).zip(&options.nodes) {
-            let node = bed.boot(&root, index, name, &addresses);
+            let node = bed.boot(&root, index, name, &addresses, &options.keys);
             bed.nodes.push(node.with_context(|| format!("start node {name}"))?);
         }
         std::thread::scope(|scope| {
@@ -116,6 +125,7 @@ impl Bed {
         index: u8,
         name: &str,
         addresses: &[(String, Ipv4Addr)],
+        keys: &str,
     ) -> Result<Node> {
         let (own, peers): (Vec<_>, Vec<_>) =
             addresses.iter().cloned().partition(|(other, _)| other == name);
@@ -123,7 +133,7 @@ impl Bed {
         let port = self.switch.plug(name, index, address)?;
         let directory = self.run.directory().join(name);
         let run = self.run.number();
-        Node::boot(Parts { run, root, name, address, peers: &peers, directory, port })
+        Node::boot(Parts { run, root, name, address, peers, keys, directory, port })
     }
 
     /// The nodes in the order of the options.
