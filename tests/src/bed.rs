@@ -30,7 +30,9 @@ pub struct BedOptions {
     pub generation: Containerd,
     /// Start the daemon in every node, before containerd.
     pub daemon: bool,
-    /// More of the daemon's configuration, by the node's name; keys first, then tables.
+    /// Further keys of every daemon's configuration.
+    pub keys: String,
+    /// Further tables of it, by the node's name.
     pub config: fn(&str) -> String,
 }
 
@@ -50,8 +52,15 @@ impl BedOptions {
             containerd: true,
             generation: Containerd::V1,
             daemon: true,
+            keys: String::new(),
             config: no_schedule,
         }
+    }
+
+    /// The same with memory of one user of a service serving others too.
+    pub fn sibling_memory(mut self) -> Self {
+        self.keys.push_str("sibling_memory = true\n");
+        self
     }
 
     /// The same with shaped links.
@@ -66,7 +75,7 @@ impl BedOptions {
         self
     }
 
-    /// The same with this in the daemon's configuration.
+    /// The same with these tables in the daemon's configuration.
     pub fn config(mut self, config: fn(&str) -> String) -> Self {
         self.config = config;
         self
@@ -112,7 +121,8 @@ impl Bed {
             .map(|(host, name)| (name.clone(), bed.switch.address(host)))
             .collect();
         for (index, name) in (0..).zip(&options.nodes) {
-            let node = bed.boot(&root, index, name, &addresses, (options.config)(name));
+            let keys = format!("{}{}", options.keys, (options.config)(name));
+            let node = bed.boot(&root, index, name, &addresses, &keys);
             bed.nodes.push(node.with_context(|| format!("start node {name}"))?);
         }
         std::thread::scope(|scope| {
@@ -136,7 +146,7 @@ impl Bed {
         index: u8,
         name: &str,
         addresses: &[(String, Ipv4Addr)],
-        config: String,
+        keys: &str,
     ) -> Result<Node> {
         let (own, peers): (Vec<_>, Vec<_>) =
             addresses.iter().cloned().partition(|(other, _)| other == name);
@@ -144,7 +154,7 @@ impl Bed {
         let port = self.switch.plug(name, index, address)?;
         let directory = self.run.directory().join(name);
         let run = self.run.number();
-        Node::boot(Parts { run, root, name, address, peers: &peers, config, directory, port })
+        Node::boot(Parts { run, root, name, address, peers, keys, directory, port })
     }
 
     /// The nodes in the order of the options.

@@ -31,7 +31,7 @@ pub(crate) fn configure(
     node: &str,
     address: Ipv4Addr,
     peers: &[(String, Ipv4Addr)],
-    config: &str,
+    keys: &str,
 ) -> Result<()> {
     let drop_ins = etc.join("containerd/conf.d");
     fs::create_dir_all(&drop_ins)?;
@@ -41,19 +41,24 @@ pub(crate) fn configure(
         .with_context(|| format!("read {}", documented.display()))?;
     fs::write(drop_ins.join("godwit.toml"), text + CRI)?;
     fs::create_dir_all(etc.join("godwit"))?;
-    fs::write(etc.join("godwit/godwit.toml"), daemon(node, address, peers, config))?;
+    fs::write(etc.join("godwit/godwit.toml"), daemon(node, address, peers, keys))?;
     Ok(())
 }
 
-fn daemon(node: &str, address: Ipv4Addr, peers: &[(String, Ipv4Addr)], config: &str) -> String {
+/// The daemon's configuration; `keys` are further ones, those of tables last.
+pub(crate) fn daemon(
+    node: &str,
+    address: Ipv4Addr,
+    peers: &[(String, Ipv4Addr)],
+    keys: &str,
+) -> String {
     let mut text = format!(
         "node = \"{node}\"\n\
          listen = \"{address}:{PEER_PORT}\"\n\
          insecure = true\n\
          state_dir = \"/var/lib/godwit\"\n\
          run_dir = \"/run/godwit\"\n\
-         containerd_socket = \"/run/containerd/containerd.sock\"\n\
-         {config}"
+         containerd_socket = \"/run/containerd/containerd.sock\"\n{keys}\n"
     );
     for (name, address) in peers {
         let address = format!("{address}:{PEER_PORT}");

@@ -69,6 +69,7 @@ impl Containerd {
 pub struct Node {
     name: String,
     address: Ipv4Addr,
+    peers: Vec<(String, Ipv4Addr)>,
     directory: PathBuf,
     init: u32,
     groups: Groups,
@@ -86,8 +87,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) root: &'a Root,
     pub(crate) name: &'a str,
     pub(crate) address: Ipv4Addr,
-    pub(crate) peers: &'a [(String, Ipv4Addr)],
-    pub(crate) config: String,
+    pub(crate) peers: Vec<(String, Ipv4Addr)>,
+    pub(crate) keys: &'a str,
     pub(crate) directory: PathBuf,
     pub(crate) port: Port,
 }
@@ -105,12 +106,12 @@ pub struct ContainerNetwork {
 impl Node {
     /// Makes the node's namespaces and file system; nothing runs in it yet but its process 1.
     pub(crate) fn boot(parts: Parts<'_>) -> Result<Self> {
-        let Parts { run, root, name, address, peers, config, directory, port } = parts;
+        let Parts { run, root, name, address, peers, keys, directory, port } = parts;
         for part in ["upper/etc", "upper/usr/local/bin", "work", "root", "containerd", "godwit"] {
             fs::create_dir_all(directory.join(part))?;
         }
         fs::set_permissions(directory.join("godwit"), fs::Permissions::from_mode(0o700))?;
-        deploy::configure(&directory.join("upper/etc"), name, address, peers, &config)?;
+        deploy::configure(&directory.join("upper/etc"), name, address, &peers, keys)?;
         install_programs(&directory.join("upper/usr/local/bin"))?;
         let script = directory.join("init.sh");
         fs::write(&script, INIT)?;
@@ -146,6 +147,7 @@ impl Node {
         Ok(Self {
             name,
             address,
+            peers,
             directory,
             init,
             groups,
@@ -242,6 +244,12 @@ impl Node {
             Containerd::V2 => &["env", &second, "containerd", "--log-level", "info"],
         };
         self.start(&self.containerd, "containerd", argv, &[CONTAINERD_SOCKET])
+    }
+
+    /// Writes the daemon's configuration anew, with these keys besides; it is read when the daemon starts.
+    pub fn configure(&self, keys: &str) -> Result<()> {
+        let text = deploy::daemon(&self.name, self.address, &self.peers, keys);
+        Ok(fs::write(self.path("/etc/godwit/godwit.toml"), text)?)
     }
 
     /// Starts the daemon and waits for its sockets.

@@ -148,14 +148,14 @@ impl Etcd {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_connected(&self, kv: KvClient<Channel>) {
+    fn note_connected(&self, kv: KvClient<Channel>) {
         let before = std::mem::replace(&mut *self.state(), State::Connected(kv));
         if let State::Away { .. } = before {
             tracing::info!(endpoints = ?self.endpoints, "etcd is reached");
         }
     }
 
-    fn is_away(&self, status: &Status) {
+    fn note_away(&self, status: &Status) {
         let (mut state, reason) = (self.state(), status.message().to_owned());
         let since = match &*state {
             State::Away { since, .. } => *since,
@@ -218,7 +218,6 @@ impl Etcd {
         *session = None;
         let mut new = self.connect().await?;
         new.renew(values).await?;
-        self.is_connected(new.kv.clone());
         *session = Some(new);
         Ok(())
     }
@@ -271,7 +270,7 @@ impl Directory for Etcd {
             let late = |_late| Err(Status::deadline_exceeded("no answer to a lookup"));
             match answer.unwrap_or_else(late) {
                 Ok(entries) => return found.add(entries),
-                Err(status) => self.is_away(&status),
+                Err(status) => self.note_away(&status),
             }
         }
         neighbours::ask(query, neighbours, found, deadline).await;
@@ -287,12 +286,12 @@ impl Directory for Etcd {
         let written = tokio::time::timeout(PUBLISH_MAX, self.write(&mut session, &values)).await;
         let late = |_late| Err(Status::deadline_exceeded("no answer to a publication"));
         match (written.unwrap_or_else(late), &*session) {
-            (Ok(()), Some(session)) => self.is_connected(session.kv.clone()),
+            (Ok(()), Some(session)) => self.note_connected(session.kv.clone()),
             (Ok(()), None) => {}
             (Err(status), _) => {
                 // Nobody knows what of it was written.
                 *session = None;
-                self.is_away(&status);
+                self.note_away(&status);
             }
         }
     }

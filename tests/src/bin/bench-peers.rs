@@ -36,7 +36,8 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let bed = Bed::start(&BedOptions::nodes(4).rate_mbit(arguments.link_mbit))?;
+    let options = BedOptions::nodes(4).rate_mbit(arguments.link_mbit).sibling_memory();
+    let bed = Bed::start(&options)?;
     workload::networks(&bed, NAME, 0)?;
     images::import(bed.node(2), Image::Memhog, "godwit")?;
     let mut kinds = Map::new();

@@ -63,7 +63,7 @@ fn main() -> Result<()> {
 }
 
 fn measure(resident_mib: usize, dirty_mib_per_s: usize, mode: &str) -> Result<Value> {
-    let bed = Bed::start(&BedOptions::nodes(3).rate_mbit(LINK_MBIT))?;
+    let bed = Bed::start(&BedOptions::nodes(3).rate_mbit(LINK_MBIT).sibling_memory())?;
     let (source, destination, neighbour) = (bed.node(0), bed.node(1), bed.node(2));
     images::import(neighbour, Image::Memhog, "godwit")?;
     let addresses = workload::networks(&bed, NAME, 0)?;

@@ -107,7 +107,8 @@ struct Moved {
 /// Builds everything, moves redis twice, and checks. Errors: a step fails; the logs are kept then.
 pub(crate) fn run(settings: &Settings, mode: Mode, story: Story) -> Result<Outcome> {
     let nodes = [SOURCE, DESTINATION, NEIGHBOUR, BYSTANDER].map(str::to_owned).to_vec();
-    let options = BedOptions { nodes, ..BedOptions::nodes(4).rate_mbit(settings.link_mbit) };
+    let options = BedOptions::nodes(4).rate_mbit(settings.link_mbit).sibling_memory();
+    let options = BedOptions { nodes, ..options };
     let bed = Bed::start(&options).context("start the nodes")?;
     story.tell("four fresh nodes run containerd and godwit-snapshotter");
     let arm = Arm::new(&bed, settings, mode, story)?;
