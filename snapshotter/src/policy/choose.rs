@@ -10,8 +10,8 @@
 //!               all that is missing                                      <=  what the destination takes in until T
 //! ```
 //!
-//! A node sends from the moment it has been asked ([`ROUND_TRIPS`]), at its measured rate divided among the tasks that
-//! run there. The earliest such T is [`end`]; it never decreases when a rate falls or an age, a load or a way grows, so
+//! A node sends from the moment it has been asked ([`ROUND_TRIPS`]), at half its measured rate ([`RELIED_ON`]) divided
+//! among the tasks that run there. The earliest such T is [`end`]; it never decreases when a rate falls or an age, a load or a way grows, so
 //! a worse candidate never ranks above a better one. What the container writes until T follows from the source after
 //! it and grows with T, so the earliest T is also the earliest end of the whole.
 //!
@@ -30,6 +30,10 @@ pub const CHOSEN_MAX: usize = 8;
 
 /// Another neighbour must make the end earlier by this share of it: less is within the noise of any measurement.
 pub const GAIN_MIN: f64 = 0.01;
+
+/// Share of a measured rate that is relied on. What was measured then need not hold now: equal runs differ by 30%, and
+/// other traffic comes and goes. Relying on less asks more nodes, so that no single one decides how long it takes.
+pub const RELIED_ON: f64 = 0.5;
 
 /// Round trips before the first content of a node arrives: what it has, and the lists above the content.
 const ROUND_TRIPS: u32 = 3;
@@ -213,11 +217,12 @@ fn at_least_zero(value: f64) -> f64 {
     value.max(0.0)
 }
 
-/// Bytes per second to expect: divided among the tasks that run, and never more than a window per round trip of a node
+/// Bytes per second to rely on: divided among the tasks that run, and never more than a window per round trip of a node
 /// that was never measured.
 fn rate(measured: Option<f64>, round_trip: Duration, load: f64) -> f64 {
     let by_window = WINDOW_BYTES / round_trip.as_secs_f64().max(1e-6);
-    at_least_zero(measured.unwrap_or(RATE_UNKNOWN.min(by_window))) / at_least_zero(load).max(1.0)
+    let rate = at_least_zero(measured.unwrap_or(RATE_UNKNOWN.min(by_window)));
+    RELIED_ON * rate / at_least_zero(load).max(1.0)
 }
 
 /// Ages that agree with the lineage: one snapshot has one age, the least that anybody tells, and older ones are not
@@ -295,16 +300,18 @@ mod tests {
     const MIB: f64 = 1_048_576.0;
     const WANTED: Wanted =
         Wanted { size_bytes: 100.0 * MIB, missing_bytes: 100.0 * MIB, write_rate: Some(0.1 * MIB) };
-    const SOURCE: Source = Source { rate: Some(10.0 * MIB), round_trip: Duration::ZERO, load: 0.0 };
+    /// Relied on for 10 MiB/s.
+    const SOURCE: Source =
+        Source { rate: Some(10.0 * MIB / RELIED_ON), round_trip: Duration::ZERO, load: 0.0 };
     const INGEST: f64 = 1000.0 * MIB;
 
-    /// A neighbour of `mib_per_s` whose snapshot is `age` seconds old and the newest but `lag`.
+    /// A neighbour relied on for `mib_per_s` whose snapshot is `age` seconds old and the newest but `lag`.
     fn candidate(node: &str, lag: u64, age: u64, mib_per_s: f64) -> Candidate {
         Candidate {
             node: node.to_owned(),
             lag,
             age: Duration::from_secs(age),
-            rate: Some(mib_per_s * MIB),
+            rate: Some(mib_per_s * MIB / RELIED_ON),
             ..Candidate::default()
         }
     }
@@ -387,8 +394,8 @@ mod tests {
         let choices = choose(&WANTED, &[unknown("far", 200), unknown("near", 1)], &SOURCE, INGEST);
         assert_eq!(choices[0].node, "near");
         assert!(choices[0].chosen);
-        assert_eq!(rate(None, Duration::ZERO, 0.0), RATE_UNKNOWN);
-        assert_eq!(rate(None, Duration::from_millis(200), 0.0), 5.0 * MIB);
+        assert_eq!(rate(None, Duration::ZERO, 0.0), RATE_UNKNOWN * RELIED_ON);
+        assert_eq!(rate(None, Duration::from_millis(200), 0.0), 5.0 * MIB * RELIED_ON);
     }
 
     #[test]
