@@ -399,8 +399,10 @@ mod tests {
         let begun = network.begin(0.0, 0.0, 1, senders(&[0]), vec![pool(1, 100.0)]);
         let (_, shared) = run(&mut network, begun);
         assert!(shared > 1.5 * alone, "{shared} s instead of {alone} s");
-        for other in others.into_iter().filter(|other| network.transfers[*other].is_some()) {
-            run(&mut network, other);
+        for other in others {
+            if network.transfers[other].is_some() {
+                run(&mut network, other);
+            }
         }
         assert!(network.from.iter().chain(&network.into).all(BTreeSet::is_empty));
     }
