@@ -34,12 +34,15 @@ use crate::publisher::Publisher;
 use crate::reap::{Exit, Reaper, Waiter};
 use crate::rootfs;
 use crate::runc::{Launch, Runc};
+use crate::spec;
 use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
 /// How long the init's exit waits for the other processes' ends, and a delete for the init's.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 /// Exit status of what was killed before it ran.
 const KILLED: u32 = 137;
+/// Exit status of an added process that the runtime could not start: containerd's "unknown".
+const NOT_STARTED: u32 = 255;
 
 /// What all containers of a shim share.
 pub(crate) struct Shared {
@@ -166,6 +169,20 @@ impl Container {
         self.execs().get(exec_id).cloned().ok_or_else(missing)
     }
 
+    /// Phase of a process of this container: whatever freezes the container freezes all of them.
+    pub(crate) fn phase_of(&self, process: &Process) -> Phase {
+        match (self.init.phase(), process.phase()) {
+            (Phase::Paused, Phase::Running) => Phase::Paused,
+            (_, phase) => phase,
+        }
+    }
+
+    /// Id of the added process with this pid.
+    pub(crate) fn exec_id_of(&self, pid: u32) -> Option<String> {
+        let execs = self.execs();
+        execs.iter().find(|(_, exec)| exec.process.pid() == pid).map(|(id, _)| id.clone())
+    }
+
     /// Ids of the added processes that run.
     pub(crate) fn running_execs(&self) -> Vec<String> {
         let execs = self.execs();
@@ -194,13 +211,16 @@ impl Container {
     }
 
     /// Reports kills for want of memory, of which the kernel keeps a count per group. Looked at
-    /// when a process ends, so that the report comes before that end's.
-    fn report_oom(&self) {
+    /// when a process ends, so that the report comes before that end's, and when [`crate::oom`] is
+    /// told of one. Returns whether there was any.
+    pub(crate) fn report_oom(&self) -> bool {
         let kills = self.cgroup.get().map_or(0, Cgroup::oom_kills);
-        if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
+        let is_new = self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills;
+        if is_new {
             let container_id = self.name.id().to_owned();
             self.shared.publisher.publish(TaskOOM { container_id, ..Default::default() });
         }
+        is_new
     }
 
     /// Reports the end of `process` when `waiter` says so, after everything that must come before
@@ -253,18 +273,17 @@ impl Container {
     /// Adds a process, to be started later.
     ///
     /// - `spec`: the OCI specification's process as JSON.
-    /// - Errors: the id is taken or no name; the container does not run.
+    /// - Errors: the id is taken or no name; no such specification; the container does not allow it.
     pub(crate) fn add_exec(
         &self,
         exec_id: &str,
         stdio: Stdio,
-        spec: Vec<u8>,
+        spec: &[u8],
     ) -> Result<(), TaskError> {
         // It becomes part of file names in the bundle.
         ContainerRef::new(&self.shared.namespace, exec_id)?;
-        if self.init.phase() != Phase::Running {
-            return Err(self.phase_error("processes can be added to a running container only"));
-        }
+        let spec = spec::process(spec, stdio.terminal)?;
+        self.check_takes_execs()?;
         let mut execs = self.execs();
         if execs.contains_key(exec_id) {
             return Err(TaskError::Exists(format!("process {exec_id} of container {}", self.name)));
@@ -280,13 +299,23 @@ impl Container {
         Ok(())
     }
 
-    /// Starts an added process. Errors: its phase or the container's; the runtime's.
+    /// A created container has its namespaces, and takes processes, unless it waits to be restored.
+    fn check_takes_execs(&self) -> Result<(), TaskError> {
+        match self.init.phase() {
+            Phase::Running => Ok(()),
+            Phase::Created if self.init.pid() != 0 => Ok(()),
+            Phase::Created | Phase::Paused | Phase::Stopped(_) => {
+                Err(self.phase_error("processes can be added to a running container only"))
+            }
+        }
+    }
+
+    /// Starts an added process. Errors: its phase or the container's; the runtime's, and then it can
+    /// only be deleted.
     pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
         let _gate = self.gate.lock().await;
-        if self.init.phase() != Phase::Running {
-            return Err(self.phase_error("processes can be started in a running container only"));
-        }
+        self.check_takes_execs()?;
         if exec.process.phase() != Phase::Created {
             return Err(self.phase_error("the process was started already"));
         }
@@ -307,6 +336,7 @@ impl Container {
             }
             Err(error) => {
                 exec.process.rewire().abort(&self.shared.reaper).await;
+                exec.process.stop(Exit { code: NOT_STARTED, at: SystemTime::now() });
                 Err(error)
             }
         }
@@ -361,15 +391,18 @@ impl Container {
         all: bool,
     ) -> Result<(), TaskError> {
         let process = self.process(exec_id)?;
+        let number = i32::try_from(signal).ok().filter(|number| *number <= libc::SIGRTMAX());
+        let number =
+            number.ok_or_else(|| TaskError::Invalid(format!("{signal} is not a signal")))?;
+        let has_none = process.pid() == 0 && process.phase() == Phase::Created;
         if !exec_id.is_empty() {
-            let number =
-                i32::try_from(signal).ok().and_then(|number| Signal::try_from(number).ok());
-            let signal =
-                number.ok_or_else(|| TaskError::Invalid(format!("{signal} is not a signal")))?;
-            let sent = self.shared.reaper.signal(process.pid(), signal);
+            if has_none {
+                return Err(self.phase_error("the added process was not started yet"));
+            }
+            let sent = self.shared.reaper.signal_number(process.pid(), number);
             return sent.map_err(|_gone| TaskError::Finished);
         }
-        if process.pid() == 0 && process.phase() == Phase::Created {
+        if has_none {
             if signal != Signal::SIGKILL as u32 && signal != Signal::SIGTERM as u32 {
                 return Err(self.phase_error("it has no process yet"));
             }
@@ -464,6 +497,8 @@ impl Container {
         }
         exec.process.wiring().shutdown(&self.shared.reaper).await;
         self.execs().remove(exec_id);
+        // Whoever waits for one that was never started waits no longer.
+        exec.process.stop(never_ran());
         Ok((exec.process.pid(), exec.process.exit().unwrap_or(never_ran())))
     }
 
@@ -490,7 +525,9 @@ impl Container {
         let leftovers: Vec<_> = self.execs().drain().map(|(_, exec)| exec).collect();
         for exec in leftovers {
             exec.process.wiring().abort(&self.shared.reaper).await;
+            exec.process.stop(never_ran());
         }
+        self.init.stop(never_ran());
         if !self.rootfs.is_empty() {
             rootfs::unmount(&self.bundle.join("rootfs"))?;
         }

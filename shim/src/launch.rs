@@ -24,6 +24,7 @@ use crate::criu::{self, Connections};
 use crate::daemon::Daemon;
 use crate::error::{TaskError, chain};
 use crate::hold::Hold;
+use crate::oom;
 use crate::process::Phase;
 use crate::reap::{Mark, Waiter};
 use crate::rootfs;
@@ -74,6 +75,9 @@ pub(crate) fn upper_dir(container: &Container) -> String {
 impl Container {
     /// The part of Create that the origin asks for.
     pub(crate) async fn create(self: &Arc<Self>) -> Result<(), TaskError> {
+        if !matches!(self.origin, Origin::Fresh) {
+            self.check_runtime()?;
+        }
         match self.origin {
             Origin::Migrate(_) => Ok(()),
             Origin::Image { .. } => Ok(rootfs::mount(&self.rootfs, &self.bundle).await?),
@@ -122,15 +126,16 @@ impl Container {
         Ok(self.init.pid())
     }
 
-    async fn start_fresh(&self) -> Result<(), TaskError> {
+    async fn start_fresh(self: &Arc<Self>) -> Result<(), TaskError> {
         self.runc.start().await?;
         self.note_started();
         Ok(())
     }
 
     /// The gate is held: an exit that happened already is reported after this.
-    fn note_started(&self) {
+    fn note_started(self: &Arc<Self>) {
         self.note_cgroup();
+        oom::watch(self);
         self.init.enter(Phase::Running);
         self.shared.publisher.publish(TaskStart {
             container_id: self.name.id().to_owned(),
