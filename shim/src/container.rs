@@ -4,9 +4,9 @@
 //!
 //! - `operation` admits one operation at a time that changes the container (start, pause, resume,
 //!   dump, update, delete). State, Wait and Kill never take it, so they answer during a long dump.
-//! - `gate` orders events. Whoever starts a process holds it until the start event is queued; an
-//!   exit takes it before it becomes visible. So an exit, however early, follows its start; and the
-//!   init's exit waits until every other process of the container has ended.
+//! - `gate` orders events. Whoever starts a process holds it, beside others that start one, until the
+//!   start event is queued; an exit takes it alone before it becomes visible. So an exit, however
+//!   early, follows its start; and the init's exit waits until every other process has ended.
 //!
 //! Read next: [`crate::launch`] for create, start and restore, [`crate::dump`] for checkpoints.
 
@@ -66,6 +66,8 @@ pub(crate) enum Origin {
 struct Exec {
     process: Arc<Process>,
     spec: Vec<u8>,
+    /// Held while it is started or deleted.
+    operation: tokio::sync::Mutex<()>,
 }
 
 /// See the module comment.
@@ -82,7 +84,7 @@ pub(crate) struct Container {
     pub(crate) init: Arc<Process>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) operation: tokio::sync::Mutex<()>,
-    pub(crate) gate: tokio::sync::Mutex<()>,
+    pub(crate) gate: tokio::sync::RwLock<()>,
     /// Becomes true when a start that is under way is no longer wanted.
     pub(crate) cancelled: watch::Sender<bool>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
@@ -126,7 +128,7 @@ impl Container {
             init: Arc::new(Process::new("", parts.stdio)),
             shared,
             operation: tokio::sync::Mutex::default(),
-            gate: tokio::sync::Mutex::default(),
+            gate: tokio::sync::RwLock::default(),
             cancelled: watch::channel(false).0,
             execs: Mutex::default(),
             cgroup: OnceLock::new(),
@@ -232,7 +234,7 @@ impl Container {
             if process.exec_id.is_empty() {
                 container.end_others().await;
             }
-            let _gate = container.gate.lock().await;
+            let _gate = container.gate.write().await;
             container.report_oom();
             container.note_exit(&process, exit);
         });
@@ -289,7 +291,8 @@ impl Container {
             return Err(TaskError::Exists(format!("process {exec_id} of container {}", self.name)));
         }
         let process = Arc::new(Process::new(exec_id, stdio));
-        execs.insert(exec_id.to_owned(), Arc::new(Exec { process, spec }));
+        let exec = Exec { process, spec, operation: tokio::sync::Mutex::default() };
+        execs.insert(exec_id.to_owned(), Arc::new(exec));
         drop(execs);
         self.shared.publisher.publish(TaskExecAdded {
             container_id: self.name.id().to_owned(),
@@ -314,7 +317,8 @@ impl Container {
     /// only be deleted.
     pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
-        let _gate = self.gate.lock().await;
+        let _operation = exec.operation.lock().await;
+        let _gate = self.gate.read().await;
         self.check_takes_execs()?;
         if exec.process.phase() != Phase::Created {
             return Err(self.phase_error("the process was started already"));
@@ -428,7 +432,7 @@ impl Container {
             // The restore was past the point where it can be broken off.
             return Ok(self.runc.kill(Signal::SIGKILL as u32, true).await?);
         }
-        let _gate = self.gate.lock().await;
+        let _gate = self.gate.write().await;
         if self.init.phase() == Phase::Created {
             self.note_exit(&self.init, Exit { code: KILLED, at: SystemTime::now() });
         }
@@ -492,6 +496,7 @@ impl Container {
     /// Removes an added process that does not run.
     pub(crate) async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), TaskError> {
         let exec = self.exec(exec_id)?;
+        let _operation = exec.operation.lock().await;
         if matches!(exec.process.phase(), Phase::Running | Phase::Paused) {
             return Err(self.phase_error("the added process still runs"));
         }

@@ -112,7 +112,7 @@ impl Container {
     /// Starts the init process, or restores it. Returns its pid.
     pub(crate) async fn start(self: &Arc<Self>) -> Result<u32, TaskError> {
         let _operation = self.operation.lock().await;
-        let _gate = self.gate.lock().await;
+        let _gate = self.gate.read().await;
         if self.init.phase() != Phase::Created {
             return Err(self.phase_error("only a created container can be started"));
         }

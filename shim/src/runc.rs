@@ -43,7 +43,10 @@ impl RuncError {
     pub(crate) fn is_gone(&self) -> bool {
         const GONE: [&str; 4] =
             ["does not exist", "process already finished", "not running", "no such process"];
-        matches!(self, Self::Failed { message, .. } if GONE.iter().any(|text| message.contains(text)))
+        let Self::Failed { message, .. } = self else { return false };
+        // crun repeats the kernel's words, which begin with a capital letter.
+        let message = message.to_lowercase();
+        GONE.iter().any(|text| message.contains(text))
     }
 }
 

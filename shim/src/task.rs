@@ -135,7 +135,7 @@ impl TaskService {
         };
         let container = Arc::new(Container::new(parts, shared));
         // A created container's exit must not become visible before its creation.
-        let gate = container.gate.lock().await;
+        let gate = container.gate.read().await;
         container.create().await?;
         container.shared.publisher.publish(TaskCreate {
             container_id: request.id.clone(),

@@ -77,9 +77,7 @@ impl Fifo {
     pub(super) fn text(&mut self) -> Result<String> {
         let mut bytes = Vec::new();
         match self.file.as_mut().context("nobody reads this")?.read_to_end(&mut bytes) {
-            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => {
-                return Err(error.into());
-            }
+            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error.into()),
             _ => Ok(String::from_utf8(bytes)?),
         }
     }
@@ -440,7 +438,36 @@ fn processes_are_listed_with_their_exec(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Method: an update of the limits, and a description that is none.
+fn many_execs_start_at_once(runtime: &Runtime) -> Result<()> {
+    let task = Task::running(runtime, "many", "sleep 600")?;
+    std::thread::scope(|scope| {
+        let execs: Vec<_> = (1..=8)
+            .map(|number| {
+                let task = &task;
+                scope.spawn(move || {
+                    let exec = format!("e{number}");
+                    task.exec(&exec, &Streams::default(), &format!("exit {number}"))?;
+                    task.start(&exec)?;
+                    assert_eq!(task.wait(&exec)?, number);
+                    assert_eq!(task.delete_exec(&exec)?, number);
+                    anyhow::Ok(())
+                })
+            })
+            .collect();
+        execs.into_iter().try_for_each(|exec| exec.join().expect("no panic"))?;
+        if runtime.tag == "runc" {
+            // Two starts of one process are too much for it.
+            return Ok(());
+        }
+        task.exec("twice", &Streams::default(), "sleep 600")?;
+        let starts = [(); 2].map(|()| scope.spawn(|| task.start("twice").is_ok()));
+        let started = starts.map(|start| start.join().expect("no panic"));
+        assert_eq!(started.into_iter().filter(|started| *started).count(), 1);
+        Ok(())
+    })
+}
+
+/// Method: streams that do not exist, and a description that is none.
 fn nonsense_is_refused_and_harms_nobody(runtime: &Runtime) -> Result<()> {
     let task = Task::running(runtime, "nonsense", "sleep 600")?;
     let invalid = runtime.code(Code::Unknown, Code::InvalidArgument);
@@ -588,6 +615,7 @@ with_both_runtimes! {
     a_frozen_container_takes_no_execs,
     a_created_container_takes_execs,
     processes_are_listed_with_their_exec,
+    many_execs_start_at_once,
     nonsense_is_refused_and_harms_nobody,
     orphans_are_reaped_and_end_with_the_container,
     a_kill_for_want_of_memory_is_told_at_once,
