@@ -91,8 +91,13 @@ fn is_bootstrap(params: &BootstrapParams) -> bool {
     *params != chance
 }
 
+/// The runtime options that an input consists of.
+pub(crate) fn options_in(input: &[u8]) -> Option<Any> {
+    Any::parse_from_bytes(input).ok().filter(|any| !any.type_url.is_empty())
+}
+
 fn from_flags(input: &[u8], flags: &Flags, ttrpc_address: Option<String>) -> StartOpts {
-    let options = Any::parse_from_bytes(input).ok().filter(|any| !any.type_url.is_empty());
+    let options = options_in(input);
     StartOpts {
         id: flags.id.clone(),
         publish_binary: flags.publish_binary.clone(),

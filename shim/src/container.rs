@@ -4,9 +4,9 @@
 //!
 //! - `operation` admits one operation at a time that changes the container (start, pause, resume,
 //!   dump, update, delete). State, Wait and Kill never take it, so they answer during a long dump.
-//! - `gate` orders events. Whoever starts a process holds it until the start event is queued; an
-//!   exit takes it before it becomes visible. So an exit, however early, follows its start; and the
-//!   init's exit waits until every other process of the container has ended.
+//! - `gate` orders events. Whoever starts a process holds it, beside others that start one, until the
+//!   start event is queued; an exit takes it alone before it becomes visible. So an exit, however
+//!   early, follows its start; and the init's exit waits until every other process has ended.
 //!
 //! Read next: [`crate::launch`] for create, start and restore, [`crate::dump`] for checkpoints.
 
@@ -34,12 +34,15 @@ use crate::publisher::Publisher;
 use crate::reap::{Exit, Reaper, Waiter};
 use crate::rootfs;
 use crate::runc::{Launch, Runc};
+use crate::spec;
 use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
 /// How long the init's exit waits for the other processes' ends, and a delete for the init's.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 /// Exit status of what was killed before it ran.
 const KILLED: u32 = 137;
+/// Exit status of an added process that the runtime could not start: containerd's "unknown".
+const NOT_STARTED: u32 = 255;
 
 /// What all containers of a shim share.
 pub(crate) struct Shared {
@@ -65,6 +68,8 @@ pub(crate) enum Origin {
 struct Exec {
     process: Arc<Process>,
     spec: Vec<u8>,
+    /// Held while it is started or deleted.
+    operation: tokio::sync::Mutex<()>,
 }
 
 /// See the module comment.
@@ -81,7 +86,7 @@ pub(crate) struct Container {
     pub(crate) init: Arc<Process>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) operation: tokio::sync::Mutex<()>,
-    pub(crate) gate: tokio::sync::Mutex<()>,
+    pub(crate) gate: tokio::sync::RwLock<()>,
     /// Becomes true when a start that is under way is no longer wanted.
     pub(crate) cancelled: watch::Sender<bool>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
@@ -125,7 +130,7 @@ impl Container {
             init: Arc::new(Process::new("", parts.stdio)),
             shared,
             operation: tokio::sync::Mutex::default(),
-            gate: tokio::sync::Mutex::default(),
+            gate: tokio::sync::RwLock::default(),
             cancelled: watch::channel(false).0,
             execs: Mutex::default(),
             cgroup: OnceLock::new(),
@@ -168,6 +173,20 @@ impl Container {
         self.execs().get(exec_id).cloned().ok_or_else(missing)
     }
 
+    /// Phase of a process of this container: whatever freezes the container freezes all of them.
+    pub(crate) fn phase_of(&self, process: &Process) -> Phase {
+        match (self.init.phase(), process.phase()) {
+            (Phase::Paused, Phase::Running) => Phase::Paused,
+            (_, phase) => phase,
+        }
+    }
+
+    /// Id of the added process with this pid.
+    pub(crate) fn exec_id_of(&self, pid: u32) -> Option<String> {
+        let execs = self.execs();
+        execs.iter().find(|(_, exec)| exec.process.pid() == pid).map(|(id, _)| id.clone())
+    }
+
     /// Ids of the added processes that run.
     pub(crate) fn running_execs(&self) -> Vec<String> {
         let execs = self.execs();
@@ -196,13 +215,16 @@ impl Container {
     }
 
     /// Reports kills for want of memory, of which the kernel keeps a count per group. Looked at
-    /// when a process ends, so that the report comes before that end's.
-    fn report_oom(&self) {
+    /// when a process ends, so that the report comes before that end's, and when [`crate::oom`] is
+    /// told of one. Returns whether there was any.
+    pub(crate) fn report_oom(&self) -> bool {
         let kills = self.cgroup.get().map_or(0, Cgroup::oom_kills);
-        if self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills {
+        let is_new = self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills;
+        if is_new {
             let container_id = self.name.id().to_owned();
             self.shared.publisher.publish(TaskOOM { container_id, ..Default::default() });
         }
+        is_new
     }
 
     /// Reports the end of `process` when `waiter` says so, after everything that must come before
@@ -214,7 +236,7 @@ impl Container {
             if process.exec_id.is_empty() {
                 container.end_others().await;
             }
-            let _gate = container.gate.lock().await;
+            let _gate = container.gate.write().await;
             container.report_oom();
             container.note_exit(&process, exit);
         });
@@ -255,24 +277,24 @@ impl Container {
     /// Adds a process, to be started later.
     ///
     /// - `spec`: the OCI specification's process as JSON.
-    /// - Errors: the id is taken or no name; the container does not run.
+    /// - Errors: the id is taken or no name; no such specification; the container does not allow it.
     pub(crate) fn add_exec(
         &self,
         exec_id: &str,
         stdio: Stdio,
-        spec: Vec<u8>,
+        spec: &[u8],
     ) -> Result<(), TaskError> {
         // It becomes part of file names in the bundle.
         ContainerRef::new(&self.shared.namespace, exec_id)?;
-        if self.init.phase() != Phase::Running {
-            return Err(self.phase_error("processes can be added to a running container only"));
-        }
+        let spec = spec::process(spec, stdio.terminal)?;
+        self.check_takes_execs()?;
         let mut execs = self.execs();
         if execs.contains_key(exec_id) {
             return Err(TaskError::Exists(format!("process {exec_id} of container {}", self.name)));
         }
         let process = Arc::new(Process::new(exec_id, stdio));
-        execs.insert(exec_id.to_owned(), Arc::new(Exec { process, spec }));
+        let exec = Exec { process, spec, operation: tokio::sync::Mutex::default() };
+        execs.insert(exec_id.to_owned(), Arc::new(exec));
         drop(execs);
         self.shared.publisher.publish(TaskExecAdded {
             container_id: self.name.id().to_owned(),
@@ -282,13 +304,24 @@ impl Container {
         Ok(())
     }
 
-    /// Starts an added process. Errors: its phase or the container's; the runtime's.
+    /// A created container has its namespaces, and takes processes, unless it waits to be restored.
+    fn check_takes_execs(&self) -> Result<(), TaskError> {
+        match self.init.phase() {
+            Phase::Running => Ok(()),
+            Phase::Created if self.init.pid() != 0 => Ok(()),
+            Phase::Created | Phase::Paused | Phase::Stopped(_) => {
+                Err(self.phase_error("processes can be added to a running container only"))
+            }
+        }
+    }
+
+    /// Starts an added process. Errors: its phase or the container's; the runtime's, and then it can
+    /// only be deleted.
     pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
-        let _gate = self.gate.lock().await;
-        if self.init.phase() != Phase::Running {
-            return Err(self.phase_error("processes can be started in a running container only"));
-        }
+        let _operation = exec.operation.lock().await;
+        let _gate = self.gate.read().await;
+        self.check_takes_execs()?;
         if exec.process.phase() != Phase::Created {
             return Err(self.phase_error("the process was started already"));
         }
@@ -309,6 +342,7 @@ impl Container {
             }
             Err(error) => {
                 exec.process.rewire().abort(&self.shared.reaper).await;
+                exec.process.stop(Exit { code: NOT_STARTED, at: SystemTime::now() });
                 Err(error)
             }
         }
@@ -363,15 +397,18 @@ impl Container {
         all: bool,
     ) -> Result<(), TaskError> {
         let process = self.process(exec_id)?;
+        let number = i32::try_from(signal).ok().filter(|number| *number <= libc::SIGRTMAX());
+        let number =
+            number.ok_or_else(|| TaskError::Invalid(format!("{signal} is not a signal")))?;
+        let has_none = process.pid() == 0 && process.phase() == Phase::Created;
         if !exec_id.is_empty() {
-            let number =
-                i32::try_from(signal).ok().and_then(|number| Signal::try_from(number).ok());
-            let signal =
-                number.ok_or_else(|| TaskError::Invalid(format!("{signal} is not a signal")))?;
-            let sent = self.shared.reaper.signal(process.pid(), signal);
+            if has_none {
+                return Err(self.phase_error("the added process was not started yet"));
+            }
+            let sent = self.shared.reaper.signal_number(process.pid(), number);
             return sent.map_err(|_gone| TaskError::Finished);
         }
-        if process.pid() == 0 && process.phase() == Phase::Created {
+        if has_none {
             if signal != Signal::SIGKILL as u32 && signal != Signal::SIGTERM as u32 {
                 return Err(self.phase_error("it has no process yet"));
             }
@@ -397,7 +434,7 @@ impl Container {
             // The restore was past the point where it can be broken off.
             return Ok(self.runc.kill(Signal::SIGKILL as u32, true).await?);
         }
-        let _gate = self.gate.lock().await;
+        let _gate = self.gate.write().await;
         if self.init.phase() == Phase::Created {
             self.note_exit(&self.init, Exit { code: KILLED, at: SystemTime::now() });
         }
@@ -461,11 +498,14 @@ impl Container {
     /// Removes an added process that does not run.
     pub(crate) async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), TaskError> {
         let exec = self.exec(exec_id)?;
+        let _operation = exec.operation.lock().await;
         if matches!(exec.process.phase(), Phase::Running | Phase::Paused) {
             return Err(self.phase_error("the added process still runs"));
         }
         exec.process.wiring().shutdown(&self.shared.reaper).await;
         self.execs().remove(exec_id);
+        // Whoever waits for one that was never started waits no longer.
+        exec.process.stop(never_ran());
         Ok((exec.process.pid(), exec.process.exit().unwrap_or(never_ran())))
     }
 
@@ -492,7 +532,9 @@ impl Container {
         let leftovers: Vec<_> = self.execs().drain().map(|(_, exec)| exec).collect();
         for exec in leftovers {
             exec.process.wiring().abort(&self.shared.reaper).await;
+            exec.process.stop(never_ran());
         }
+        self.init.stop(never_ran());
         if !self.rootfs.is_empty() {
             rootfs::unmount(&self.bundle.join("rootfs"))?;
         }

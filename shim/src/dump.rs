@@ -53,6 +53,7 @@ impl Container {
         if !matches!(self.init.phase(), Phase::Running | Phase::Paused) {
             return Err(self.phase_error("a running or paused container can be dumped only"));
         }
+        self.check_runtime()?;
         let work_path = match options.work_path.as_str() {
             "" => self.bundle.join("work"),
             path => PathBuf::from(path),
@@ -120,6 +121,14 @@ impl Container {
         outcome.map_err(|error| self.dump_failed(dump.work_path, &error))
     }
 
+    /// Refuses an OCI runtime that cannot dump and restore as we need it.
+    pub(crate) fn check_runtime(&self) -> Result<(), TaskError> {
+        if self.runc.is_crun() {
+            return Err(TaskError::NeedsRunc { container: self.name.to_string() });
+        }
+        Ok(())
+    }
+
     /// Refuses processes that a signal stopped, where they would block the dump.
     fn check_stopped(&self, cgroup: &Cgroup) -> Result<(), TaskError> {
         let pids = self.stopped_processes(cgroup);
@@ -162,6 +171,7 @@ impl Container {
     /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to run it.
     pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
         let begun = Instant::now();
+        self.check_runtime()?;
         self.is_handed_off.store(true, Ordering::SeqCst);
         if self.init.phase() != Phase::Paused {
             // What would block the dump costs no downtime when it is found here.

@@ -55,6 +55,8 @@ pub(crate) enum TaskError {
          for ever: send them SIGCONT first"
     )]
     StoppedBySignal { container: String, pids: Vec<u32> },
+    #[error("container {container} runs under crun: checkpoint, restore and migration need runc")]
+    NeedsRunc { container: String },
     #[error("dump of container {container} failed: {reason} (log: {log})")]
     Dump { container: String, reason: String, log: PathBuf },
     #[error("dump of container {container} hung for {limit:?} and was broken off by thawing it")]
@@ -79,7 +81,7 @@ impl TaskError {
             Self::NoContainer(_) | Self::NoExec { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Name(_) | Self::Invalid(_) | Self::Options(_) => Code::INVALID_ARGUMENT,
-            Self::Spec(SpecError::Volume { .. }) => Code::INVALID_ARGUMENT,
+            Self::Spec(SpecError::Volume { .. } | SpecError::Process(_)) => Code::INVALID_ARGUMENT,
             Self::Phase { .. }
             | Self::Fenced { .. }
             | Self::Fence { .. }
@@ -89,6 +91,7 @@ impl TaskError {
             | Self::NotGranted { .. }
             | Self::Daemon(DaemonError::Refused(_)) => Code::FAILED_PRECONDITION,
             Self::Daemon(DaemonError::Unreachable { .. }) => Code::UNAVAILABLE,
+            Self::NeedsRunc { .. } => Code::UNIMPLEMENTED,
             Self::Cancelled(_) => Code::CANCELLED,
             Self::Runc(error) if error.is_gone() => Code::NOT_FOUND,
             Self::Spec(_)

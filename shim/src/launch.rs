@@ -25,6 +25,7 @@ use crate::criu::{self, Connections};
 use crate::daemon::Daemon;
 use crate::error::{TaskError, chain};
 use crate::hold::Hold;
+use crate::oom;
 use crate::process::Phase;
 use crate::reap::{Mark, Waiter};
 use crate::rootfs;
@@ -75,6 +76,9 @@ pub(crate) fn upper_dir(container: &Container) -> String {
 impl Container {
     /// The part of Create that the origin asks for.
     pub(crate) async fn create(self: &Arc<Self>) -> Result<(), TaskError> {
+        if !matches!(self.origin, Origin::Fresh) {
+            self.check_runtime()?;
+        }
         match self.origin {
             Origin::Migrate(_) | Origin::Restore(_) => Ok(()),
             Origin::Image { .. } => Ok(rootfs::mount(&self.rootfs, &self.bundle).await?),
@@ -109,7 +113,7 @@ impl Container {
     /// Starts the init process, or restores it. Returns its pid.
     pub(crate) async fn start(self: &Arc<Self>) -> Result<u32, TaskError> {
         let _operation = self.operation.lock().await;
-        let _gate = self.gate.lock().await;
+        let _gate = self.gate.read().await;
         if self.init.phase() != Phase::Created {
             return Err(self.phase_error("only a created container can be started"));
         }
@@ -132,15 +136,16 @@ impl Container {
         Ok(self.init.pid())
     }
 
-    async fn start_fresh(&self) -> Result<(), TaskError> {
+    async fn start_fresh(self: &Arc<Self>) -> Result<(), TaskError> {
         self.runc.start().await?;
         self.note_started();
         Ok(())
     }
 
     /// The gate is held: an exit that happened already is reported after this.
-    fn note_started(&self) {
+    fn note_started(self: &Arc<Self>) {
         self.note_cgroup();
+        oom::watch(self);
         self.init.enter(Phase::Running);
         self.shared.publisher.publish(TaskStart {
             container_id: self.name.id().to_owned(),

@@ -20,8 +20,10 @@ mod daemon;
 mod dump;
 mod error;
 mod hold;
+mod info;
 mod launch;
 mod log;
+mod oom;
 mod options;
 mod own_service;
 mod process;
@@ -36,14 +38,11 @@ mod sys;
 mod task;
 mod wiring;
 
-use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use containerd_shim::Flags;
-use containerd_shim::protos::protobuf::Message as _;
-use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 
 /// The name users select the runtime by.
 const RUNTIME_NAME: &str = "io.containerd.runc.godwit.v1";
@@ -66,7 +65,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if flags.info {
-        return info();
+        return info::main();
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
@@ -96,22 +95,6 @@ async fn run(flags: &Flags) -> Result<(), server::ServeError> {
             }
             served
         }
-    }
-}
-
-/// `-info`: what containerd 2 asks before it starts anything.
-fn info() -> ExitCode {
-    let version = env!("CARGO_PKG_VERSION").to_owned();
-    let info = RuntimeInfo {
-        name: RUNTIME_NAME.to_owned(),
-        version: Some(RuntimeVersion { version, ..Default::default() }).into(),
-        ..Default::default()
-    };
-    let written = info.write_to_bytes().map(|bytes| std::io::stdout().lock().write_all(&bytes));
-    match written {
-        Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(error)) => failed(&error),
-        Err(error) => failed(&error),
     }
 }
 

@@ -18,11 +18,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+
+use crate::sys;
 
 /// Exits of processes that nobody waits for, kept for a later [`Reaper::watch`].
 const UNCLAIMED_MAX: usize = 1024;
@@ -111,14 +113,16 @@ impl Reaper {
     /// Sends a signal to a process that somebody waits for. Errors: `ESRCH` when it has ended; its
     /// pid may be another's by then, so nothing is sent.
     pub(crate) fn signal(&self, pid: u32, signal: Signal) -> Result<(), Errno> {
+        self.signal_number(pid, signal as i32)
+    }
+
+    /// The same with a number, since real-time signals have no name. Errors: `EINVAL` as well, when
+    /// there is no such signal.
+    pub(crate) fn signal_number(&self, pid: u32, signal: i32) -> Result<(), Errno> {
         let table = self.table();
         let pid = pid.cast_signed();
         // Reaping takes the same lock: as long as it is held, the pid stays taken.
-        if table.waiting.contains_key(&pid) {
-            kill(Pid::from_raw(pid), signal)
-        } else {
-            Err(Errno::ESRCH)
-        }
+        if table.waiting.contains_key(&pid) { sys::kill(pid, signal) } else { Err(Errno::ESRCH) }
     }
 
     fn reap(&self) {

@@ -32,8 +32,8 @@ const LOG_BYTES_MAX: u64 = 1 << 20;
 pub(crate) enum RuncError {
     #[error("cannot start the OCI runtime {binary}")]
     Start { binary: String, source: std::io::Error },
-    #[error("{binary} {command}: {message}")]
-    Failed { binary: String, command: &'static str, message: String },
+    #[error("OCI runtime {command} failed: {message}")]
+    Failed { command: &'static str, message: String },
     #[error("{binary} {command} did not finish within {limit:?} and was killed")]
     TimedOut { binary: String, command: &'static str, limit: Duration },
 }
@@ -43,7 +43,10 @@ impl RuncError {
     pub(crate) fn is_gone(&self) -> bool {
         const GONE: [&str; 4] =
             ["does not exist", "process already finished", "not running", "no such process"];
-        matches!(self, Self::Failed { message, .. } if GONE.iter().any(|text| message.contains(text)))
+        let Self::Failed { message, .. } = self else { return false };
+        // crun repeats the kernel's words, which begin with a capital letter.
+        let message = message.to_lowercase();
+        GONE.iter().any(|text| message.contains(text))
     }
 }
 
@@ -83,6 +86,11 @@ impl std::fmt::Debug for Reaper {
     }
 }
 
+/// The program that the task's options name.
+pub(crate) fn binary_of(options: &Options) -> &str {
+    if options.binary_name.is_empty() { "runc" } else { &options.binary_name }
+}
+
 impl Runc {
     /// The runtime of container `id` in `namespace`, as the task's options say.
     pub(crate) fn new(
@@ -92,12 +100,10 @@ impl Runc {
         bundle: &Path,
         reaper: Arc<Reaper>,
     ) -> Self {
-        let or = |text: &str, default: &str| {
-            if text.is_empty() { default.to_owned() } else { text.to_owned() }
-        };
+        let root = if options.root.is_empty() { "/run/containerd/runc" } else { &options.root };
         Self {
-            binary: or(&options.binary_name, "runc"),
-            root: Path::new(&or(&options.root, "/run/containerd/runc")).join(namespace),
+            binary: binary_of(options).to_owned(),
+            root: Path::new(root).join(namespace),
             systemd_cgroup: options.systemd_cgroup,
             no_pivot: options.no_pivot_root,
             no_new_keyring: options.no_new_keyring,
@@ -111,6 +117,13 @@ impl Runc {
     /// Name or path of the program.
     pub(crate) fn binary(&self) -> &str {
         &self.binary
+    }
+
+    /// Whether this is crun, whose dumps take neither our flags nor our CRIU settings.
+    pub(crate) fn is_crun(&self) -> bool {
+        Path::new(&self.binary)
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"crun"))
     }
 
     /// Directory where the runtime keeps this container's state.
@@ -244,7 +257,7 @@ impl Runc {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let log = self.bundle.join(format!(".runc-{command}-{number}.json"));
         let outcome = self.run(command, args, streams, &log, limit).await;
-        let failed = |message| RuncError::Failed { binary: self.binary.clone(), command, message };
+        let failed = |message| RuncError::Failed { command, message };
         let outcome = match outcome {
             Ok(0) => Ok(()),
             Ok(code) => Err(failed(

@@ -62,7 +62,7 @@ pub(crate) enum ServeError {
     Encode(#[from] protobuf::Error),
 }
 
-fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
+pub(crate) fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
     let what = what.into();
     move |source| ServeError::Io { what, source }
 }

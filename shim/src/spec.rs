@@ -30,6 +30,8 @@ pub(crate) enum SpecError {
     TooLarge { path: PathBuf },
     #[error("{path} is not a runtime specification")]
     Json { path: PathBuf, source: serde_json::Error },
+    #[error("no description of a process: {0}")]
+    Process(String),
     #[error("volume mount on {destination}: {reason}")]
     Volume { destination: String, reason: String },
 }
@@ -134,6 +136,18 @@ impl Spec {
     fn mounts(&self) -> &[Value] {
         self.root.get("mounts").and_then(Value::as_array).map_or(&[], Vec::as_slice)
     }
+}
+
+/// The description of a process to be added. Whether it has a terminal is what the call says,
+/// whatever the description does: streams are set up by the call.
+///
+/// Errors: [`SpecError::Process`].
+pub(crate) fn process(json: &[u8], terminal: bool) -> Result<Vec<u8>, SpecError> {
+    let wrong = |error: serde_json::Error| SpecError::Process(error.to_string());
+    let mut process: serde_json::Map<String, Value> =
+        serde_json::from_slice(json).map_err(wrong)?;
+    process.insert("terminal".to_owned(), Value::from(terminal));
+    serde_json::to_vec(&process).map_err(wrong)
 }
 
 fn is_volume(mount: &Value) -> bool {

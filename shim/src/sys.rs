@@ -6,6 +6,15 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
+use nix::errno::Errno;
+
+/// Sends a signal, which may be a real-time one. Errors: the kernel's.
+#[expect(unsafe_code, reason = "nix knows no real-time signals")]
+pub(crate) fn kill(pid: libc::pid_t, signal: i32) -> Result<(), Errno> {
+    // SAFETY: the call takes two integers and touches no memory.
+    Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
 /// Sets the size of a terminal, given its master side, in characters.
 ///
 /// Errors: the kernel's, `ENOTTY` when `terminal` is none.

@@ -18,8 +18,9 @@ use containerd_shim::protos::api::{
 };
 use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim::protos::protobuf::Message as _;
-use containerd_shim::protos::shim::oci::{CheckpointOptions, Options};
+use containerd_shim::protos::shim::oci::{CheckpointOptions, Options, ProcessDetails};
 use containerd_shim::protos::shim_async::Task;
+use containerd_shim::util::convert_to_any;
 use containerd_shim::{TtrpcContext, TtrpcResult};
 use godwit_protos::{ContainerRef, annotation, path};
 
@@ -134,7 +135,7 @@ impl TaskService {
         };
         let container = Arc::new(Container::new(parts, shared));
         // A created container's exit must not become visible before its creation.
-        let gate = container.gate.lock().await;
+        let gate = container.gate.read().await;
         container.create().await?;
         container.shared.publisher.publish(TaskCreate {
             container_id: request.id.clone(),
@@ -189,6 +190,14 @@ fn origin_of(
     }
 }
 
+/// What is told of a process: with its id, if it was added under one.
+fn process_info(container: &Container, pid: u32) -> containerd_shim::Result<ProcessInfo> {
+    let details = container
+        .exec_id_of(pid)
+        .map(|exec_id| convert_to_any(Box::new(ProcessDetails { exec_id, ..Default::default() })));
+    Ok(ProcessInfo { pid, info: details.transpose()?.into(), ..Default::default() })
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn create(
@@ -235,7 +244,7 @@ impl Task for TaskService {
             terminal: process.stdio.terminal,
             ..Default::default()
         };
-        response.set_status(process.phase().status());
+        response.set_status(container.phase_of(&process).status());
         if let Some(exit) = process.exit() {
             response.exit_status = exit.code;
             response.exited_at = Some(timestamp(exit.at)).into();
@@ -257,7 +266,7 @@ impl Task for TaskService {
     async fn exec(&self, _: &TtrpcContext, r: ExecProcessRequest) -> TtrpcResult<Empty> {
         let stdio = Stdio::new(&r.stdin, &r.stdout, &r.stderr, r.terminal);
         let spec = r.spec.into_option().map(|any| any.value).unwrap_or_default();
-        self.containers.get(&r.id)?.add_exec(&r.exec_id, stdio, spec)?;
+        self.containers.get(&r.id)?.add_exec(&r.exec_id, stdio, &spec)?;
         Ok(Empty::new())
     }
 
@@ -268,7 +277,8 @@ impl Task for TaskService {
         // answer for a shim without a task, and removes it.
         let others = container.cgroup().map(|cgroup| cgroup.processes()).unwrap_or_default();
         let pids = std::iter::once(init).chain(others.into_iter().filter(|pid| *pid != init));
-        let processes = pids.map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
+        let processes: Result<_, _> = pids.map(|pid| process_info(&container, pid)).collect();
+        let processes = processes.map_err(|error| TaskError::Invalid(error.to_string()))?;
         Ok(PidsResponse { processes, ..Default::default() })
     }
 

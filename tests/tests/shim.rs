@@ -16,6 +16,31 @@ use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::{Bed, BedOptions, Containerd, Finished, Node, need};
 
+/// One test per runtime.
+macro_rules! with_both_runtimes {
+    ($($test:ident,)*) => {
+        mod runc {
+            $(#[test]
+            fn $test() -> anyhow::Result<()> {
+                super::$test(&crate::RUNC)
+            })*
+        }
+        mod godwit {
+            $(#[test]
+            fn $test() -> anyhow::Result<()> {
+                super::$test(&crate::GODWIT)
+            })*
+        }
+    };
+}
+
+#[path = "shim/calls.rs"]
+mod calls;
+#[path = "shim/options.rs"]
+mod options;
+#[path = "shim/streams.rs"]
+mod streams;
+
 /// The node that all tests share; torn down at exit.
 static BED: LazyLock<Bed> = LazyLock::new(|| start().expect("the test node starts"));
 
@@ -342,18 +367,22 @@ fn an_update_changes_the_limit(runtime: &Runtime) -> Result<()> {
         Ok(node().ok(&["cat", &file])?.trim().parse()?)
     };
     assert_eq!(limit()?, 64 << 20);
+    update_memory(&container.id, 96 << 20)?;
+    assert_eq!(limit()?, 96 << 20);
+    Ok(())
+}
+
+fn update_memory(id: &str, limit: u64) -> Result<()> {
     let resources = prost_types::Any {
         type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
-        value: br#"{"memory": {"limit": 100663296}}"#.to_vec(),
+        value: format!("{{\"memory\": {{\"limit\": {limit}}}}}").into_bytes(),
     };
     let request = UpdateTaskRequest {
-        container_id: container.id.clone(),
+        container_id: id.to_owned(),
         resources: Some(resources),
         ..Default::default()
     };
-    ask(async |tasks| tasks.update(with_namespace!(request, "default")).await)?;
-    assert_eq!(limit()?, 96 << 20);
-    Ok(())
+    ask(async |tasks| tasks.update(with_namespace!(request, "default")).await).map(drop)
 }
 
 fn a_terminal_can_be_resized(runtime: &Runtime) -> Result<()> {
@@ -527,23 +556,6 @@ fn our_shim_is_small() -> Result<()> {
     let (resident_kib, threads) = (field("VmRSS:")?, field("Threads:")?);
     assert!(resident_kib < 12 * 1024 && threads <= 6, "{resident_kib} KiB, {threads} threads");
     Ok(())
-}
-
-macro_rules! with_both_runtimes {
-    ($($test:ident,)*) => {
-        mod runc {
-            $(#[test]
-            fn $test() -> anyhow::Result<()> {
-                super::$test(&super::RUNC)
-            })*
-        }
-        mod godwit {
-            $(#[test]
-            fn $test() -> anyhow::Result<()> {
-                super::$test(&super::GODWIT)
-            })*
-        }
-    };
 }
 
 with_both_runtimes! {
