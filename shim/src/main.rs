@@ -17,6 +17,7 @@ mod cgroup;
 mod container;
 mod criu;
 mod daemon;
+mod detached;
 mod dump;
 mod error;
 mod hold;

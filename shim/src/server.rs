@@ -25,6 +25,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::bootstrap;
 use crate::container::{Shared, read_pid, timestamp};
+use crate::detached::Detached;
 use crate::options;
 use crate::own_service::OwnService;
 use crate::publisher::Publisher;
@@ -164,17 +165,17 @@ pub(crate) async fn serve(flags: &Flags) -> Result<(), ServeError> {
     let shared = Arc::new(Shared { namespace: flags.namespace.clone(), reaper, publisher });
     let containers = Arc::new(Containers::new(shared));
     let exit = Arc::new(ExitSignal::default());
-    let task = TaskService {
+    let task = Arc::new(Detached(Arc::new(TaskService {
         containers: Arc::clone(&containers),
         exit: Arc::clone(&exit),
         address: flags.socket.clone(),
-    };
+    })));
     let failed = |error| ServeError::Ttrpc(flags.socket.clone(), error);
     let listener = Listener::try_from(listener).map_err(io_error(&flags.socket))?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(create_task(Arc::new(task.clone())))
-        .register_service(as_version_2(create_task(Arc::new(task))))
+        .register_service(create_task(task.clone()))
+        .register_service(as_version_2(create_task(task)))
         .register_service(create_shim(Arc::new(OwnService(containers))));
     server.start().await.map_err(failed)?;
     close_stdout()?;

@@ -78,7 +78,6 @@ impl Containers {
 }
 
 /// See the module comment.
-#[derive(Clone)]
 pub(crate) struct TaskService {
     pub(crate) containers: Arc<Containers>,
     pub(crate) exit: Arc<ExitSignal>,
