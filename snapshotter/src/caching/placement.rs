@@ -26,6 +26,9 @@ use crate::store::{Snapshot, Store};
 /// How long a peer has to answer a hello.
 const HELLO_MAX: Duration = Duration::from_secs(2);
 
+/// Round trips below this are as good as each other: they differ by noise, in milliseconds.
+const NEAR_MS: f64 = 5.0;
+
 /// How long a neighbour has to fetch a copy.
 const KEEP_MAX: Duration = Duration::from_secs(900);
 
@@ -124,7 +127,7 @@ async fn neighbours(
                 .unwrap_or_default(),
             round_trip_ms: connection
                 .as_ref()
-                .map_or(f64::MAX, |connection| connection.round_trip.as_secs_f64() * 1e3),
+                .map_or(f64::MAX, |one| (one.round_trip.as_secs_f64() * 1e3).max(NEAR_MS)),
             throughput: channel.throughput_bytes_per_second.unwrap_or(0.0),
             free_bytes: hello.map_or(0, |hello| hello.free_bytes),
             is_reachable: connection.is_some(),

@@ -11,6 +11,7 @@ use godwit_snapshotter::store::SnapshotId;
 use std::time::Duration;
 
 use super::parameters as given;
+use super::whole;
 use super::world::World;
 
 /// A subject of a user: its number, and which of the three.
@@ -21,6 +22,8 @@ pub type Key = (usize, usize);
 pub struct Entry {
     /// Where.
     pub node: usize,
+    /// The node that took it, whose clock its time is of.
+    pub by: usize,
     /// Place in the lineage.
     pub sequence: u64,
     /// What it shows: the state at this second.
@@ -131,13 +134,13 @@ impl<'w> Caches<'w> {
         let neighbour = |node: &usize| Neighbour {
             name: node.to_string(),
             round_trip_ms: self.world.round_trip(host, *node) * 1e3,
-            free_bytes: (given::BUDGET as f64 - self.stored[*node]).max(0.0) as u64,
+            free_bytes: whole(given::BUDGET as f64 - self.stored[*node]) as u64,
             is_reachable: true,
             has_earlier: earlier(*node).is_some(),
             ..Neighbour::default()
         };
         let neighbours: Vec<_> = self.world.peers(host).iter().map(neighbour).collect();
-        let needed = subject.size as u64;
+        let needed = whole(subject.size) as u64;
         let placed = place(given::COPIES, needed, &BTreeMap::new(), &neighbours, &[]);
         let nodes = placed.iter().filter_map(|name| name.parse().ok());
         for (node, bytes) in nodes.map(|node| (node, bytes(node))).collect::<Vec<_>>() {
@@ -145,7 +148,11 @@ impl<'w> Caches<'w> {
             let rate = self.world.serves(host, now).min(self.world.takes_in(node, now)) / 2.0;
             let available = now + bytes / rate;
             self.traffic.copies += bytes;
-            self.keep(key, Entry { node, sequence, taken: now, available, used: None }, true);
+            self.keep(
+                key,
+                Entry { node, by: host, sequence, taken: now, available, used: None },
+                true,
+            );
         }
     }
 
@@ -170,8 +177,8 @@ impl<'w> Caches<'w> {
                 where_from.push((*key, entry.sequence));
             }
         }
-        for removal in retain(&kept, &RULES, total as u64) {
-            let index = removal.id.0 as usize;
+        for removal in retain(&kept, &RULES, whole(total) as u64) {
+            let Ok(index) = usize::try_from(removal.id.0) else { continue };
             let (key, sequence) = where_from[index];
             let entries = &mut self.entries[key.0][key.1];
             entries.retain(|entry| entry.node != node || entry.sequence != sequence);
@@ -195,7 +202,7 @@ fn kept_of(id: usize, key: Key, entry: &Entry, freed: f64, now: f64) -> Kept {
         subject: format!("{}/{}", key.0, key.1),
         sequence: entry.sequence,
         age: since(entry.taken),
-        bytes_freed: freed as u64,
+        bytes_freed: whole(freed) as u64,
         is_pinned: false,
         // What is still on its way is in use.
         is_leased: entry.available > now,

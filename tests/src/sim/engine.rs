@@ -268,7 +268,8 @@ impl Engine<'_> {
         self.may_capture[host] =
             now + self.budget.next_start(duration(busy), to_u64(written)).as_secs_f64();
         let sequence = self.taken(now, key, host);
-        let entry = Entry { node: host, sequence, taken: now, available: now + busy, used: None };
+        let entry =
+            Entry { node: host, by: host, sequence, taken: now, available: now + busy, used: None };
         self.caches.keep(key, entry, true);
         self.caches.copy(key, host, sequence, now);
         let seed = seed(&host.to_string(), &format!("{}/{}", user, key.1), sequence);
@@ -431,14 +432,13 @@ impl Engine<'_> {
             write_rate: lineage.write_rate,
         };
         let known = &self.known[destination];
+        // What clocks say: the destination's, and that of the node that took the snapshot.
+        let told = |entry: &Entry| entry.taken + self.world.clock_error(entry.by);
+        let clock = now + self.world.clock_error(destination);
         let candidate = |entry: &Entry| Candidate {
             node: entry.node.to_string(),
             lag: newest - entry.sequence,
-            age: duration(
-                now + self.world.clock_error(destination)
-                    - entry.taken
-                    - self.world.clock_error(entry.node),
-            ),
+            age: duration(clock - told(entry)),
             rate: known.get(&entry.node).copied(),
             round_trip: duration(self.world.round_trip(entry.node, destination)),
             load: self.world.told_load(entry.node, now),
@@ -494,7 +494,8 @@ impl Engine<'_> {
             let key = (user, subject);
             let sequence = self.taken(frozen, key, destination);
             for node in [source, destination] {
-                let entry = Entry { node, sequence, taken: frozen, available: now, used: None };
+                let entry =
+                    Entry { node, by: source, sequence, taken: frozen, available: now, used: None };
                 self.caches.keep(key, entry, self.policy != Policy::None);
             }
         }

@@ -25,3 +25,14 @@ pub mod plot;
 mod random;
 pub mod report;
 pub mod world;
+
+/// The whole part of a number that is not negative.
+fn whole(value: f64) -> usize {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "saturates, and nothing is negative"
+    )]
+    let whole = value as usize;
+    whole
+}

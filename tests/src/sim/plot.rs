@@ -154,8 +154,8 @@ mod tests {
 
     #[test]
     fn marks_are_round_and_few() {
-        let steps = [0.0004, 0.9, 1.0, 35.0, 81.0, 1e9].map(|highest| step(highest));
-        for (step, right) in steps.into_iter().zip([0.0001, 0.2, 0.2, 5.0, 20.0, 2e8]) {
+        let steps = [0.0004, 0.9, 1.0, 35.0, 81.0, 1e9].map(step);
+        for (step, right) in steps.into_iter().zip([0.000_05, 0.2, 0.2, 5.0, 20.0, 2e8]) {
             assert!((step / right - 1.0).abs() < 1e-9, "{step}, not {right}");
         }
     }

@@ -9,6 +9,7 @@ use super::asking::Policy;
 use super::engine::{Outcome, run};
 use super::parameters as given;
 use super::plot::{Chart, Line};
+use super::whole;
 use super::world::{Mobility, World};
 
 /// Ours may be behind the better of newest and nearest by this share in median total time, and on [`LARGE`] sites not
@@ -151,7 +152,7 @@ fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
 }
 
 fn quantile(sorted: &[f64], share: f64) -> f64 {
-    let index = (sorted.len() as f64 * share) as usize;
+    let index = whole(sorted.len() as f64 * share);
     sorted.get(index.min(sorted.len().saturating_sub(1))).copied().unwrap_or(0.0)
 }
 

@@ -4,6 +4,7 @@ use godwit_snapshotter::migrate::predict::changed;
 
 use super::parameters as given;
 use super::random::{Random, noisy, unit};
+use super::whole;
 
 /// How users move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,7 +138,7 @@ impl World {
 
     /// A number of a node that stays for a while.
     fn weather(&self, node: usize, now: f64, what: u64) -> f64 {
-        let spell = (now / given::WEATHER.as_secs_f64() + node as f64 * 0.37) as u64;
+        let spell = whole(now / given::WEATHER.as_secs_f64() + node as f64 * 0.37) as u64;
         unit(&[self.seed, node as u64, spell, what])
     }
 
@@ -202,7 +203,7 @@ struct Grid {
 
 impl Grid {
     fn new(nodes: &[Node], side: f64) -> Self {
-        let width = (side / given::SPACING_M).ceil().max(1.0) as usize;
+        let width = whole((side / given::SPACING_M).ceil()).max(1);
         let mut grid = Self { side, cells: vec![Vec::new(); width * width], width };
         for (index, node) in nodes.iter().enumerate() {
             let (column, row) = grid.cell(node.at);
@@ -212,7 +213,7 @@ impl Grid {
     }
 
     fn cell(&self, at: Point) -> (usize, usize) {
-        let part = |value: f64| ((value / given::SPACING_M).max(0.0) as usize).min(self.width - 1);
+        let part = |value: f64| whole(value / given::SPACING_M).min(self.width - 1);
         (part(at.0), part(at.1))
     }
 
@@ -246,7 +247,7 @@ fn path(random: &mut Random, mobility: Mobility, nodes: &[Node], grid: &Grid) ->
     let mut walker = Walker::new(random, mobility, grid.side);
     let nearest = |at: Point| grid.nearest(nodes, at, 1)[0];
     let mut path = vec![(0.0, nearest(walker.at))];
-    let steps = (given::RUN.as_secs_f64() / given::STEP.as_secs_f64()) as usize;
+    let steps = whole(given::RUN.as_secs_f64() / given::STEP.as_secs_f64());
     for step in 1..steps {
         walker.step(given::STEP.as_secs_f64());
         let (at, (_, host)) = (walker.at, path[path.len() - 1]);
