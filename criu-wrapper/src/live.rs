@@ -7,13 +7,17 @@
 //!
 //! What is read is torn: the process writes while we read. It serves as a base from which the dump
 //! that follows differs by little, never as a state. A mapping or a whole process that goes away
-//! meanwhile is skipped. Shared memory is not read here; CRIU dumps it by segment, not by process.
+//! meanwhile is skipped. Shared memory is read by segment, not by process, as CRIU dumps it
+//! ([`scan_shared`]).
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 
 use crate::pagemap::PAGE_BYTES;
 use crate::sys::{self, Region};
@@ -80,7 +84,7 @@ pub fn scan(pid: u32, visit: &mut dyn FnMut(u64, &[u8])) -> Result<ScanStats, Sc
         }
         opened => opened?,
     };
-    for mapping in scan.mappings()? {
+    for mapping in mappings(pid)? {
         if !mapping.is_dumped() {
             continue;
         }
@@ -91,6 +95,57 @@ pub fn scan(pid: u32, visit: &mut dyn FnMut(u64, &[u8])) -> Result<ScanStats, Sc
         }
     }
     Ok(scan.stats)
+}
+
+/// Reads the pages that CRIU would dump of a segment of shared anonymous memory, which process `pid` has at `mapping`
+/// ([`Mapping::is_shared_memory`]); their addresses are offsets in the segment.
+///
+/// `visit` is given what [`scan`]'s is. Errors: [`ScanError`]; that the mapping goes away is none.
+pub fn scan_shared(
+    pid: u32,
+    mapping: &Mapping,
+    visit: &mut dyn FnMut(u64, &[u8]),
+) -> Result<(), ScanError> {
+    let path =
+        PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end));
+    match read_data(&path, visit) {
+        // Whoever may not open it reads less beforehand, and more of the dump.
+        Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(source) => Err(ScanError::Io { path, source }),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Reads what a file of shared memory has besides holes.
+fn read_data(path: &Path, visit: &mut dyn FnMut(u64, &[u8])) -> io::Result<()> {
+    let file = File::open(path)?;
+    let mut buffer = vec![0; BATCH_BYTES_MAX];
+    let mut at = 0;
+    while let Some(data) = seek(&file, at, Whence::SeekData)? {
+        let end = seek(&file, data, Whence::SeekHole)?.unwrap_or(data);
+        at = data;
+        while at < end {
+            let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(BATCH_BYTES_MAX);
+            let read = file.read_at(&mut buffer[..wanted], at)?;
+            let whole = read - read % as_usize(PAGE_BYTES);
+            if whole == 0 {
+                return Ok(());
+            }
+            visit(at, &buffer[..whole]);
+            at += whole as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Where the next data or hole of a file begins; `None` behind the last.
+fn seek(file: &File, at: u64, whence: Whence) -> io::Result<Option<u64>> {
+    let at = i64::try_from(at).map_err(|_large| io::ErrorKind::InvalidInput)?;
+    match lseek(file, at, whence) {
+        Ok(found) => Ok(u64::try_from(found).ok()),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 struct Scan {
@@ -117,28 +172,6 @@ impl Scan {
 
     fn failed(&self, name: &str, source: io::Error) -> ScanError {
         ScanError::Io { path: self.dir.join(name), source }
-    }
-
-    fn mappings(&mut self) -> Result<Vec<Mapping>, ScanError> {
-        let path = self.dir.join("maps");
-        let mut text = String::new();
-        let read = File::open(&path).and_then(|file| {
-            // Paths are bytes: a container may name its files as it likes.
-            let mut bytes = Vec::new();
-            file.take(MAPS_BYTES_MAX).read_to_end(&mut bytes)?;
-            text = String::from_utf8_lossy(&bytes).into_owned();
-            Ok(())
-        });
-        match read {
-            Err(source) if is_gone(&source) => self.stats.has_exited = true,
-            Err(source) => return Err(self.failed("maps", source)),
-            Ok(()) => {}
-        }
-        let form = |line: &str| ScanError::Form {
-            path: path.clone(),
-            line: line.chars().take(120).collect(),
-        };
-        text.lines().map(|line| Mapping::parse(line).ok_or_else(|| form(line))).collect()
     }
 
     fn read_mapping(
@@ -251,13 +284,38 @@ fn regions_from_pagemap(pagemap: &File, start: u64, end: u64) -> io::Result<(Vec
     Ok((regions, if read < 8 { end } else { at }))
 }
 
+/// The mappings of process `pid`, ascending; none if it has ended.
+pub fn mappings(pid: u32) -> Result<Vec<Mapping>, ScanError> {
+    let path = PathBuf::from(format!("/proc/{pid}/maps"));
+    let mut bytes = Vec::new();
+    let read = File::open(&path).and_then(|file| file.take(MAPS_BYTES_MAX).read_to_end(&mut bytes));
+    match read {
+        Err(source) if is_gone(&source) => return Ok(Vec::new()),
+        Err(source) => return Err(ScanError::Io { path, source }),
+        Ok(_) => {}
+    }
+    // Paths are bytes: a container may name its files as it likes.
+    let text = String::from_utf8_lossy(&bytes);
+    let form =
+        |line: &str| ScanError::Form { path: path.clone(), line: line.chars().take(120).collect() };
+    text.lines().map(|line| Mapping::parse(line).ok_or_else(|| form(line))).collect()
+}
+
 /// One line of `/proc/PID/maps`.
-#[derive(Debug, PartialEq, Eq)]
-struct Mapping {
-    start: u64,
-    end: u64,
-    is_private: bool,
-    is_kernel: bool,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mapping {
+    /// Its first address.
+    pub start: u64,
+    /// The address behind its last.
+    pub end: u64,
+    /// Its file's path up to the first blank, or the kernel's word for it, for example `[heap]`; may be empty.
+    pub name: String,
+    /// Its file's inode, or 0.
+    pub inode: u64,
+    /// Whether what is written there is the process's own.
+    pub is_private: bool,
+    /// Whether the kernel provides what lies there.
+    pub is_kernel: bool,
 }
 
 impl Mapping {
@@ -265,19 +323,26 @@ impl Mapping {
         let mut fields = line.split_ascii_whitespace();
         let (start, end) = fields.next()?.split_once('-')?;
         let permissions = fields.next()?;
-        let name = fields.nth(3).unwrap_or("");
+        let inode = fields.nth(2)?.parse().ok()?;
+        let name = fields.next().unwrap_or("").to_owned();
         let (start, end) =
             (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
         if start >= end || !(start | end).is_multiple_of(PAGE_BYTES) {
             return None;
         }
-        let is_kernel =
-            name.starts_with("[vvar") || matches!(name, "[vsyscall]" | "[vdso]" | "[uprobes]");
-        Some(Self { start, end, is_private: permissions.as_bytes().get(3)? == &b'p', is_kernel })
+        let is_kernel = name.starts_with("[vvar")
+            || matches!(name.as_str(), "[vsyscall]" | "[vdso]" | "[uprobes]");
+        let is_private = permissions.as_bytes().get(3)? == &b'p';
+        Some(Self { start, end, name, inode, is_private, is_kernel })
     }
 
     fn is_dumped(&self) -> bool {
         self.is_private && !self.is_kernel
+    }
+
+    /// Whether it is a segment of memory that processes share and that no file keeps; its inode tells which.
+    pub fn is_shared_memory(&self) -> bool {
+        !self.is_private && self.name == "/dev/zero"
     }
 }
 
@@ -448,6 +513,33 @@ mod tests {
         }
         // Code is a file's: much more is mapped than read.
         assert!(pages.len() < PATTERN_PAGES + 1000, "{}", pages.len());
+    }
+
+    #[test]
+    fn shared_memory_is_read_by_its_offsets_without_what_was_never_written() {
+        let written = [0usize, 1, 2, 40, 63];
+        let mut memory = sys::tests::SharedMemory::new(64 * 4096);
+        for page in written {
+            memory.bytes()[page * 4096..][..4096].copy_from_slice(&pattern(page));
+        }
+        let address = memory.bytes().as_ptr().addr() as u64;
+        let me = std::process::id();
+        let all = mappings(me).unwrap();
+        let mapping = all.iter().find(|mapping| mapping.start == address).unwrap();
+        assert!(mapping.is_shared_memory() && mapping.inode > 0);
+        let mut read = HashMap::new();
+        scan_shared(me, mapping, &mut |offset, bytes| {
+            for (at, page) in (offset..).step_by(4096).zip(bytes.chunks_exact(4096)) {
+                assert!(read.insert(at / PAGE_BYTES, page.to_vec()).is_none(), "{at} twice");
+            }
+        })
+        .unwrap();
+        assert_eq!(read.len(), written.len());
+        for page in written {
+            assert_eq!(read[&(page as u64)], pattern(page), "page {page}");
+        }
+        let gone = Mapping { end: mapping.end + PAGE_BYTES, ..mapping.clone() };
+        scan_shared(me, &gone, &mut |_, _| panic!("there is no such mapping")).unwrap();
     }
 
     #[test]

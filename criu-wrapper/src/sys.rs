@@ -73,3 +73,36 @@ pub(crate) fn scan_private_pages(
     let filled = usize::try_from(filled).map_err(|_negative| io::Error::last_os_error())?;
     Ok((filled.min(regions.len()), arg.walk_end))
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    /// Shared anonymous memory.
+    pub(crate) struct SharedMemory(*mut libc::c_void, usize);
+
+    impl SharedMemory {
+        #[expect(unsafe_code, reason = "std maps no memory")]
+        pub(crate) fn new(bytes: usize) -> Self {
+            let (protection, flags) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+            // SAFETY: a new mapping, wherever the kernel likes.
+            let address =
+                unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+            assert_ne!(address, libc::MAP_FAILED);
+            Self(address, bytes)
+        }
+
+        #[expect(unsafe_code, reason = "std maps no memory")]
+        pub(crate) fn bytes(&mut self) -> &mut [u8] {
+            // SAFETY: mapped readable and writable, with this length, until it is dropped; nobody else has it.
+            unsafe { std::slice::from_raw_parts_mut(self.0.cast(), self.1) }
+        }
+    }
+
+    impl Drop for SharedMemory {
+        #[expect(unsafe_code, reason = "std maps no memory")]
+        fn drop(&mut self) {
+            // SAFETY: mapped by us, and no slice outlives it.
+            unsafe { libc::munmap(self.0, self.1) };
+        }
+    }
+}

@@ -4,6 +4,7 @@
 //! `libc`, then what is their own. Some layers are compressed and the last layer of redis removes a
 //! file of `base`, so that every path of an unpacker is taken. Archives are made once and kept.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -12,13 +13,18 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::command::host;
 use crate::node::Node;
-use crate::oci::{self, Configuration, Layer};
+use crate::oci::{self, Configuration, Layer, MTIME};
 use crate::root::{Root, progress, remove_tree};
 use crate::{need, place};
 
 /// Grows when this module makes different images from the same packages.
 const RECIPE: u32 = 1;
+/// Where the packages of the root have PostgreSQL.
+const POSTGRESQL: &str = "/usr/lib/postgresql/17";
+const POSTGRESQL_SCRIPT: &str = include_str!("../images/postgresql.sh");
+const LEDGER_SOURCE: &str = include_str!("../images/Ledger.java");
 /// How long an import may take.
 const IMPORT_TIMEOUT: Duration = Duration::from_secs(180);
 
@@ -31,6 +37,10 @@ pub enum Image {
     Redis,
     /// The program `memhog` of this crate. Three layers.
     Memhog,
+    /// PostgreSQL, which makes a cluster in `/data` and runs there as a user of its own (`images/postgresql.sh`).
+    Postgresql,
+    /// A JVM with the program `images/Ledger.java`.
+    Jvm,
 }
 
 impl Image {
@@ -40,6 +50,8 @@ impl Image {
             Self::Busybox => "docker.io/library/busybox:test",
             Self::Redis => "docker.io/library/redis:test",
             Self::Memhog => "docker.io/library/memhog:test",
+            Self::Postgresql => "docker.io/library/postgres:test",
+            Self::Jvm => "docker.io/library/ledger:test",
         }
     }
 
@@ -48,6 +60,8 @@ impl Image {
             Self::Busybox => "busybox",
             Self::Redis => "redis",
             Self::Memhog => "memhog",
+            Self::Postgresql => "postgres",
+            Self::Jvm => "ledger",
         }
     }
 
@@ -59,6 +73,10 @@ impl Image {
                 "/data",
             ),
             Self::Memhog => (&["memhog"], "/"),
+            Self::Postgresql => (&["postgresql.sh"], "/data"),
+            Self::Jvm => {
+                (&["java", "-Xmx64m", "-cp", "/app", "Ledger", "8080", "nobody", "1"], "/")
+            }
         };
         Configuration { command, working_directory }
     }
@@ -106,9 +124,14 @@ pub fn import(node: &Node, image: Image, snapshotter: &str) -> Result<()> {
 fn key(image: Image, root: &Root) -> Result<String> {
     let root = root.path().file_name().unwrap_or_default().display();
     let mut text = format!("{RECIPE} {root}").into_bytes();
-    if image == Image::Memhog {
-        need::binaries(&["memhog"])?;
-        text.extend(fs::read(place::binary("memhog"))?);
+    match image {
+        Image::Busybox | Image::Redis => {}
+        Image::Memhog => {
+            need::binaries(&["memhog"])?;
+            text.extend(fs::read(place::binary("memhog"))?);
+        }
+        Image::Postgresql => text.extend(POSTGRESQL_SCRIPT.bytes()),
+        Image::Jvm => text.extend(LEDGER_SOURCE.bytes()),
     }
     Ok(oci::hex(&text)[..12].to_owned())
 }
@@ -120,25 +143,87 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
     if image == Image::Busybox {
         return Ok(layers);
     }
-    let libraries = libraries(root, "/usr/bin/redis-server")?;
+    let own = tree("own");
+    fs::create_dir_all(own.join("usr/bin"))?;
+    let programs = match image {
+        Image::Busybox => Vec::new(),
+        Image::Memhog => {
+            fs::copy(place::binary("memhog"), own.join("usr/bin/memhog"))?;
+            fs::create_dir_all(own.join("data"))?;
+            vec!["/usr/bin/redis-server".to_owned()]
+        }
+        Image::Redis => stage_redis(root, &own)?,
+        Image::Postgresql => stage_postgresql(root, &own)?,
+        Image::Jvm => stage_jvm(root, &own, &tree("app"))?,
+    };
     let (libc, others): (Vec<String>, Vec<String>) =
-        libraries.into_iter().partition(|path| is_libc(path));
+        libraries(root, &programs)?.into_iter().partition(|path| is_libc(path));
     copy_from(root, &libc, &tree("libc"))?;
     layers.push(Layer { tree: tree("libc"), gzip: true });
-    let own = tree("own");
-    if image == Image::Redis {
+    if image != Image::Memhog {
         copy_from(root, &others, &own)?;
-        copy_from(root, &["/usr/bin/redis-server".into(), "/usr/bin/redis-cli".into()], &own)?;
-        fs::create_dir_all(own.join("data"))?;
-        fs::create_dir_all(own.join("etc"))?;
-        fs::write(own.join("etc/.wh.issue"), "")?;
-    } else {
-        fs::create_dir_all(own.join("usr/bin"))?;
-        fs::copy(place::binary("memhog"), own.join("usr/bin/memhog"))?;
-        fs::create_dir_all(own.join("data"))?;
     }
-    layers.push(Layer { tree: own, gzip: true });
+    // Large ones are packed and unpacked often enough.
+    layers.push(Layer { tree: own, gzip: matches!(image, Image::Redis | Image::Memhog) });
     Ok(layers)
+}
+
+/// Stages what is redis's own; returns the programs whose libraries it needs.
+fn stage_redis(root: &Root, own: &Path) -> Result<Vec<String>> {
+    let programs = ["/usr/bin/redis-server", "/usr/bin/redis-cli"].map(str::to_owned);
+    copy_from(root, &programs, own)?;
+    fs::create_dir_all(own.join("data"))?;
+    fs::create_dir_all(own.join("etc"))?;
+    fs::write(own.join("etc/.wh.issue"), "")?;
+    Ok(programs[..1].to_vec())
+}
+
+fn stage_postgresql(root: &Root, own: &Path) -> Result<Vec<String>> {
+    let programs = ["initdb", "postgres", "psql"].map(|name| format!("{POSTGRESQL}/bin/{name}"));
+    copy_from(root, &programs, own)?;
+    let lib = format!("{POSTGRESQL}/lib");
+    // Compiling queries would need another 130 MiB of libraries.
+    let extensions = ["dict_snowball.so", "plpgsql.so"].map(|name| format!("{lib}/{name}"));
+    copy_from(root, &extensions, own)?;
+    copy_trees(root, &["usr/share/postgresql"], own)?;
+    for (name, text) in [
+        ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\npostgres:x:70:70::/data:/bin/sh\n"),
+        ("etc/group", "root:x:0:\npostgres:x:70:\n"),
+        ("usr/bin/postgresql.sh", POSTGRESQL_SCRIPT),
+    ] {
+        fs::create_dir_all(own.join(name).parent().context("a directory")?)?;
+        fs::write(own.join(name), text)?;
+    }
+    fs::set_permissions(own.join("usr/bin/postgresql.sh"), fs::Permissions::from_mode(0o755))?;
+    symlink(
+        format!("..{}/bin/psql", POSTGRESQL.trim_start_matches("/usr")),
+        own.join("usr/bin/psql"),
+    )?;
+    Ok(programs.to_vec())
+}
+
+/// The archive of shared classes is made as the package does when it is installed. It holds the time of `modules`, which
+/// is that of all files of a layer.
+fn stage_jvm(root: &Root, own: &Path, app: &Path) -> Result<Vec<String>> {
+    copy_trees(root, &["usr/lib/jvm", "etc/java-21-openjdk"], own)?;
+    fs::create_dir_all(app)?;
+    fs::create_dir_all(own.join("app"))?;
+    fs::write(app.join("Ledger.java"), LEDGER_SOURCE)?;
+    let script = format!(
+        "cd /usr/lib/jvm/java-21-openjdk-*
+         rm -rf legal man docs lib/server/classes*.jsa
+         touch -d @{MTIME} lib/modules
+         bin/java -Xshare:dump >/dev/null
+         bin/java -m jdk.compiler/com.sun.tools.javac.Main -d /mnt /mnt/Ledger.java
+         for library in $PWD/bin/java $PWD/lib/*.so $PWD/lib/server/libjvm.so; do echo $library; done"
+    );
+    let jvm = own.join("usr/lib/jvm");
+    let programs = root.work(&[(&jvm, "/usr/lib/jvm"), (app, "/mnt")], &script)?;
+    let programs: Vec<String> = programs.lines().map(str::to_owned).collect();
+    fs::rename(app.join("Ledger.class"), own.join("app/Ledger.class"))?;
+    let java = programs.first().context("no java")?;
+    symlink(format!("..{}", java.trim_start_matches("/usr")), own.join("usr/bin/java"))?;
+    Ok(programs)
 }
 
 fn stage_base(root: &Root, tree: &Path) -> Result<()> {
@@ -164,15 +249,17 @@ fn stage_base(root: &Root, tree: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Paths in the root of the libraries that a program is linked with, its loader included.
-fn libraries(root: &Root, program: &str) -> Result<Vec<String>> {
-    let text = root.look_up(&["ldd", program])?;
-    let words =
-        text.lines().filter_map(|line| line.split_whitespace().find(|w| w.starts_with('/')));
+/// Paths in the root of the libraries that programs are linked with, their loader included.
+fn libraries(root: &Root, programs: &[String]) -> Result<BTreeSet<String>> {
+    let words: Vec<&str> = ["ldd"].into_iter().chain(programs.iter().map(String::as_str)).collect();
+    let text = root.look_up(&words)?;
+    let found = text.lines().filter(|line| !line.ends_with(':'));
+    let words = found.filter_map(|line| line.split_whitespace().find(|w| w.starts_with('/')));
     // /lib is a link to /usr/lib; an image must not have both.
-    Ok(words
-        .map(|path| format!("/usr/{}", path.trim_start_matches("/usr/").trim_start_matches('/')))
-        .collect())
+    let paths = words
+        .map(|path| format!("/usr/{}", path.trim_start_matches("/usr/").trim_start_matches('/')));
+    // What a program brings along is copied with it.
+    Ok(paths.filter(|path| !path.starts_with("/usr/lib/jvm/")).collect())
 }
 
 fn is_libc(path: &str) -> bool {
@@ -186,6 +273,16 @@ fn copy_from(root: &Root, paths: &[String], tree: &Path) -> Result<()> {
         let to = tree.join(path.trim_start_matches('/'));
         fs::create_dir_all(to.parent().context("a path without a parent")?)?;
         fs::copy(&from, &to).with_context(|| format!("copy {}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// Copies whole trees of the root, as they are.
+fn copy_trees(root: &Root, trees: &[&str], to: &Path) -> Result<()> {
+    for tree in trees {
+        let (from, to) = (root.path().join(tree), to.join(tree));
+        fs::create_dir_all(&to)?;
+        host(&["cp", "-a", &format!("{}/.", from.display()), &to.display().to_string()])?;
     }
     Ok(())
 }

@@ -11,6 +11,9 @@ use sha2::{Digest, Sha256};
 
 use crate::command::{Invocation, host};
 
+/// Time of all files of a layer, in seconds since 1970.
+pub(crate) const MTIME: u64 = 1_700_000_000;
+
 /// A layer: the tree to be packed, and whether it is compressed.
 pub(crate) struct Layer {
     pub(crate) tree: PathBuf,
@@ -96,7 +99,8 @@ fn put(document: &Value, media_type: &str, blobs: &Path) -> Result<Value> {
 
 fn tar(tree: &Path, out: &Path) -> Result<()> {
     let (tree, out) = (tree.display().to_string(), out.display().to_string());
-    let same = ["--sort=name", "--mtime=@1700000000", "--numeric-owner", "--owner=0", "--group=0"];
+    let mtime = format!("--mtime=@{MTIME}");
+    let same = ["--sort=name", &mtime, "--numeric-owner", "--owner=0", "--group=0"];
     let mut command = vec!["tar", "-C", &tree, "--format=pax"];
     command.extend(same);
     // Without these, pax headers hold the times of packing.

@@ -3,13 +3,14 @@
 //! 1. take the lock `root.lock` (whoever comes second waits and then finds the root);
 //! 2. `debootstrap` Debian 13 with [`PACKAGES`] into `root/<key>.tmp`, packages cached in `debs`;
 //! 3. install CRIU from forky: Debian 13's cannot dump a process with a socket on Linux >= 6.16;
-//!    and put containerd 2 from sid beside Debian 13's;
+//!    put containerd 2 from sid beside Debian 13's, and unpack what only images are made of;
 //! 4. where the capability is missing, compile the preload library and put a wrapper before CRIU;
 //! 5. rename to `root/<key>`.
 //!
 //! The key is a hash of everything above, so a changed list makes a new root. A root without step 5
 //! is never used: the next call removes it and begins again.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -43,6 +44,9 @@ pub const PACKAGES: &[&str] = &[
     "iptables",
     "iputils-arping",
     "iputils-ping",
+    "libicu76",
+    "libpq5",
+    "libxml2",
     "nftables",
     "procps",
     "redis-server",
@@ -52,10 +56,14 @@ pub const PACKAGES: &[&str] = &[
     "strace",
     "tini",
 ];
+/// What only images are made of: unpacked, but not installed, as that would start servers and take long.
+pub const UNPACKED: &[&str] = &["openjdk-21-jre-headless", "postgresql-17", "postgresql-client-17"];
 /// Grows when this module makes a different root from the same packages.
 const RECIPE: u32 = 1;
 /// How long debootstrap or apt may take, on a slow mirror.
 const INSTALL_TIMEOUT: Duration = Duration::from_secs(1800);
+/// How long making a part of an image may take.
+const WORK_TIMEOUT: Duration = Duration::from_secs(300);
 
 const PRELOAD_SOURCE: &str = include_str!("../preload/criu-preload.c");
 const CRIU_WRAPPER: &str = "#!/bin/sh
@@ -98,12 +106,26 @@ impl Root {
     pub fn look_up(&self, argv: &[&str]) -> Result<String> {
         chroot(&self.path, argv).ok()
     }
+
+    /// Runs a line of shell in a chroot with `/proc` and with a directory of the host at each of `bound`, from which
+    /// it may be changed.
+    pub fn work(&self, bound: &[(&Path, &str)], script: &str) -> Result<String> {
+        let root = self.path.display();
+        let mut all = format!("mount -t proc proc {root}/proc\n");
+        for (from, to) in bound {
+            let _ = writeln!(all, "mount --bind {} {root}{to}", from.display());
+        }
+        all.push_str("exec chroot \"$0\" sh -e -c \"$1\"");
+        let words =
+            ["unshare", "-m", "sh", "-e", "-c", &all, &self.path.display().to_string(), script];
+        Invocation::new(&words).timeout(WORK_TIMEOUT).ok()
+    }
 }
 
 fn key() -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(format!(
-        "{RECIPE} {RELEASE} {CRIU_RELEASE} {CONTAINERD_2_RELEASE} {PACKAGES:?} {APT_CONFIGURATION}"
+        "{RECIPE} {RELEASE} {CRIU_RELEASE} {CONTAINERD_2_RELEASE} {PACKAGES:?} {UNPACKED:?} {APT_CONFIGURATION}"
     ));
     if !may_raise_limits()? {
         hash.update(PRELOAD_SOURCE);
@@ -140,6 +162,7 @@ fn build(path: &Path) -> Result<()> {
     install_criu(&unfinished, &debs, &mirror)?;
     progress(&format!("unpacking containerd 2 from {CONTAINERD_2_RELEASE}"));
     unpack_containerd_2(&unfinished, &mirror)?;
+    unpack(&unfinished, UNPACKED, "/").context("unpack what images are made of")?;
     if !may_raise_limits()? {
         progress("no CAP_SYS_RESOURCE here: putting a preload library before CRIU");
         install_preload(&unfinished)?;
@@ -172,13 +195,17 @@ fn install_criu(root: &Path, debs: &Path, mirror: &str) -> Result<()> {
 fn unpack_containerd_2(root: &Path, mirror: &str) -> Result<()> {
     let sources = root.join("etc/apt/sources.list.d/containerd-2.list");
     fs::write(&sources, format!("deb {mirror} {CONTAINERD_2_RELEASE} main\n"))?;
-    let script = format!(
-        "apt-get -q update && mkdir -p {CONTAINERD_2} && cd {CONTAINERD_2} \
-         && apt-get -q download containerd/{CONTAINERD_2_RELEASE} \
-         && dpkg-deb -x containerd_*.deb . && rm containerd_*.deb"
-    );
-    chroot(root, &["sh", "-e", "-c", &script]).timeout(INSTALL_TIMEOUT).ok()?;
+    unpack(root, &[&format!("containerd/{CONTAINERD_2_RELEASE}")], CONTAINERD_2)?;
     Ok(fs::remove_file(&sources)?)
+}
+
+/// Unpacks the files of packages below `to`, without what they depend on.
+fn unpack(root: &Path, packages: &[&str], to: &str) -> Result<()> {
+    let script = "apt-get -q update && mkdir -p \"$1\" /var/unpack && cd /var/unpack && to=$1 && shift \
+         && apt-get -q download \"$@\" && for package in *.deb; do dpkg-deb -x \"$package\" \"$to\"; done \
+         && rm -r /var/unpack";
+    let command = [&["sh", "-e", "-c", script, "unpack", to], packages].concat();
+    chroot(root, &command).timeout(INSTALL_TIMEOUT).ok().map(drop)
 }
 
 /// Copies the packages that are in `from` and not in `to`.

@@ -8,10 +8,11 @@
 //! still runs. The images of the cut then hold only the pages that differ and refer to the parent for the rest, as
 //! CRIU's own incremental dumps do (criu.org, "Incremental dumps"); restoring them needs no dirty tracking in the kernel.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
 use criu_wrapper::live;
 use criu_wrapper::pagemap::{
@@ -20,6 +21,7 @@ use criu_wrapper::pagemap::{
 use godwit_protos::Digest;
 use rayon::prelude::*;
 
+use super::alias::Aliases;
 use super::capture::{Unchanged, capture};
 use super::materialize::materialize;
 use super::object::{
@@ -44,7 +46,13 @@ pub struct Captured {
 /// The pages of the version before, so that only what changed is stored.
 #[derive(Debug, Default)]
 pub struct Previous {
-    maps: HashMap<String, HashMap<u64, Pages>>,
+    maps: HashMap<String, PreviousMap>,
+}
+
+#[derive(Debug, Default)]
+struct PreviousMap {
+    blocks: HashMap<u64, Pages>,
+    aliases: Arc<Aliases>,
 }
 
 impl Previous {
@@ -53,19 +61,25 @@ impl Previous {
         let Some(memory) = memory else { return Ok(Self::default()) };
         let memory: Memory = source.decode(&memory)?;
         let mut maps = HashMap::new();
-        for map in memory.maps {
+        for (index, map) in memory.maps.iter().enumerate() {
             let mut blocks = HashMap::new();
             for (number, block) in map.numbers.iter().zip(&map.blocks) {
                 blocks.insert(*number, source.decode::<Pages>(block)?);
             }
-            maps.insert(map.name, blocks);
+            let aliases = Arc::new(memory.aliases(index));
+            maps.insert(map.name.clone(), PreviousMap { blocks, aliases });
         }
         Ok(Self { maps })
     }
 
+    /// The aliases that the pages of a map were made with.
+    fn aliases(&self, map: &str) -> Option<Arc<Aliases>> {
+        self.maps.get(map).map(|map| map.aliases.clone())
+    }
+
     fn page(&self, map: &str, page: u64) -> Option<Digest> {
         let (block, slot) = place(page);
-        let block = self.maps.get(map)?.get(&block)?;
+        let block = self.maps.get(map)?.blocks.get(&block)?;
         let index = block.slots.binary_search(&slot).ok()?;
         Some(block.pages[index])
     }
@@ -87,19 +101,26 @@ pub fn capture_live(
 ) -> Result<Captured, ContentError> {
     let failed = |pid: u32| move |source| ContentError::Process { pid, source };
     let mut maps = Maps::new(sink, previous);
+    let mut shared = BTreeMap::new();
     let first = pids.first().copied().unwrap_or(0);
     for pid in live::leaders(pids).map_err(failed(first))? {
         let Some(id) = live::ns_pid(pid).map_err(failed(pid))? else { continue };
-        maps.begin(format!("pagemap-{id}"));
-        let mut stored = Ok(());
-        live::scan(pid, &mut |address, pages| {
-            if stored.is_ok() {
-                stored = maps.add(address, pages);
-            }
-        })
-        .map_err(failed(pid))?;
-        stored?;
-        maps.end()?;
+        let name = format!("pagemap-{id}");
+        let mappings = live::mappings(pid).map_err(failed(pid))?;
+        // What differs in aliases is as different as what differs in content.
+        let aliases = match previous.aliases(&name) {
+            Some(aliases) => aliases,
+            None => Arc::new(Aliases::of(&mappings)),
+        };
+        for mapping in mappings.into_iter().filter(live::Mapping::is_shared_memory) {
+            shared.entry(mapping.inode).or_insert((pid, mapping));
+        }
+        maps.begin(name, aliases);
+        maps.add_all(|visit| live::scan(pid, visit).map(drop).map_err(failed(pid)))?;
+    }
+    for (inode, (pid, mapping)) in shared {
+        maps.begin(format!("pagemap-shmem-{inode}"), Arc::default());
+        maps.add_all(|visit| live::scan_shared(pid, &mapping, visit).map_err(failed(pid)))?;
     }
     maps.finish(None)
 }
@@ -119,7 +140,7 @@ pub fn capture_dump(
     fs::create_dir_all(&aside).map_err(on("make directory", &aside))?;
     for pagemap in pagemaps {
         let path = directory.pages_path(pagemap.pages_id);
-        maps.begin(pagemap.name.clone());
+        maps.begin(pagemap.name.clone(), previous.aliases(&pagemap.name).unwrap_or_default());
         let mut file = File::open(&path).map_err(on("open", &path))?;
         let mut buffer = vec![0; 1 << 20];
         for (run, offset) in pagemap.places() {
@@ -149,8 +170,9 @@ pub fn capture_dump(
 struct Maps<'a> {
     sink: &'a mut dyn Sink,
     previous: &'a Previous,
-    done: Vec<Map>,
+    done: Vec<(Map, Arc<Aliases>)>,
     name: String,
+    aliases: Arc<Aliases>,
     numbers: Vec<u64>,
     blocks: Vec<Digest>,
     /// Page numbers and contents of what is not stored yet: whole blocks but for the last.
@@ -167,6 +189,7 @@ impl<'a> Maps<'a> {
             previous,
             done: Vec::new(),
             name: String::new(),
+            aliases: Arc::default(),
             numbers: Vec::new(),
             blocks: Vec::new(),
             waiting: Vec::new(),
@@ -176,8 +199,9 @@ impl<'a> Maps<'a> {
         }
     }
 
-    fn begin(&mut self, name: String) {
+    fn begin(&mut self, name: String, aliases: Arc<Aliases>) {
         self.name = name;
+        self.aliases = aliases;
     }
 
     /// Adds whole pages from `address` on. Addresses ascend within a map.
@@ -195,8 +219,28 @@ impl<'a> Maps<'a> {
         Ok(())
     }
 
+    /// Adds what `scan` visits, and ends the map.
+    fn add_all(
+        &mut self,
+        scan: impl FnOnce(&mut dyn FnMut(u64, &[u8])) -> Result<(), ContentError>,
+    ) -> Result<(), ContentError> {
+        let mut stored = Ok(());
+        scan(&mut |address, pages| {
+            if stored.is_ok() {
+                stored = self.add(address, pages);
+            }
+        })?;
+        stored?;
+        self.end()
+    }
+
     fn store(&mut self) -> Result<(), ContentError> {
-        let digests: Vec<Digest> = self.bytes.par_chunks(PAGE_BYTES).map(Digest::of).collect();
+        let aliases = &self.aliases;
+        let hash = |page: &mut [u8]| {
+            aliases.replace(page);
+            Digest::of(page)
+        };
+        let digests: Vec<Digest> = self.bytes.par_chunks_mut(PAGE_BYTES).map(hash).collect();
         let contents = self.bytes.chunks_exact(PAGE_BYTES);
         let mut block = Pages { slots: Vec::new(), pages: Vec::new() };
         let mut number = None;
@@ -228,34 +272,49 @@ impl<'a> Maps<'a> {
 
     fn end(&mut self) -> Result<(), ContentError> {
         self.store()?;
-        self.done.push(Map {
+        let map = Map {
             name: std::mem::take(&mut self.name),
             numbers: std::mem::take(&mut self.numbers),
             blocks: std::mem::take(&mut self.blocks),
-        });
+        };
+        self.done.push((map, std::mem::take(&mut self.aliases)));
         Ok(())
     }
 
     fn finish(mut self, images: Option<Digest>) -> Result<Captured, ContentError> {
-        self.done.sort_by(|one, other| one.name.cmp(&other.name));
+        self.done.sort_by(|(one, _), (other, _)| one.name.cmp(&other.name));
         let bytes = self.pages * PAGE_BYTES as u64;
-        let memory = Memory { images, maps: self.done, pages: self.pages };
+        let areas = self.done.iter().map(|(_, aliases)| aliases.areas().to_vec()).collect();
+        let maps = self.done.into_iter().map(|(map, _)| map).collect();
+        let memory = Memory { images, maps, pages: self.pages, areas };
         let digest = self.sink.put(&memory.encode())?;
         Ok(Captured { digest, bytes, changed_bytes: self.changed * PAGE_BYTES as u64 })
     }
 }
 
+/// A page as the process has it.
+fn page_of<S: Source>(
+    source: &S,
+    page: &Digest,
+    aliases: &Aliases,
+) -> Result<Vec<u8>, ContentError> {
+    let mut bytes = source.object(page)?.to_vec();
+    aliases.replace(&mut bytes);
+    Ok(bytes)
+}
+
 /// Writes every page of `memory` into the empty directory `base`, as a parent image.
 pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result<(), ContentError> {
     let memory: Memory = source.decode(memory)?;
-    for (map, pages_id) in memory.maps.iter().zip(1..) {
+    for ((index, map), pages_id) in memory.maps.iter().enumerate().zip(1..) {
+        let aliases = memory.aliases(index);
         let mut writer = PagemapWriter::create(base, &map.name, pages_id, Form::Narrow)?;
         for (number, block) in map.numbers.iter().zip(&map.blocks) {
             let block: Pages = source.decode(block)?;
             for (slot, page) in block.slots.iter().zip(&block.pages) {
                 let address =
                     (number * PAGES_PER_BLOCK as u64 + u64::from(*slot)) * PAGE_BYTES as u64;
-                writer.present(address, PRESENT, &source.object(page)?)?;
+                writer.present(address, PRESENT, &page_of(source, page, &aliases)?)?;
             }
         }
         writer.finish()?;
@@ -280,7 +339,10 @@ pub fn stage_images<S: Source>(
     check_images(source, &tree, &memory)?;
     materialize(source, &tree, None, images)?;
     let all = Previous::load(source, Some(root))?;
-    for map in &memory.maps {
+    for (index, map) in memory.maps.iter().enumerate() {
+        let aliases = memory.aliases(index);
+        // Equal digests are equal pages only if they are turned back alike.
+        let has_parent = base.aliases(&map.name).is_some_and(|before| *before == aliases);
         let path = images.join(format!("{}.img", map.name));
         let bytes = fs::read(&path).map_err(on("read", &path))?;
         let dumped = PagemapFile::parse(&map.name, &bytes)?;
@@ -291,10 +353,11 @@ pub fn stage_images<S: Source>(
             for page in first..first + run.pages {
                 let digest = all.page(&map.name, page).ok_or(ContentError::Missing(root))?;
                 let address = page * PAGE_BYTES as u64;
-                if base.page(&map.name, page) == Some(digest) {
+                if has_parent && base.page(&map.name, page) == Some(digest) {
                     writer.in_parent(address, 1)?;
                 } else {
-                    writer.present(address, run.flags, &source.object(&digest)?)?;
+                    let page = page_of(source, &digest, &aliases)?;
+                    writer.present(address, run.flags, &page)?;
                 }
             }
         }
@@ -334,6 +397,7 @@ fn check_images<S: Source>(source: &S, tree: &Digest, memory: &Memory) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::content::alias::Area;
     use crate::content::fake::Objects;
     use criu_wrapper::pagemap::LAZY;
 
@@ -424,6 +488,40 @@ mod tests {
         let written = fs::metadata(images.join("pages-1.img")).unwrap().len();
         assert_eq!(written, 2 * 4096);
         assert_eq!(fs::read(images.join("core-1.img")).unwrap(), b"registers");
+    }
+
+    /// A version before without pages, whose process had its words of bytes `content` at offset 100 of an area.
+    fn with_area(content: u8) -> Previous {
+        let start = u64::from_le_bytes([content; 8]) - 100;
+        let aliases = Aliases::new(vec![Area { start, end: start + 4096, alias: 1 << 62 }]);
+        let map = PreviousMap { blocks: HashMap::new(), aliases: Arc::new(aliases.unwrap()) };
+        Previous { maps: HashMap::from([("pagemap-1".to_owned(), map)]) }
+    }
+
+    #[test]
+    fn pages_that_differ_in_addresses_are_one_object_and_read_as_each_process_has_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut objects = Objects::default();
+        let mut capture = |name: &str, content: u8| {
+            dump(&dir.path().join(name), &[(7, content), (8, 9)]);
+            capture_dump(&dir.path().join(name), &mut objects, &with_area(content)).unwrap()
+        };
+        let (first, second) = (capture("one", 1), capture("two", 2));
+        let pages = |captured: &Captured| {
+            Previous::load(&objects, Some(captured.digest)).unwrap().page("pagemap-1", 7).unwrap()
+        };
+        assert_eq!(pages(&first), pages(&second));
+        assert_ne!(objects.0[&pages(&first)], page(1));
+
+        let (base, images) = (dir.path().join("base"), dir.path().join("images"));
+        fs::create_dir(&base).unwrap();
+        fs::create_dir(&images).unwrap();
+        stage_base(&objects, &first.digest, &base).unwrap();
+        assert_eq!(read(&base, 7), Some(page(1)));
+        // Equal digests, but the parent's page is another process's.
+        stage_images(&objects, &second.digest, Some(&first.digest), &base, &images).unwrap();
+        assert_eq!((read(&images, 7), read(&images, 8)), (Some(page(2)), Some(page(9))));
+        assert_eq!(fs::metadata(images.join("pages-1.img")).unwrap().len(), 2 * 4096);
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! On failure: capturing leaves objects that nothing refers to, which the sweep takes; materialising leaves a
 //! directory that is to be thrown away. Neither changes what it reads. Read next: [`object`] for the types.
 
+pub mod alias;
 pub mod capture;
 pub mod difference;
 pub mod encoding;

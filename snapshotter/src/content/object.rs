@@ -14,11 +14,18 @@
 //! docs/formats.md has them, and the tests pin them. Decoding takes bytes from peers: it returns errors and
 //! checks every rule that the writers keep.
 
+use std::borrow::Cow;
+
 use godwit_protos::Digest;
 use serde::{Deserialize, Serialize};
 
-/// Version byte in front of every object but chunks.
+use super::alias::{Aliases, Area};
+
+/// Version byte in front of every object but chunks and memory images.
 const VERSION: u8 = 1;
+
+/// Version byte of memory images. History: 1 has no aliases; 2 has.
+const MEMORY_VERSION: u8 = 2;
 
 /// Bytes of a memory page, on every architecture that Godwit runs on.
 pub const PAGE_BYTES: usize = 4096;
@@ -76,7 +83,7 @@ pub enum ObjectError {
     #[error("there is no object kind {0}")]
     Kind(u8),
     /// Written by a newer Godwit, or no object at all.
-    #[error("object version {0:?} is not {VERSION}")]
+    #[error("object version {0:?} is not known")]
     Version(Option<u8>),
     /// Not postcard's bytes of that type, or bytes left over.
     #[error("not a {kind:?} object")]
@@ -220,6 +227,16 @@ pub struct Memory {
     pub maps: Vec<Map>,
     /// Number of pages.
     pub pages: u64,
+    /// Areas of each map whose addresses are replaced by aliases in its pages ([`Aliases`]); empty if there are none in
+    /// any.
+    pub areas: Vec<Vec<Area>>,
+}
+
+impl Memory {
+    /// Aliases of the map at `index`.
+    pub fn aliases(&self, index: usize) -> Aliases {
+        self.areas.get(index).and_then(|areas| Aliases::new(areas.clone())).unwrap_or_default()
+    }
 }
 
 /// One subject in a [`Cut`].
@@ -257,6 +274,14 @@ pub trait Object: Serialize + serde::de::DeserializeOwned {
     /// Its kind.
     const KIND: Kind;
 
+    /// Version that is written.
+    const VERSION: u8 = VERSION;
+
+    /// The body of a version that is read as the one that is written has it. `None`: no such version.
+    fn body(version: u8, bytes: &[u8]) -> Option<Cow<'_, [u8]>> {
+        (version == Self::VERSION).then_some(Cow::Borrowed(bytes))
+    }
+
     /// Checks what the type does not. Errors: the rule in words.
     fn check(&self) -> Result<(), &'static str>;
 
@@ -264,18 +289,18 @@ pub trait Object: Serialize + serde::de::DeserializeOwned {
     fn encode(&self) -> Vec<u8> {
         // postcard fails only on types without a known length; none of ours is one.
         #[expect(clippy::expect_used, reason = "our own invariant")]
-        postcard::to_extend(self, vec![VERSION]).expect("every sequence has a known length")
+        postcard::to_extend(self, vec![Self::VERSION]).expect("every sequence has a known length")
     }
 
     /// Reads an object back.
     ///
     /// Errors: [`ObjectError`] for anything that [`Object::encode`] would not have written; never a panic.
     fn decode(bytes: &[u8]) -> Result<Self, ObjectError> {
-        let Some((&VERSION, body)) = bytes.split_first() else {
-            return Err(ObjectError::Version(bytes.first().copied()));
-        };
+        let parted = bytes.split_first();
+        let body = parted.and_then(|(version, body)| Self::body(*version, body));
+        let body = body.ok_or(ObjectError::Version(bytes.first().copied()))?;
         let kind = Self::KIND;
-        let (object, rest): (Self, &[u8]) = postcard::take_from_bytes(body)
+        let (object, rest): (Self, &[u8]) = postcard::take_from_bytes(&body)
             .map_err(|source| ObjectError::Encoding { kind, source })?;
         if !rest.is_empty() {
             return Err(ObjectError::Rule { kind, rule: "no bytes after the object" });
@@ -333,6 +358,16 @@ impl Object for Pages {
 
 impl Object for Memory {
     const KIND: Kind = Kind::Memory;
+    const VERSION: u8 = MEMORY_VERSION;
+
+    fn body(version: u8, bytes: &[u8]) -> Option<Cow<'_, [u8]>> {
+        match version {
+            // The list of areas comes last: none.
+            1 => Some(Cow::Owned([bytes, &[0]].concat())),
+            MEMORY_VERSION => Some(Cow::Borrowed(bytes)),
+            _ => None,
+        }
+    }
 
     fn check(&self) -> Result<(), &'static str> {
         if !self.maps.is_sorted_by(|one, next| one.name < next.name) {
@@ -352,6 +387,12 @@ impl Object for Memory {
             if map.numbers.last().is_some_and(|last| *last >= 1 << 44) {
                 return Err("addresses have 64 bits");
             }
+        }
+        if !self.areas.is_empty() && self.areas.len() != self.maps.len() {
+            return Err("areas for every map or none");
+        }
+        if !self.areas.iter().all(|areas| Aliases::new(areas.clone()).is_some()) {
+            return Err("areas ascend, and aliases lead back");
         }
         Ok(())
     }
@@ -548,6 +589,28 @@ mod tests {
     }
 
     #[test]
+    fn the_bytes_of_a_memory_image_are_these_and_those_of_version_1_are_read() {
+        let name = "pagemap-1".to_owned();
+        let map = Map { name, numbers: vec![3], blocks: vec![Digest::from_bytes([9; 32])] };
+        let area = Area { start: 1, end: 2, alias: 1 << 62 };
+        let new = Memory { images: None, maps: vec![map], pages: 7, areas: vec![vec![area]] };
+        let mut body = vec![0, 1, 9];
+        body.extend(b"pagemap-1");
+        body.extend([1, 3, 32]);
+        body.extend([9; 32]);
+        body.push(7);
+        let aliases = [1, 1, 1, 2, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x40];
+        assert_eq!(new.encode(), [&[2][..], &body, &aliases].concat());
+        assert_eq!(Memory::decode(&new.encode()).unwrap(), new);
+        let old = Memory::decode(&[&[1][..], &body].concat()).unwrap();
+        assert_eq!(old, Memory { areas: Vec::new(), ..new.clone() });
+        for areas in [vec![vec![area]; 2], vec![vec![area, area]]] {
+            let wrong = Memory { areas, ..new.clone() };
+            assert!(matches!(Memory::decode(&wrong.encode()), Err(ObjectError::Rule { .. })));
+        }
+    }
+
+    #[test]
     fn names_that_would_leave_the_tree_are_refused() {
         for name in [&b""[..], b".", b"..", b"a/b", b"a\0", &[b'x'; 256]] {
             let name = serde_bytes::ByteBuf::from(name.to_vec());
@@ -610,7 +673,7 @@ mod tests {
     #[test]
     fn an_unknown_version_is_named() {
         let error = Tree::decode(&[9, 1, 2]).unwrap_err();
-        assert_eq!(error.to_string(), "object version Some(9) is not 1");
+        assert_eq!(error.to_string(), "object version Some(9) is not known");
     }
 
     proptest! {
@@ -619,6 +682,8 @@ mod tests {
             let mut bytes = bytes;
             bytes.insert(0, VERSION);
             let _ = children(Kind::try_from(kind).unwrap(), &bytes);
+            bytes[0] = MEMORY_VERSION;
+            let _ = children(Kind::Memory, &bytes);
         }
     }
 }

@@ -396,7 +396,8 @@ impl Content {
         };
         let blocks: Vec<Digest> = (0..4).map(&mut block).collect();
         let map = Map { name: "pagemap-1".to_owned(), numbers: (0..4).collect(), blocks };
-        let memory = Memory { images: Some(tree.tree), maps: vec![map], pages: 1024 };
+        let memory =
+            Memory { images: Some(tree.tree), maps: vec![map], pages: 1024, areas: Vec::new() };
         let root = (Kind::Memory, sink.put(&memory.encode()).unwrap());
         Self { root, objects: sink.0, pages }
     }
