@@ -1,8 +1,8 @@
 //! Read-only content that a container mounts and this node lacks: brought from neighbours, by digest.
 //!
 //! 1. Say hello to every peer; 2. look up in the directory who has the manifest; 3. fetch from all of them at once; 4. lay
-//! it out. Everything is checked against its digest as it arrives, so a neighbour that lies costs time only; what has come
-//! stays for the next attempt. Two that want the same fetch it twice at worst, and lay it out once.
+//!    it out. Everything is checked against its digest as it arrives, so a neighbour that lies costs time only; what has come
+//!    stays for the next attempt. Two that want the same fetch it twice at worst, and lay it out once.
 
 use std::sync::Arc;
 use std::time::Duration;

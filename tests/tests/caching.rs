@@ -136,7 +136,7 @@ fn a_site_may_turn_caching_of_memory_off() -> Result<()> {
     wait_until("its volume is cached", SOON, || Ok(has(a, "volume|")? && has(b, "volume|")?))?;
     workload::migrated(b, name, a, b, &[])?;
     workload::memhog_is_whole(&bed, addresses[1], incarnation)?;
-    wait_until("its volume is cached there", SOON, || Ok(has(b, "volume|")?))?;
+    wait_until("its volume is cached there", SOON, || has(b, "volume|"))?;
     for node in [a, b] {
         ensure!(!has(node, "memory|")?, "{}: {:?}", node.name(), list(node)?);
     }
@@ -196,7 +196,7 @@ fn a_full_disk_stops_caching_and_no_migration() -> Result<()> {
     b.start_daemon()?;
     b.start_containerd()?;
     let (addresses, incarnation) = start(&bed, a, name, 0, 24)?;
-    wait_until("it is cached where there is room", SOON, || Ok(has(a, "memory|")?))?;
+    wait_until("it is cached where there is room", SOON, || has(a, "memory|"))?;
     wait_until("the copy is refused", SOON, || Ok(a.log("daemon").contains("there is no room")))?;
     ensure!(list(b)?.is_empty(), "a copy came to a full disk");
     workload::migrated(b, name, a, b, &[])?;
@@ -224,7 +224,7 @@ fn a_container_comes_back_from_a_consistent_snapshot_after_its_host_died() -> Re
     let [a, b] = [0, 1].map(|index| bed.node(index));
     let (addresses, incarnation) = start(&bed, a, name, 0, 24)?;
     images::import(b, Image::Memhog, "godwit")?;
-    wait_until("the neighbour has all of it", SOON, || Ok(has(b, "container|")?))?;
+    wait_until("the neighbour has all of it", SOON, || has(b, "container|"))?;
     let newest = || -> Result<String> {
         let all = of(b, "container|")?;
         let newest = all.last().context("a snapshot of the container")?;

@@ -1,8 +1,8 @@
 //! The cut: every subject of a container at one instant.
 //!
 //! 1. Freeze. 2. Dump with CRIU and read the file trees, at the same time ([`freeze_and_dump`]). 3. Read the dump
-//! ([`read_dump`]). The container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot of it
-//! instead, and thaws after step 2.
+//!    ([`read_dump`]). The container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot of it
+//!    instead, and thaws after step 2.
 //!
 //! On failure whoever has journalled the offer takes it back, which thaws ([`super::release::take_offer_back`]).
 
