@@ -16,7 +16,7 @@ SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites build demo test unit lint bench bench-peers sim doc install clean clean-nodes require-root
+.PHONY: help prerequisites build demo test unit lint bench bench-peers bench-shim sim doc install clean clean-nodes require-root
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -58,6 +58,9 @@ bench: require-root build ## measure migrations between test nodes
 
 bench-peers: require-root build ## measure what neighbours cost that are of no use
 	$(TARGET_DIR)/release/bench-peers $(ARGS)
+
+bench-shim: require-root build ## measure the shim beside containerd's own
+	$(TARGET_DIR)/release/bench-shim $(ARGS)
 
 sim: build ## simulate large sites under several policies
 	$(TARGET_DIR)/release/sim $(ARGS)
