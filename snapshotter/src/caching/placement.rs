@@ -44,6 +44,12 @@ const SEQUENCE_MAX: u64 = 1 << 60;
 /// What a copy may cost beyond its announced size, lists and protocol included.
 const SIZE_SLACK: u64 = 16 << 20;
 
+/// How fast a short round trip is forgotten: what makes one longer is noise, unless it stays so.
+const FORGET: f64 = 1.1;
+
+/// How long peers are told of a removal at least.
+const TELL_MIN: Duration = Duration::from_secs(60);
+
 /// How often it is looked how much of a copy has come.
 const GUARD: Duration = Duration::from_millis(200);
 
@@ -52,6 +58,8 @@ const GUARD: Duration = Duration::from_millis(200);
 pub struct Placement {
     /// By subject, who has an earlier one.
     copies: HashMap<Subject, HashSet<String>>,
+    /// The shortest round trip to each peer of late, in milliseconds.
+    round_trips: HashMap<String, f64>,
     /// Removed subjects by the peers that know it.
     told: HashMap<String, HashSet<String>>,
 }
@@ -66,7 +74,14 @@ impl Placement {
         }
         let copies = snapshots.iter().filter_map(|one| self.copies.get(&one.subject));
         let earlier: HashSet<String> = copies.flatten().cloned().collect();
-        let near = neighbours(node, &earlier).await;
+        let mut near = neighbours(node, &earlier).await;
+        for (one, connection) in &mut near {
+            let before = self.round_trips.get(&one.name).map_or(f64::MAX, |before| before * FORGET);
+            if connection.is_some() {
+                one.round_trip_ms = one.round_trip_ms.min(before).max(NEAR_MS);
+                self.round_trips.insert(one.name.clone(), one.round_trip_ms);
+            }
+        }
         let connections: BTreeMap<_, _> =
             near.iter().filter_map(|(one, line)| Some((one.name.clone(), line.clone()?))).collect();
         let near: Vec<Neighbour> = near.into_iter().map(|(one, _)| one).collect();
@@ -86,7 +101,8 @@ impl Placement {
 
     /// Tells every peer once which containers and volumes were removed.
     pub async fn tell_removed(&mut self, node: &Arc<Node>) {
-        let removed = node.caching.recently_removed(node.config.cache.rules().expire_removed);
+        let age = node.config.cache.rules().expire_removed.max(TELL_MIN);
+        let removed = node.caching.recently_removed(age);
         self.told.retain(|subject, _| removed.contains(subject));
         for peer in &node.config.peers {
             let knows = |subject: &String| {
@@ -127,7 +143,7 @@ async fn neighbours(
                 .unwrap_or_default(),
             round_trip_ms: connection
                 .as_ref()
-                .map_or(f64::MAX, |one| (one.round_trip.as_secs_f64() * 1e3).max(NEAR_MS)),
+                .map_or(f64::MAX, |one| one.round_trip.as_secs_f64() * 1e3),
             throughput: channel.throughput_bytes_per_second.unwrap_or(0.0),
             free_bytes: hello.map_or(0, |hello| hello.free_bytes),
             is_reachable: connection.is_some(),
