@@ -647,8 +647,7 @@ mod tests {
     #[test]
     fn the_bytes_of_a_cut_are_these() {
         let bytes = cut(&[("memory|d|s|u", Kind::Memory)]).encode();
-        let mut expected =
-            b"\x01\x03d/c\x01a\x01x\x03\x01\x05\x01\x0cmemory|d|s|u\x05\x20".to_vec();
+        let mut expected = b"\x01\x03d/c\x01a\x01x\x03\x01\x05\x01\x0cmemory|d|s|u\x05".to_vec();
         expected.extend([7; 32]);
         assert_eq!(bytes, expected);
         let children = children(Kind::Cut, &bytes).unwrap();
