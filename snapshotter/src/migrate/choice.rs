@@ -7,12 +7,11 @@ use std::sync::Arc;
 use godwit_protos::Subject;
 
 use super::destination::Connections;
-use super::predict::{RATE_UNKNOWN, changed};
+use super::predict::RATE_UNKNOWN;
 use crate::directory::Entry;
-use crate::node::{Node, unix_ms};
+use crate::node::Node;
 use crate::peer::Connection;
-use crate::policy::choose::{Candidate, Choice, Source, WRITTEN_OVER_UNKNOWN, Wanted, choose};
-use crate::store::StoreError;
+use crate::policy::choose::{Candidate, Choice, Source, Wanted, choose};
 
 /// Decides about every neighbour that has a snapshot of `subject`; the best first.
 pub fn choices(
@@ -20,7 +19,7 @@ pub fn choices(
     connections: &Connections,
     entries: &[Entry],
     (subject, size_bytes): (&Subject, u64),
-) -> Result<Vec<Choice>, StoreError> {
+) -> Vec<Choice> {
     let mut newest = BTreeMap::<&str, &Entry>::new();
     for entry in entries.iter().filter(|entry| entry.subject.as_ref() == Some(subject)) {
         let known = newest.entry(&entry.node).or_insert(entry);
@@ -52,17 +51,9 @@ pub fn choices(
     let ingest = rates.fold(RATE_UNKNOWN, f64::max);
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let size = size_bytes as f64;
-    let missing_bytes = missing(node, subject, size)?;
-    let wanted = Wanted { size_bytes: size, missing_bytes, write_rate: None };
-    Ok(choose(&wanted, &candidates, &of_source, ingest))
-}
-
-/// What this node lacks, by the age of its own newest snapshot.
-fn missing(node: &Node, subject: &Subject, size: f64) -> Result<f64, StoreError> {
-    let newest = node.store.snapshots(subject)?.into_iter().next();
-    let since = newest.map(|(_, snapshot)| snapshot.age(unix_ms()).as_secs_f64());
-    let write_rate = size / WRITTEN_OVER_UNKNOWN.as_secs_f64();
-    Ok(since.map_or(size, |since| changed(size, write_rate, since)))
+    // What is here already is not known before the lists are: nobody is left out for it.
+    let wanted = Wanted { size_bytes: size, missing_bytes: size, write_rate: None };
+    choose(&wanted, &candidates, &of_source, ingest)
 }
 
 /// The nodes that are asked: those chosen for at least one subject, and those that have memory of another user, whose

@@ -268,7 +268,7 @@ impl Survey<'_> {
         let size = subject.map_or(leaves.size, |(_, size)| size);
         // Whoever has read-only content has all of it, and is asked.
         let choices = match subject {
-            Some(subject) => choice::choices(self.node, self.connections, &entries, subject)?,
+            Some(subject) => choice::choices(self.node, self.connections, &entries, subject),
             None => Vec::new(),
         };
         let here = self.node.store.clone();

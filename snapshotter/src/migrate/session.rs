@@ -400,8 +400,7 @@ impl Work {
             let mut peers = prepared.connections.source_alone();
             if first {
                 let found = lookup.found(LOOKUP_WAIT).await;
-                peers.neighbours =
-                    self.worth_asking(prepared, &found, &done.manifests, &manifests)?;
+                peers.neighbours = self.worth_asking(prepared, &found, &done.manifests, &manifests);
             }
             let roots: Vec<_> =
                 manifests.iter().map(|(subject, root, _)| (kind_of(subject), *root)).collect();
@@ -425,19 +424,14 @@ impl Work {
         found: &[Entry],
         told: &[Manifest],
         manifests: &Parsed,
-    ) -> Result<Vec<Arc<Connection>>, MigrationError> {
+    ) -> Vec<Arc<Connection>> {
         let connections = &prepared.connections;
         let (mut all, subjects) = (Vec::new(), manifests.iter().map(|(subject, ..)| subject));
         for (subject, told) in subjects.clone().zip(told) {
-            all.extend(choice::choices(
-                &self.node,
-                connections,
-                found,
-                (subject, told.size_bytes),
-            )?);
+            all.extend(choice::choices(&self.node, connections, found, (subject, told.size_bytes)));
         }
         let asked = choice::asked(&all, found, &subjects.collect::<Vec<_>>());
-        Ok(choice::among(connections, &asked))
+        choice::among(connections, &asked)
     }
 
     async fn stop_and_copy(

@@ -42,7 +42,7 @@ const ROUND_TRIPS: u32 = 3;
 const WINDOW_BYTES: f64 = 1_048_576.0;
 
 /// A subject that was never measured is taken to be written over once in this time.
-pub const WRITTEN_OVER_UNKNOWN: Duration = Duration::from_secs(3600);
+const WRITTEN_OVER_UNKNOWN: Duration = Duration::from_secs(3600);
 
 /// No end is later than this, in microseconds; about 50 days.
 const END_MAX_US: u64 = 1 << 42;
