@@ -45,62 +45,50 @@ pub mod path {
     pub const SHIM_ADDRESS_FILE: &str = "godwit-address";
 }
 
-/// The shim's own service.
-pub mod shim {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        clippy::all,
-        clippy::pedantic,
-        clippy::restriction,
-        reason = "generated"
-    )]
-    mod generated {
-        include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));
+/// Modules of code that a protocol compiler wrote: our rules are not its.
+macro_rules! generated {
+    ($($(#[$attribute:meta])* mod $name:ident { $($body:item)* })*) => {
+        $(
+            $(#[$attribute])*
+            #[allow(
+                missing_docs,
+                unreachable_pub,
+                clippy::all,
+                clippy::pedantic,
+                clippy::restriction,
+                reason = "generated"
+            )]
+            pub mod $name { $($body)* }
+        )*
+    };
+}
+
+generated! {
+    /// The shim's own service.
+    mod shim {
+        mod generated {
+            include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));
+        }
+        pub use generated::{shim::*, shim_ttrpc::*};
     }
-    pub use generated::{shim::*, shim_ttrpc::*};
-}
 
-/// The daemon's control service.
-pub mod control {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        clippy::all,
-        clippy::pedantic,
-        clippy::restriction,
-        reason = "generated"
-    )]
-    mod generated {
-        include!(concat!(env!("OUT_DIR"), "/control/mod.rs"));
+    /// The daemon's control service.
+    mod control {
+        mod generated {
+            include!(concat!(env!("OUT_DIR"), "/control/mod.rs"));
+        }
+        pub use generated::{control::*, control_ttrpc::*};
     }
-    pub use generated::{control::*, control_ttrpc::*};
-}
 
-/// The peer service between daemons.
-#[cfg(feature = "peer")]
-pub mod peer {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        clippy::all,
-        clippy::pedantic,
-        clippy::restriction,
-        reason = "generated"
-    )]
-    tonic::include_proto!("godwit.peer.v1");
-}
+    /// The peer service between daemons.
+    #[cfg(feature = "peer")]
+    mod peer {
+        tonic::include_proto!("godwit.peer.v1");
+    }
 
-/// The part of etcd's API that the directory uses.
-#[cfg(feature = "peer")]
-pub mod etcd {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        clippy::all,
-        clippy::pedantic,
-        clippy::restriction,
-        reason = "generated"
-    )]
-    tonic::include_proto!("etcdserverpb");
+    /// The part of etcd's API that the directory uses.
+    #[cfg(feature = "peer")]
+    mod etcd {
+        tonic::include_proto!("etcdserverpb");
+    }
 }
