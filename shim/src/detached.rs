@@ -18,6 +18,17 @@ use containerd_shim::protos::shim_async::Task;
 use containerd_shim::{TtrpcContext, TtrpcResult};
 use ttrpc::{Code, get_status};
 
+/// Runs a call to its end, whether or not its caller waits. Errors: its own, or that it panicked.
+pub(crate) async fn finished<T: Send + 'static>(
+    what: &str,
+    call: impl Future<Output = TtrpcResult<T>> + Send + 'static,
+) -> TtrpcResult<T> {
+    let gone = |_cause| {
+        Err(ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, format!("{what} panicked"))))
+    };
+    tokio::spawn(call).await.unwrap_or_else(gone)
+}
+
 /// A Task service whose calls are finished.
 pub(crate) struct Detached<T>(pub(crate) Arc<T>);
 
@@ -31,11 +42,7 @@ macro_rules! task {
             $(async fn $call(&self, _: &TtrpcContext, r: $request) -> TtrpcResult<$response> {
                 let service = Arc::clone(&self.0);
                 let call = async move { service.$call(&TtrpcContext::default(), r).await };
-                let gone = |_cause| {
-                    let status = get_status(Code::INTERNAL, concat!(stringify!($call), " panicked"));
-                    Err(ttrpc::Error::RpcStatus(status))
-                };
-                tokio::spawn(call).await.unwrap_or_else(gone)
+                finished(stringify!($call), call).await
             })*
             $(async fn $seen(&self, context: &TtrpcContext, r: $asked) -> TtrpcResult<$answer> {
                 self.0.$seen(context, r).await

@@ -7,13 +7,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use godwit_protos::shim::{ContainerRequest, Description, DumpRequest, Shim, Timing};
 use ttrpc::r#async::TtrpcContext;
 
-use crate::container::Container;
+use crate::detached::finished;
 use crate::error::TaskError;
 use crate::launch::upper_dir;
 use crate::task::Containers;
@@ -24,23 +24,6 @@ pub(crate) struct OwnService(pub(crate) Arc<Containers>);
 fn timing(elapsed: Duration) -> Timing {
     let elapsed_us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
     Timing { elapsed_us, ..Default::default() }
-}
-
-impl OwnService {
-    /// Runs `work` with the container to its end, whether or not the caller waits.
-    async fn detached<T, F>(
-        &self,
-        id: &str,
-        work: impl FnOnce(Arc<Container>) -> F,
-    ) -> ttrpc::Result<T>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T, TaskError>> + Send + 'static,
-    {
-        let done = tokio::spawn(work(self.0.get(id)?)).await;
-        let interrupted = || TaskError::Invalid("interrupted".to_owned());
-        Ok(done.unwrap_or_else(|_cause| Err(interrupted()))?)
-    }
 }
 
 #[async_trait]
@@ -59,31 +42,32 @@ impl Shim for OwnService {
     }
 
     async fn freeze(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Timing> {
-        let elapsed = self.detached(&r.id, |one| async move { one.freeze().await }).await?;
-        Ok(timing(elapsed))
+        let container = self.0.get(&r.id)?;
+        finished("freeze", async move { Ok(timing(container.freeze().await?)) }).await
     }
 
     async fn dump(&self, _: &TtrpcContext, r: DumpRequest) -> ttrpc::Result<Timing> {
-        let begun = std::time::Instant::now();
+        let container = self.0.get(&r.id)?;
         for path in [&r.image_path, &r.work_path] {
             if !Path::new(path).is_absolute() {
                 return Err(TaskError::Invalid(format!("{path:?} is not an absolute path")).into());
             }
         }
-        let (images, work) = (r.image_path, r.work_path);
-        let dump =
-            async move |one: Arc<Container>| one.dump(Path::new(&images), Path::new(&work)).await;
-        self.detached(&r.id, dump).await?;
-        Ok(timing(begun.elapsed()))
+        let dump = async move {
+            let begun = Instant::now();
+            container.dump(Path::new(&r.image_path), Path::new(&r.work_path)).await?;
+            Ok(timing(begun.elapsed()))
+        };
+        finished("dump", dump).await
     }
 
     async fn thaw(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Timing> {
-        let elapsed = self.detached(&r.id, |one| async move { one.thaw().await }).await?;
-        Ok(timing(elapsed))
+        let container = self.0.get(&r.id)?;
+        finished("thaw", async move { Ok(timing(container.thaw().await?)) }).await
     }
 
     async fn let_go(&self, _: &TtrpcContext, r: ContainerRequest) -> ttrpc::Result<Timing> {
-        let elapsed = self.detached(&r.id, |one| async move { one.let_go().await }).await?;
-        Ok(timing(elapsed))
+        let container = self.0.get(&r.id)?;
+        finished("let_go", async move { Ok(timing(container.let_go().await?)) }).await
     }
 }
