@@ -2,7 +2,6 @@
 //! [`crate::policy::choose`]. A plan and the migration ask the same question and get the same answer.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
 
 use godwit_protos::Subject;
 
@@ -10,7 +9,6 @@ use super::destination::Connections;
 use super::predict::RATE_UNKNOWN;
 use crate::directory::Entry;
 use crate::node::Node;
-use crate::peer::Connection;
 use crate::policy::choose::{Candidate, Choice, Source, Wanted, choose};
 
 /// Decides about every neighbour that has a snapshot of `subject`; the best first.
@@ -71,11 +69,4 @@ pub fn asked<'a>(
 /// Whether an entry is memory of a user other than those that are asked for.
 fn is_sibling(entry: &Entry, subjects: &[&Subject]) -> bool {
     entry.subject.as_ref().is_some_and(|subject| !subjects.contains(&subject))
-}
-
-/// The connections to these nodes.
-pub fn among(connections: &Connections, nodes: &HashSet<String>) -> Vec<Arc<Connection>> {
-    let mut neighbours = connections.neighbours();
-    neighbours.retain(|peer| nodes.contains(&peer.node));
-    neighbours
 }

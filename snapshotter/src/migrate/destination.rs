@@ -427,10 +427,14 @@ impl Connections {
 
     /// Whom to fetch from: the source, and the neighbours of those entries for which `holds` is true.
     pub fn holders(&self, entries: &[Entry], holds: impl Fn(&Entry) -> bool) -> Peers {
-        let nodes: HashSet<&str> =
-            entries.iter().filter(|entry| holds(entry)).map(|entry| entry.node.as_str()).collect();
+        let nodes = entries.iter().filter(|entry| holds(entry)).map(|entry| entry.node.clone());
+        self.among(&nodes.collect())
+    }
+
+    /// Whom to fetch from: the source, and these neighbours.
+    pub fn among(&self, nodes: &HashSet<String>) -> Peers {
         let mut neighbours = self.neighbours();
-        neighbours.retain(|peer| nodes.contains(peer.node.as_str()));
+        neighbours.retain(|peer| nodes.contains(&peer.node));
         Peers { neighbours, ..self.source_alone() }
     }
 

@@ -16,6 +16,7 @@ pub mod destination;
 pub mod image;
 pub mod journal;
 pub mod layout;
+mod line;
 pub mod ownership;
 pub mod plan;
 pub mod predict;

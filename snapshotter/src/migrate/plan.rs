@@ -20,9 +20,9 @@ use godwit_protos::{Digest, ServiceRef, Subject, VolumeSource};
 use serde::{Deserialize, Serialize};
 
 use super::destination::{Connections, connect, kind_of, mode_word};
+use super::line::{Line, named};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use super::request::{Request, describe_at, pre_flight, record};
-use super::session::{Line, named};
 use super::{MigrationError, blocking, choice};
 use crate::containerd::ClientError;
 use crate::content::object::{self, Kind};

@@ -203,7 +203,7 @@ pub async fn describe_at(
     source: &crate::peer::Connection,
     container: &ContainerRef,
 ) -> Result<DescribeResponse, MigrationError> {
-    let asked = DescribeRequest { container: Some(super::session::named(container)) };
+    let asked = DescribeRequest { container: Some(super::line::named(container)) };
     let answer = source.client().describe(asked).await;
     Ok(answer.map_err(|status| source.refused(status))?.into_inner())
 }

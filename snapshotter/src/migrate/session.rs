@@ -8,19 +8,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_protos::peer::{
-    Abort, Begin, Container as PeerContainer, FromSource, Manifest, Release, Round, RoundDone,
-    Settled, Stop, Stopped, ToSource, from_source, to_source,
+    Begin, Manifest, Release, Settled, Stop, Stopped, from_source, to_source,
 };
-use godwit_protos::{ContainerRef, Digest, Subject, VolumeSource};
+use godwit_protos::{Digest, Subject, VolumeSource};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
 use super::destination::{
     Acquire, Acquired, Command, Prepared, Session, Settlement, State, ask_again, connect,
     give_back, kind_of, mode_word,
 };
 use super::layout::Layout;
+use super::line::{Line, named};
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
@@ -31,12 +29,8 @@ use crate::content::object::Kind;
 use crate::content::on;
 use crate::directory::{Entry, Lookup, SEQUENCE_MAX};
 use crate::node::Node;
-use crate::peer::Connection;
-use crate::peer::fetch::{Depth, fetch};
+use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::store::Lease;
-
-/// How long the source has for a round and for the cut.
-const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
 
 /// How long the shim has to restore and claim, and to report the end of the restore.
 const SHIM_MAX: Duration = Duration::from_secs(240);
@@ -49,9 +43,6 @@ const UNDO_MAX: Duration = Duration::from_secs(30);
 
 /// How long who was asked in a lookup is still waited for once the answer is needed.
 const LOOKUP_WAIT: Duration = Duration::from_millis(50);
-
-/// Subjects of a container that are looked up: volumes, layer and memory.
-const SUBJECTS_MAX: usize = 64;
 
 /// What a failure before the grant means.
 pub(super) const RUNS_ON: &str = "it runs on at its source, and nothing is left here";
@@ -109,69 +100,6 @@ pub(super) struct Work {
     inbox: mpsc::Receiver<Command>,
     /// False from the grant on: the tasks may have run, so what they run on stays.
     pub(super) may_discard: bool,
-}
-
-/// The two directions of the hand-off stream.
-pub(super) struct Line {
-    to: mpsc::Sender<ToSource>,
-    from: Streaming<FromSource>,
-}
-
-impl Line {
-    pub(super) async fn open(source: &Connection, begin: Begin) -> Result<Self, MigrationError> {
-        let (to, outbound) = mpsc::channel(8);
-        let message = Some(to_source::Message::Begin(begin));
-        let sent = to.send(ToSource { message }).await;
-        sent.map_err(|_cause| MigrationError::Interrupted)?;
-        let call = source.client().hand_off(ReceiverStream::new(outbound)).await;
-        let from = call.map_err(|status| source.refused(status))?.into_inner();
-        Ok(Self { to, from })
-    }
-
-    /// The epoch of what has begun, and the subjects that the rounds will bring.
-    pub(super) async fn begun(&mut self) -> Result<(Epoch, Vec<Subject>), MigrationError> {
-        match self.next().await? {
-            from_source::Message::Begun(begun) => {
-                let subjects = begun.subjects.iter().take(SUBJECTS_MAX).map(|text| text.parse());
-                Ok((Epoch(begun.epoch), subjects.collect::<Result<_, _>>()?))
-            }
-            _ => Err(MigrationError::Protocol("expected begun")),
-        }
-    }
-
-    /// Has the source capture every subject while the container runs.
-    pub(super) async fn round(&mut self, number: u32) -> Result<RoundDone, MigrationError> {
-        self.send(to_source::Message::Round(Round { number })).await?;
-        match self.next().await? {
-            from_source::Message::RoundDone(done) if done.number == number => Ok(done),
-            _ => Err(MigrationError::Protocol("expected the end of the round")),
-        }
-    }
-
-    /// Ends the session at the source, where the container runs on.
-    pub(super) async fn abort(&self, reason: String) {
-        let _ = self.send(to_source::Message::Abort(Abort { reason })).await;
-    }
-
-    async fn send(&self, message: to_source::Message) -> Result<(), MigrationError> {
-        let sent = self.to.send(ToSource { message: Some(message) }).await;
-        sent.map_err(|_cause| MigrationError::Broken("the source hung up".to_owned()))
-    }
-
-    async fn next(&mut self) -> Result<from_source::Message, MigrationError> {
-        match tokio::time::timeout(SOURCE_WORK_MAX, self.from.message()).await {
-            Err(_) => Err(MigrationError::Silent { patience: SOURCE_WORK_MAX }),
-            Ok(Err(status)) => Err(MigrationError::Broken(status.message().to_owned())),
-            Ok(Ok(None)) => Err(MigrationError::Broken("the source hung up".to_owned())),
-            Ok(Ok(Some(FromSource { message: None }))) => {
-                Err(MigrationError::Protocol("an empty message"))
-            }
-            Ok(Ok(Some(FromSource { message: Some(from_source::Message::Refusal(refusal)) }))) => {
-                Err(MigrationError::Refused { code: refusal.code, detail: refusal.detail })
-            }
-            Ok(Ok(Some(FromSource { message: Some(message) }))) => Ok(message),
-        }
-    }
 }
 
 impl Work {
@@ -400,7 +328,7 @@ impl Work {
             let mut peers = prepared.connections.source_alone();
             if first {
                 let found = lookup.found(LOOKUP_WAIT).await;
-                peers.neighbours = self.worth_asking(prepared, &found, &done.manifests, &manifests);
+                peers = self.worth_asking(prepared, &found, &done.manifests, &manifests);
             }
             let roots: Vec<_> =
                 manifests.iter().map(|(subject, root, _)| (kind_of(subject), *root)).collect();
@@ -424,14 +352,14 @@ impl Work {
         found: &[Entry],
         told: &[Manifest],
         manifests: &Parsed,
-    ) -> Vec<Arc<Connection>> {
+    ) -> Peers {
         let connections = &prepared.connections;
         let (mut all, subjects) = (Vec::new(), manifests.iter().map(|(subject, ..)| subject));
         for (subject, told) in subjects.clone().zip(told) {
             all.extend(choice::choices(&self.node, connections, found, (subject, told.size_bytes)));
         }
         let asked = choice::asked(&all, found, &subjects.collect::<Vec<_>>());
-        choice::among(connections, &asked)
+        connections.among(&asked)
     }
 
     async fn stop_and_copy(
@@ -622,12 +550,6 @@ impl Work {
             tracing::warn!(container = %self.asked.container, %error, "cannot keep the snapshots");
         }
     }
-}
-
-/// A container as a peer's message names it.
-pub(super) fn named(container: &ContainerRef) -> PeerContainer {
-    let (namespace, id) = (container.namespace().to_owned(), container.id().to_owned());
-    PeerContainer { namespace, id }
 }
 
 /// Subject, root and sequence of each manifest.

@@ -1,0 +1,97 @@
+//! The hand-off's stream, as the destination holds it: what is said to the source, and what it answers.
+//!
+//! The stream is the session: dropping the line ends it, and the source thaws unless it has released the container.
+//! docs/protocol.md has the order of the messages; [`super::source`] is the other end.
+
+use std::time::Duration;
+
+use godwit_protos::peer::{
+    Abort, Begin, Container as PeerContainer, FromSource, Round, RoundDone, ToSource, from_source,
+    to_source,
+};
+use godwit_protos::{ContainerRef, Subject};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::MigrationError;
+use super::ownership::Epoch;
+use crate::peer::Connection;
+
+/// How long the source has for a round and for the cut.
+const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
+
+/// Subjects of a container that are looked up: volumes, layer and memory.
+const SUBJECTS_MAX: usize = 64;
+
+/// The two directions of the hand-off stream.
+pub(super) struct Line {
+    to: mpsc::Sender<ToSource>,
+    from: Streaming<FromSource>,
+}
+
+impl Line {
+    /// Opens the stream and says what is wanted.
+    pub(super) async fn open(source: &Connection, begin: Begin) -> Result<Self, MigrationError> {
+        let (to, outbound) = mpsc::channel(8);
+        let message = Some(to_source::Message::Begin(begin));
+        let sent = to.send(ToSource { message }).await;
+        sent.map_err(|_cause| MigrationError::Interrupted)?;
+        let call = source.client().hand_off(ReceiverStream::new(outbound)).await;
+        let from = call.map_err(|status| source.refused(status))?.into_inner();
+        Ok(Self { to, from })
+    }
+
+    /// The epoch of what has begun, and the subjects that the rounds will bring.
+    pub(super) async fn begun(&mut self) -> Result<(Epoch, Vec<Subject>), MigrationError> {
+        match self.next().await? {
+            from_source::Message::Begun(begun) => {
+                let subjects = begun.subjects.iter().take(SUBJECTS_MAX).map(|text| text.parse());
+                Ok((Epoch(begun.epoch), subjects.collect::<Result<_, _>>()?))
+            }
+            _ => Err(MigrationError::Protocol("expected begun")),
+        }
+    }
+
+    /// Has the source capture every subject while the container runs.
+    pub(super) async fn round(&mut self, number: u32) -> Result<RoundDone, MigrationError> {
+        self.send(to_source::Message::Round(Round { number })).await?;
+        match self.next().await? {
+            from_source::Message::RoundDone(done) if done.number == number => Ok(done),
+            _ => Err(MigrationError::Protocol("expected the end of the round")),
+        }
+    }
+
+    /// Ends the session at the source, where the container runs on.
+    pub(super) async fn abort(&self, reason: String) {
+        let _ = self.send(to_source::Message::Abort(Abort { reason })).await;
+    }
+
+    /// Sends a message. Errors: [`MigrationError::Broken`].
+    pub(super) async fn send(&self, message: to_source::Message) -> Result<(), MigrationError> {
+        let sent = self.to.send(ToSource { message: Some(message) }).await;
+        sent.map_err(|_cause| MigrationError::Broken("the source hung up".to_owned()))
+    }
+
+    /// The next message. Errors: a refusal, silence, or the end of the stream.
+    pub(super) async fn next(&mut self) -> Result<from_source::Message, MigrationError> {
+        match tokio::time::timeout(SOURCE_WORK_MAX, self.from.message()).await {
+            Err(_) => Err(MigrationError::Silent { patience: SOURCE_WORK_MAX }),
+            Ok(Err(status)) => Err(MigrationError::Broken(status.message().to_owned())),
+            Ok(Ok(None)) => Err(MigrationError::Broken("the source hung up".to_owned())),
+            Ok(Ok(Some(FromSource { message: None }))) => {
+                Err(MigrationError::Protocol("an empty message"))
+            }
+            Ok(Ok(Some(FromSource { message: Some(from_source::Message::Refusal(refusal)) }))) => {
+                Err(MigrationError::Refused { code: refusal.code, detail: refusal.detail })
+            }
+            Ok(Ok(Some(FromSource { message: Some(message) }))) => Ok(message),
+        }
+    }
+}
+
+/// A container as a peer's message names it.
+pub(super) fn named(container: &ContainerRef) -> PeerContainer {
+    let (namespace, id) = (container.namespace().to_owned(), container.id().to_owned());
+    PeerContainer { namespace, id }
+}
