@@ -134,17 +134,22 @@ impl Default for Cache {
     }
 }
 
+/// Mebibytes in bytes; what is more than there can be is as much as there can be.
+pub fn mib(mebibytes: u64) -> u64 {
+    mebibytes.saturating_mul(1 << 20)
+}
+
 impl Cache {
     /// When subjects are captured.
     pub fn schedule(&self) -> Result<Schedule, ScheduleError> {
         let (min, max) =
             (Duration::from_secs(self.period_min_s), Duration::from_secs(self.period_max_s));
-        Schedule::new(min, max, self.difference_mib << 20, self.jitter)
+        Schedule::new(min, max, mib(self.difference_mib), self.jitter)
     }
 
     /// What captures may take of the node.
     pub fn budget(&self) -> Result<Budget, ScheduleError> {
-        Budget::new(self.cpu_share, self.disk_mib_per_s << 20)
+        Budget::new(self.cpu_share, mib(self.disk_mib_per_s))
     }
 
     /// What is kept.
@@ -387,8 +392,13 @@ mod tests {
             "memory = 'x'",
             "expire_removed_s = 1",
         ] {
-            assert!(read(&format!("node = 'a'\n[cache]\n{wrong}")).is_err(), "{wrong}");
+            let error = read(&format!("node = 'a'\n[cache]\n{wrong}")).unwrap_err();
+            let key = wrong.split(' ').next().unwrap();
+            let text = crate::migrate::chain(&error);
+            assert!(text.contains(key), "{text} does not name {key}");
         }
+        let huge = read("node = 'a'\n[cache]\nbudget_mib = 1000000000000000000").unwrap();
+        assert_eq!(mib(huge.cache.budget_mib), u64::MAX);
         assert!(read("node = 'a'\n[cache]\nmemory = 'off'\ncopies = 3").is_ok());
     }
 

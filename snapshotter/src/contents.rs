@@ -26,7 +26,7 @@ const BRING_MAX: Duration = Duration::from_secs(3600);
 
 /// Makes the content `digest` available here, from neighbours if it is not.
 ///
-/// Errors: [`VolumeError::NoContent`] when no neighbour has it; else why it could not be had from those that said they
+/// Errors: [`VolumeError::Nowhere`] when no neighbour has it; else why it could not be had from those that said they
 /// do, the last one's reason.
 pub async fn bring(node: &Arc<Node>, digest: Digest) -> Result<(), MigrationError> {
     if node.volumes.has_content(&digest) {
@@ -35,7 +35,7 @@ pub async fn bring(node: &Arc<Node>, digest: Digest) -> Result<(), MigrationErro
     let mut holders = holders(node, digest).await;
     let lease = Arc::new(node.store.lease("volume", BRING_MAX));
     let standings = Arc::new(Standings::known(node.channels.rates()));
-    let mut outcome = Err(VolumeError::NoContent(digest).into());
+    let mut outcome = Err(VolumeError::Nowhere(digest).into());
     // Each takes the place of the one who has everything until one really has.
     while let Some(source) = holders.pop() {
         let peers = Peers { neighbours: holders.clone(), source, standings: standings.clone() };

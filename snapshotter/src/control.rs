@@ -101,6 +101,7 @@ fn volume_error(error: &VolumeError) -> Error {
     let code = match error {
         VolumeError::Unknown(_)
         | VolumeError::NoContent(_)
+        | VolumeError::Nowhere(_)
         | VolumeError::Store(StoreError::UnknownSnapshot(_)) => Code::NOT_FOUND,
         VolumeError::Exists(_) | VolumeError::NotEmpty(_) => Code::ALREADY_EXISTS,
         VolumeError::Damaged { .. } => Code::DATA_LOSS,

@@ -47,10 +47,13 @@ pub enum VolumeError {
     #[error("volume {0} exists on this node already")]
     Exists(VolumeId),
     /// Read-only content that is not here.
+    #[error("volume {0} is not on this node; import it with `godwit volume import DIRECTORY`")]
+    NoContent(Digest),
+    /// ... nor at any neighbour that answers.
     #[error(
         "volume {0} is neither on this node nor at a neighbour; import it with `godwit volume import DIRECTORY`"
     )]
-    NoContent(Digest),
+    Nowhere(Digest),
     /// A writable volume mounted by digest, or read-only content mounted for writing.
     #[error("volume {0} is named by its content and can only be mounted read-only")]
     ReadOnly(Digest),

@@ -123,6 +123,22 @@ fn copies_follow_the_neighbourhood() -> Result<()> {
     remove(a, name)
 }
 
+/// Method: it stands still for longer than it takes to notice, as under a client that cleans up later.
+#[test]
+fn a_container_that_ended_is_forgotten_once_it_is_deleted() -> Result<()> {
+    let name = "ended";
+    let bed = Bed::start(&BedOptions::nodes(1).config(eager))?;
+    let node = bed.node(0);
+    start(&bed, node, name, 0, 16)?;
+    wait_until("it is captured", SOON, || has(node, "memory|"))?;
+    node.ok(&["ctr", "tasks", "rm", "-f", name])?;
+    std::thread::sleep(Duration::from_secs(12));
+    ensure!(has(node, "memory|")?, "it is not deleted yet: {:?}", list(node)?);
+    node.ok(&["ctr", "containers", "rm", name])?;
+    node.ok(&["godwit", "volume", "rm", name])?;
+    wait_until("its snapshots expire", SOON, || Ok(list(node)?.is_empty()))
+}
+
 fn no_memory(_node: &str) -> String {
     format!("{EAGER}memory = \"off\"\n")
 }

@@ -6,7 +6,7 @@
 //!                                             └──retire──► sweep                      (retention)
 //! ```
 //!
-//! [`run`] looks every [`TICK`] whether something is due. What is due, where copies go and what is given up is decided by
+//! [`run`] looks every [`TICK`] whether something is due; copies and word of what was removed go out beside it. What is due, where copies go and what is given up is decided by
 //! [`crate::policy`]; here are the clocks and the hands. Nothing is captured while the node is loaded, while a container
 //! comes here, or when the disk is short: a capture that is late makes the next migration slower, and nothing else.
 //!
@@ -21,14 +21,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use godwit_protos::{ContainerRef, Subject};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::config::CacheMemory;
 use crate::containerd::{ClientError, TaskStatus};
 use crate::migrate::cut::{self, Shared, lock};
 use crate::migrate::describe::describe;
 use crate::migrate::predict::write_rate;
-use crate::migrate::subjects::{SNAPSHOT_MAX, Subjects, Version, newest};
+use crate::migrate::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use crate::migrate::{MigrationError, blocking};
 use crate::node::{Node, load};
 use crate::policy::schedule::{may_run, seed};
@@ -40,6 +40,9 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// How often containerd is asked what runs.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// Captures whose copies wait for slow neighbours, at most; what is taken meanwhile is copied the next time.
+const COPIES_WAITING: usize = 2;
 
 /// Runtimes whose containers are captured.
 const RUNTIMES: [&str; 2] = ["io.containerd.runc.godwit.v1", "io.containerd.godwit.v1"];
@@ -94,10 +97,13 @@ struct Due {
     write_rate: Option<f64>,
 }
 
-/// A container that runs here.
+/// A container that runs here, or did and is not deleted yet.
 struct Tracked {
     subjects: Shared,
     due: HashMap<Subject, Due>,
+    is_running: bool,
+    /// After a failure: nothing of it is captured before.
+    not_before: Instant,
 }
 
 struct Runner {
@@ -106,14 +112,17 @@ struct Runner {
     looked: Option<Instant>,
     /// The budget allows no capture before.
     not_before: Instant,
-    placement: placement::Placement,
+    /// What was taken, to be copied.
+    copies: mpsc::Sender<Vec<Snapshot>>,
 }
 
 /// Takes, copies and retires snapshots. Runs until the daemon ends.
 pub async fn run(node: Arc<Node>) {
-    let placement = placement::Placement::default();
+    let (copies, taken) = mpsc::channel(COPIES_WAITING);
+    tokio::spawn(placement::copy(node.clone(), taken));
+    tokio::spawn(placement::tell_removals(node.clone()));
     let (tracked, not_before) = (HashMap::new(), Instant::now());
-    let mut runner = Runner { node, tracked, looked: None, not_before, placement };
+    let mut runner = Runner { node, tracked, looked: None, not_before, copies };
     loop {
         tokio::time::sleep(TICK).await;
         if runner.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
@@ -121,7 +130,6 @@ pub async fn run(node: Arc<Node>) {
             if let Err(error) = runner.look().await {
                 tracing::warn!(error = error.chain(), "cannot tell what runs here");
             }
-            runner.placement.tell_removed(&runner.node).await;
             retention::retire_if_full(&runner.node).await;
         }
         if let Some(container) = runner.next() {
@@ -157,31 +165,52 @@ impl Runner {
                 }
             }
         }
-        let ended: Vec<_> =
-            self.tracked.keys().filter(|one| !running.contains(*one)).cloned().collect();
-        for container in ended {
-            let Some(tracked) = self.tracked.remove(&container) else { continue };
-            let record = node.containerd.container(container.namespace(), container.id()).await;
-            if matches!(record, Err(ClientError::NotFound(_)))
-                && !node.caching.take_moved(&container)
-            {
-                self.removed(&container, tracked).await?;
-            }
-        }
-        for container in running {
-            if self.tracked.contains_key(&container) {
-                continue;
-            }
-            match describe(&node, &container).await {
-                Ok(described) => {
-                    let subjects = Subjects::of(&node, &described, true);
-                    let due = Due { at: Instant::now(), last: None, write_rate: None };
-                    let due = subjects.all().map(|subject| (subject.clone(), due)).collect();
-                    let subjects = Arc::new(Mutex::new(subjects));
-                    self.tracked.insert(container, Tracked { subjects, due });
-                }
+        let known = |(_, tracked): &(_, &Tracked)| tracked.is_running;
+        let known: HashSet<_> =
+            self.tracked.iter().filter(known).map(|(container, _)| container.clone()).collect();
+        self.forget_deleted(&running).await?;
+        for container in running.difference(&known) {
+            match describe(&node, container).await {
+                Ok(described) => self.track(container, Subjects::of(&node, &described, true)),
                 // It may have ended meanwhile; the next look finds out.
                 Err(error) => tracing::debug!(%container, error = error.chain(), "not tracked"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins to capture a container that was started here.
+    fn track(&mut self, container: &ContainerRef, subjects: Subjects) {
+        // Whatever moved away under this name has come back.
+        self.node.caching.take_moved(container);
+        let earliest = self.tracked.get(container).map(|before| before.not_before);
+        let not_before = earliest.unwrap_or_else(Instant::now);
+        let due = Due { at: not_before.max(Instant::now()), last: None, write_rate: None };
+        let due = subjects.all().map(|subject| (subject.clone(), due)).collect();
+        let subjects = Arc::new(Mutex::new(subjects));
+        let tracked = Tracked { subjects, due, is_running: true, not_before };
+        self.tracked.insert(container.clone(), tracked);
+    }
+
+    /// Of the containers that do not run any more: those that containerd has forgotten were removed, or moved away.
+    async fn forget_deleted(
+        &mut self,
+        running: &HashSet<ContainerRef>,
+    ) -> Result<(), MigrationError> {
+        let node = self.node.clone();
+        let ended = |(container, tracked): (&ContainerRef, &mut Tracked)| {
+            tracked.is_running &= running.contains(container);
+            (!running.contains(container)).then(|| container.clone())
+        };
+        let ended: Vec<ContainerRef> = self.tracked.iter_mut().filter_map(ended).collect();
+        for container in ended {
+            let record = node.containerd.container(container.namespace(), container.id()).await;
+            if !matches!(record, Err(ClientError::NotFound(_))) {
+                continue;
+            }
+            let Some(tracked) = self.tracked.remove(&container) else { continue };
+            if !node.caching.take_moved(&container) {
+                self.removed(&container, tracked).await?;
             }
         }
         Ok(())
@@ -219,7 +248,8 @@ impl Runner {
         let is_wanted = |subject: &Subject| {
             cache.memory != CacheMemory::Off || !matches!(subject, Subject::Memory { .. })
         };
-        let earliest = self.tracked.iter().filter_map(|(container, tracked)| {
+        let running = self.tracked.iter().filter(|(_, tracked)| tracked.is_running);
+        let earliest = running.filter_map(|(container, tracked)| {
             let due = tracked.due.iter().filter(|(subject, _)| is_wanted(subject));
             Some((due.map(|(_, due)| due.at).min()?, container))
         });
@@ -232,8 +262,10 @@ impl Runner {
         let Some(tracked) = self.tracked.get(container) else { return Ok(0) };
         let (node, now) = (self.node.clone(), Instant::now());
         let memory = node.config.cache.memory;
+        let last = tracked.due.values().filter_map(|due| due.last.map(|(_, id)| id)).collect();
+        let before = (tracked.subjects.clone(), last);
         let (versions, taken) = if memory == CacheMemory::Consistent {
-            (Vec::new(), cut::take(&node, container).await?)
+            cut::take_after(&node, container, Some(before)).await?
         } else {
             let due: HashSet<Subject> = tracked
                 .due
@@ -245,13 +277,14 @@ impl Runner {
                 })
                 .map(|(subject, _)| subject.clone())
                 .collect();
-            let last = tracked.due.values().filter_map(|due| due.last.map(|(_, id)| id)).collect();
-            capture_live(&node, container, &tracked.subjects, due, last).await?
+            capture_live(&node, container, before, due).await?
         };
         let written = versions.iter().map(|version| version.changed_bytes).sum();
         self.note(container, now, &versions, &taken);
         let snapshots: Vec<Snapshot> = taken.into_iter().map(|(_, snapshot)| snapshot).collect();
-        self.placement.copy(&node, snapshots).await;
+        if self.copies.try_send(snapshots).is_err() {
+            tracing::info!(%container, "neighbours are slow; this capture is not copied");
+        }
         Ok(written)
     }
 
@@ -281,38 +314,30 @@ impl Runner {
         }
     }
 
-    /// Begins anew with a container after a failure, not before the shortest period has passed.
+    /// Begins anew with a container after a failure, not before the shortest period has passed: it may be another one
+    /// of the same name, so the next look describes it again.
     fn postpone(&mut self, container: &ContainerRef) {
         let pause = Duration::from_secs(self.node.config.cache.period_min_s);
         if let Some(tracked) = self.tracked.get_mut(container) {
-            lock(&tracked.subjects).forget();
-            let fresh = Due { at: Instant::now() + pause, last: None, write_rate: None };
-            tracked.due.values_mut().for_each(|due| *due = fresh);
+            (tracked.is_running, tracked.not_before) = (false, Instant::now() + pause);
         }
     }
 }
 
-type Taken = (Vec<Version>, Vec<(SnapshotId, Snapshot)>);
-
-/// Captures `due` while the container runs, on top of what was captured before if the snapshots of that, `last`, are
-/// still there.
+/// Captures `due` while the container runs, on top of what was captured `before`.
 async fn capture_live(
     node: &Arc<Node>,
     container: &ContainerRef,
-    subjects: &Shared,
+    (subjects, last): (Shared, Vec<SnapshotId>),
     due: HashSet<Subject>,
-    last: Vec<SnapshotId>,
 ) -> Result<Taken, MigrationError> {
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
-    let (node, subjects) = (node.clone(), subjects.clone());
+    let node = node.clone();
     blocking(move || {
         // From here on nothing is swept, so what is there now stays.
         let lease = node.store.lease("schedule", SNAPSHOT_MAX);
-        let known: HashSet<_> = node.store.all_snapshots()?.into_iter().map(|(id, _)| id).collect();
         let mut subjects = lock(&subjects);
-        if !last.iter().all(|id| known.contains(id)) {
-            subjects.forget();
-        }
+        subjects.rely_on(&last)?;
         subjects.capture_live(&lease, &pids, &|subject| due.contains(subject))?;
         let mut versions = subjects.versions();
         versions.retain(|version| due.contains(&version.subject));

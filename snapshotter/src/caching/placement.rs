@@ -12,9 +12,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protos::peer::{ForgetRequest, KeepRequest, KeptSnapshot};
-use godwit_protos::{Digest, Subject};
+use godwit_protos::{Digest, Subject, is_name};
+use tokio::sync::mpsc;
 
 use super::retention::{admitted, free_bytes, has_room, note_removed, record};
+use crate::config::mib;
+use crate::directory::SEQUENCE_MAX;
 use crate::migrate::destination::kind_of;
 use crate::migrate::{MigrationError, blocking};
 use crate::node::{Node, unix_ms};
@@ -38,9 +41,6 @@ pub const KEEPS_MAX: usize = 2;
 /// Snapshots in one request, at most.
 const SNAPSHOTS_MAX: usize = 64;
 
-/// Largest place in a lineage that a peer may name, far beyond any that is reached.
-const SEQUENCE_MAX: u64 = 1 << 60;
-
 /// What a copy may cost beyond its announced size, lists and protocol included.
 const SIZE_SLACK: u64 = 16 << 20;
 
@@ -50,28 +50,38 @@ const FORGET: f64 = 1.1;
 /// How long peers are told of a removal at least.
 const TELL_MIN: Duration = Duration::from_secs(60);
 
+/// How often it is looked for removals that a peer has not heard of.
+const TELL_PAUSE: Duration = Duration::from_secs(2);
+
 /// How often it is looked how much of a copy has come.
 const GUARD: Duration = Duration::from_millis(200);
 
 /// Where copies of this node's snapshots are.
 #[derive(Debug, Default)]
-pub struct Placement {
+struct Placement {
     /// By subject, who has an earlier one.
     copies: HashMap<Subject, HashSet<String>>,
     /// The shortest round trip to each peer of late, in milliseconds.
     round_trips: HashMap<String, f64>,
-    /// Removed subjects by the peers that know it.
-    told: HashMap<String, HashSet<String>>,
+}
+
+/// Has the nearest neighbours keep copies of what is `taken`, one capture after the other. Runs until the daemon ends.
+pub async fn copy(node: Arc<Node>, mut taken: mpsc::Receiver<Vec<Snapshot>>) {
+    let mut placement = Placement::default();
+    while let Some(snapshots) = taken.recv().await {
+        placement.copy(&node, &snapshots).await;
+    }
 }
 
 impl Placement {
-    /// Has the nearest neighbours keep copies of what was just taken.
-    pub async fn copy(&mut self, node: &Arc<Node>, snapshots: Vec<Snapshot>) {
+    async fn copy(&mut self, node: &Arc<Node>, snapshots: &[Snapshot]) {
         let cache = &node.config.cache;
         let bytes = snapshots.iter().map(|one| one.size_bytes).sum();
         if cache.copies == 0 || snapshots.is_empty() {
             return;
         }
+        let removed = node.caching.recently_removed(tell_for(node));
+        self.copies.retain(|subject, _| !removed.contains(&subject.to_string()));
         let copies = snapshots.iter().filter_map(|one| self.copies.get(&one.subject));
         let earlier: HashSet<String> = copies.flatten().cloned().collect();
         let mut near = neighbours(node, &earlier).await;
@@ -87,9 +97,9 @@ impl Placement {
         let near: Vec<Neighbour> = near.into_iter().map(|(one, _)| one).collect();
         for name in place(cache.copies, bytes, &cache.place_on, &near, &[]) {
             let Some(connection) = connections.get(&name) else { continue };
-            match ask_to_keep(node, connection, &snapshots).await {
+            match ask_to_keep(node, connection, snapshots).await {
                 Ok(()) => {
-                    for snapshot in &snapshots {
+                    for snapshot in snapshots {
                         let copies = self.copies.entry(snapshot.subject.clone()).or_default();
                         copies.insert(name.clone());
                     }
@@ -98,33 +108,44 @@ impl Placement {
             }
         }
     }
+}
 
-    /// Tells every peer once which containers and volumes were removed.
-    pub async fn tell_removed(&mut self, node: &Arc<Node>) {
-        let age = node.config.cache.rules().expire_removed.max(TELL_MIN);
-        let removed = node.caching.recently_removed(age);
-        self.told.retain(|subject, _| removed.contains(subject));
+/// Tells every peer once which containers and volumes were removed here. Runs until the daemon ends.
+pub async fn tell_removals(node: Arc<Node>) {
+    // Removed subjects, each with the peers that know it.
+    let mut told: HashMap<String, HashSet<String>> = HashMap::new();
+    loop {
+        tokio::time::sleep(TELL_PAUSE).await;
+        let removed = node.caching.recently_removed(tell_for(&node));
+        told.retain(|subject, _| removed.contains(subject));
         for peer in &node.config.peers {
             let knows = |subject: &String| {
-                self.told.get(subject).is_some_and(|peers| peers.contains(&peer.name))
+                told.get(subject).is_some_and(|peers| peers.contains(&peer.name))
             };
             let subjects = removed.iter().filter(|one| !knows(one));
             let subjects: Vec<String> = subjects.take(SNAPSHOTS_MAX).cloned().collect();
-            if subjects.is_empty() {
-                continue;
-            }
-            let Ok(connection) = Connection::open(&node.config, &peer.name, HELLO_MAX).await else {
-                continue;
-            };
-            let asked = ForgetRequest { subjects: subjects.clone() };
-            let mut client = connection.client();
-            if matches!(tokio::time::timeout(HELLO_MAX, client.forget(asked)).await, Ok(Ok(_))) {
+            if !subjects.is_empty() && tell(&node, &peer.name, &subjects).await {
                 for subject in subjects {
-                    self.told.entry(subject).or_default().insert(peer.name.clone());
+                    told.entry(subject).or_default().insert(peer.name.clone());
                 }
             }
         }
     }
+}
+
+/// How long peers are told of a removal: until it has expired here.
+fn tell_for(node: &Node) -> Duration {
+    node.config.cache.rules().expire_removed.max(TELL_MIN)
+}
+
+/// Whether a peer has heard that these were removed.
+async fn tell(node: &Node, peer: &str, subjects: &[String]) -> bool {
+    let Ok(connection) = Connection::open(&node.config, peer, HELLO_MAX).await else {
+        return false;
+    };
+    let asked = ForgetRequest { subjects: subjects.to_vec() };
+    let mut client = connection.client();
+    matches!(tokio::time::timeout(HELLO_MAX, client.forget(asked)).await, Ok(Ok(_)))
 }
 
 /// Every peer, with a connection to those that answer.
@@ -193,7 +214,8 @@ pub async fn keep(node: &Arc<Node>, asked: KeepRequest) -> Result<(), String> {
         return Err("this node keeps no memory".to_owned());
     }
     let size = snapshots.iter().map(|one| one.size_bytes).fold(0, u64::saturating_add);
-    if size > cache.budget_mib << 20 || !has_room(node) || size > free_bytes(node) {
+    let free = free_bytes(node).unwrap_or(0);
+    if size > mib(cache.budget_mib) || !has_room(node) || size > free {
         return Err("there is no room".to_owned());
     }
     let fetched = fetch_copies(node, &asked.node, snapshots, size).await;
@@ -210,7 +232,10 @@ fn parse(asked: &KeepRequest) -> Result<Vec<Snapshot>, String> {
             .parse()
             .map_err(|error: godwit_protos::ParseNameError| error.to_string())?;
         if one.sequence > SEQUENCE_MAX {
-            return Err("a place in a lineage that is never reached".to_owned());
+            return Err(format!("{subject}: a place in a lineage that is never reached"));
+        }
+        if !is_name(&one.node) {
+            return Err(format!("{subject}: {:?} is not a node's name", one.node));
         }
         Ok(Snapshot {
             root_kind: kind_of(&subject) as u8,
@@ -285,4 +310,53 @@ pub fn forget(node: &Node, asked: &ForgetRequest) -> Result<(), String> {
         note_removed(node, &subject).map_err(|error| error.to_string())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(one: KeptSnapshot) -> KeepRequest {
+        KeepRequest { node: "edge-a".to_owned(), snapshots: vec![one] }
+    }
+
+    fn kept() -> KeptSnapshot {
+        KeptSnapshot {
+            subject: "volume|data".to_owned(),
+            sequence: 3,
+            manifest: vec![7; 32].into(),
+            size_bytes: 10,
+            age_ms: 5000,
+            node: "edge-a".to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_a_peer_wants_kept_gets_a_time_of_this_nodes_clock() {
+        let parsed = parse(&wanted(kept())).unwrap().remove(0);
+        assert_eq!((parsed.sequence, parsed.size_bytes, parsed.is_pinned), (3, 10, false));
+        let age = parsed.age(unix_ms());
+        assert!(age >= Duration::from_secs(5) && age < Duration::from_secs(60), "{age:?}");
+        let ancient =
+            parse(&wanted(KeptSnapshot { age_ms: u64::MAX, ..kept() })).unwrap().remove(0);
+        assert!(ancient.age(unix_ms()) > Duration::from_secs(1 << 32), "no clock overflows");
+    }
+
+    #[test]
+    fn what_a_peer_wants_kept_is_refused_before_anything_is_fetched() {
+        for (wrong, word) in [
+            (KeptSnapshot { subject: "volume|../x".to_owned(), ..kept() }, "volume id"),
+            (KeptSnapshot { sequence: SEQUENCE_MAX + 1, ..kept() }, "lineage"),
+            (KeptSnapshot { manifest: vec![7; 31].into(), ..kept() }, "digest"),
+            (KeptSnapshot { node: "a\nb".to_owned(), ..kept() }, "node's name"),
+        ] {
+            let refused = parse(&wanted(wrong)).unwrap_err();
+            assert!(refused.contains(word), "{refused} does not say {word}");
+        }
+        let none = KeepRequest { node: "edge-a".to_owned(), snapshots: Vec::new() };
+        let many = KeepRequest { snapshots: vec![kept(); SNAPSHOTS_MAX + 1], ..none.clone() };
+        for wrong in [none, many] {
+            assert!(parse(&wrong).unwrap_err().contains("64"));
+        }
+    }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use godwit_protos::Subject;
 
-use crate::config::CacheMemory;
+use crate::config::{CacheMemory, mib};
 use crate::content::object::Kind;
 use crate::node::{Node, unix_ms};
 use crate::policy::retain::{Kept, Reason, Removal, Rules, retain};
@@ -38,15 +38,15 @@ pub fn admitted(node: &Node, mut snapshots: Vec<Snapshot>) -> Vec<Snapshot> {
     snapshots
 }
 
-/// Whether the disk has room for caching.
+/// Whether the disk has room for caching; not if that cannot be told.
 pub fn has_room(node: &Node) -> bool {
-    free_bytes(node) >= node.config.cache.min_free_mib << 20
+    free_bytes(node).is_some_and(|free| free >= mib(node.config.cache.min_free_mib))
 }
 
-/// Bytes that are free on the disk of the store.
-pub fn free_bytes(node: &Node) -> u64 {
-    nix::sys::statvfs::statvfs(&node.config.state_dir)
-        .map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
+/// Bytes that are free on the disk of the store, if that can be told.
+pub fn free_bytes(node: &Node) -> Option<u64> {
+    let stat = nix::sys::statvfs::statvfs(&node.config.state_dir).ok()?;
+    Some(stat.blocks_available() * stat.fragment_size())
 }
 
 /// Notes that a container or volume was removed.
@@ -105,11 +105,12 @@ pub async fn retire_if_full(node: &Arc<Node>) {
     }
 }
 
-/// Bytes that the store holds too many.
+/// Bytes that the store holds too many. A disk that does not tell its room costs nothing.
 fn excess(node: &Node) -> Result<u64, StoreError> {
     let cache = &node.config.cache;
-    let over = node.store.usage()?.bytes.saturating_sub(cache.budget_mib << 20);
-    Ok(over.max((cache.min_free_mib << 20).saturating_sub(free_bytes(node))))
+    let over = node.store.usage()?.bytes.saturating_sub(mib(cache.budget_mib));
+    let short = free_bytes(node).map_or(0, |free| mib(cache.min_free_mib).saturating_sub(free));
+    Ok(over.max(short))
 }
 
 /// Gives up snapshots until the store is within its budget, or nothing is left that may go.

@@ -17,7 +17,7 @@ use prost::Message as _;
 use super::describe::{Described, describe, mapped_inodes};
 use super::ownership::{Epoch, Event};
 use super::release::take_offer_back;
-use super::subjects::{SNAPSHOT_MAX, Subjects, Version, newest};
+use super::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use super::{MigrationError, blocking};
 use crate::caching::retention::record;
 use crate::content::object::{Cut, Kind, Object as _, Part};
@@ -97,26 +97,41 @@ pub async fn take(
     node: &Arc<Node>,
     container: &ContainerRef,
 ) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
+    Ok(take_after(node, container, None).await?.1)
+}
+
+/// [`take`] on top of earlier captures and the snapshots as which they were recorded. Tells too what had changed since.
+pub async fn take_after(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+    before: Option<(Shared, Vec<SnapshotId>)>,
+) -> Result<Taken, MigrationError> {
     let (node, container) = (node.clone(), container.clone());
-    let taken = tokio::spawn(async move { take_here(&node, &container).await });
+    let taken = tokio::spawn(async move { take_here(&node, &container, before).await });
     taken.await.map_err(|_cause| MigrationError::Interrupted)?
 }
 
 async fn take_here(
     node: &Arc<Node>,
     container: &ContainerRef,
-) -> Result<Vec<(SnapshotId, Snapshot)>, MigrationError> {
+    before: Option<(Shared, Vec<SnapshotId>)>,
+) -> Result<Taken, MigrationError> {
     let described = describe(node, container).await?;
     described.check_movable(node).await?;
     let description = described.response(node).encode_to_vec();
     let lease = Arc::new(node.store.lease("snapshot", SNAPSHOT_MAX));
-    let subjects = Arc::new(Mutex::new(Subjects::of(node, &described, true)));
+    let fresh = || (Arc::new(Mutex::new(Subjects::of(node, &described, true))), Vec::new());
+    let (subjects, last) = before.unwrap_or_else(fresh);
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
-    {
-        // Once while it runs, so that little is left to read while it is frozen.
-        let (subjects, lease) = (subjects.clone(), lease.clone());
-        blocking(move || lock(&subjects).capture_live(&lease, &pids, &|_| true)).await?;
-    }
+    // Once while it runs, so that little is left to read while it is frozen.
+    let (reading, held) = (subjects.clone(), lease.clone());
+    let changed = blocking(move || {
+        let mut subjects = lock(&reading);
+        subjects.rely_on(&last)?;
+        subjects.capture_live(&held, &pids, &|_| true)?;
+        Ok(subjects.versions())
+    })
+    .await?;
     let directory = node.config.state_dir.join("dump").join(node.new_id());
     let to_itself = format!("{}/{container}", node.config.node);
     let offer = Event::Offer(to_itself, Epoch::default());
@@ -153,7 +168,7 @@ async fn take_here(
         writer.flush()?;
         let snapshots = newest(&node.store, &versions, &node.config.node)?;
         let ids = record(&node, &snapshots)?;
-        Ok(ids.into_iter().zip(snapshots).collect())
+        Ok((changed, ids.into_iter().zip(snapshots).collect()))
     })
     .await
 }

@@ -20,6 +20,7 @@ use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Share};
 use super::request::{self, create_and_start, describe_at, image_of, pre_flight, record_with};
 use super::session::{Parsed, Work};
+use super::source::EPOCH_MAX;
 use super::{MigrationError, blocking, image};
 use crate::containerd::ClientError;
 use crate::content::Source as _;
@@ -257,7 +258,7 @@ impl Work {
         let container = self.asked.container.clone();
         let known = self.node.journal.container(&container)?;
         let known = known.map_or(Epoch(0), |entry| entry.epoch());
-        let epoch = known.max(Epoch(cut.epoch)).next();
+        let epoch = known.max(Epoch(cut.epoch.min(EPOCH_MAX))).next();
         self.journal_claim(epoch)?;
         self.node.journal.apply(&container, &Event::Granted(epoch), |_| {})?;
         self.may_discard = false;

@@ -46,7 +46,7 @@ const FROZEN_MAX: Duration = Duration::from_secs(300);
 const IDLE_MAX: Duration = Duration::from_secs(3600);
 
 /// Largest epoch that a destination may claim to know, far beyond any that is reached.
-const EPOCH_MAX: u64 = 1 << 60;
+pub(super) const EPOCH_MAX: u64 = 1 << 60;
 
 /// Messages on their way to the destination.
 const QUEUE: usize = 4;

@@ -66,6 +66,9 @@ impl Version {
     }
 }
 
+/// What was captured, and as what it was recorded.
+pub type Taken = (Vec<Version>, Vec<(SnapshotId, Snapshot)>);
+
 /// A file tree, with what its captures remember.
 struct TreeSubject {
     subject: Subject,
@@ -181,12 +184,17 @@ impl Subjects {
         Ok(())
     }
 
-    /// Begins anew: what the captures remember may be gone from the store.
-    pub fn forget(&mut self) {
-        self.memory_last = None;
-        for tree in &mut self.trees {
-            (tree.unchanged, tree.last) = (Unchanged::default(), None);
+    /// Begins anew unless all of these snapshots, as which earlier captures were recorded, are there: what the captures
+    /// remember may be gone from the store otherwise. Call it under a lease, so that what is there stays.
+    pub fn rely_on(&mut self, last: &[SnapshotId]) -> Result<(), StoreError> {
+        let known: HashSet<_> = self.store.all_snapshots()?.into_iter().map(|(id, _)| id).collect();
+        if !last.iter().all(|id| known.contains(id)) {
+            self.memory_last = None;
+            for tree in &mut self.trees {
+                (tree.unchanged, tree.last) = (Unchanged::default(), None);
+            }
         }
+        Ok(())
     }
 
     fn memory_before(&self) -> Result<Previous, ContentError> {

@@ -105,7 +105,7 @@ impl Peer for Service {
             features: Vec::new(),
             load: load(),
             criu_version: self.node.criu_version.clone(),
-            free_bytes: free_bytes(&self.node),
+            free_bytes: free_bytes(&self.node).unwrap_or(0),
             architecture: std::env::consts::ARCH.to_owned(),
             labels: self.node.config.labels.clone().into_iter().collect(),
         }))

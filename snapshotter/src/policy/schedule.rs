@@ -12,17 +12,17 @@ use crate::migrate::predict::changed;
 /// No period is longer than this.
 pub const PERIOD_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
-/// A setting that makes no sense, by its key.
+/// A setting that makes no sense, by its key in the daemon's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 pub enum ScheduleError {
     /// The shortest period.
-    #[error("`min` must be more than nothing")]
+    #[error("`period_min_s` must be more than nothing")]
     Min,
     /// The longest period.
-    #[error("`max` must be at least `min`, and a year at most")]
+    #[error("`period_max_s` must be at least `period_min_s`, and a year at most")]
     Max,
     /// The difference that makes a capture due.
-    #[error("`target_bytes` must be more than nothing")]
+    #[error("`difference_mib` must be more than nothing")]
     TargetBytes,
     /// The spread of periods.
     #[error("`jitter` is {0}, but must be at least 0 and less than 1")]
@@ -31,7 +31,7 @@ pub enum ScheduleError {
     #[error("`cpu_share` is {0}, but must be more than 0 and at most 1")]
     CpuShare(f64),
     /// The share of the disk's bandwidth.
-    #[error("`disk_bytes_per_s` must be more than nothing")]
+    #[error("`disk_mib_per_s` must be more than nothing")]
     Disk,
 }
 

@@ -1,6 +1,6 @@
 //! Snapshots: what is kept, and of what. They are the roots that a sweep marks from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::time::Duration;
 
@@ -166,7 +166,7 @@ impl Store {
         self.remove_snapshots(&[id])
     }
 
-    /// Forgets several.
+    /// Forgets several, durably, and with the last one of a subject that it was removed.
     pub fn remove_snapshots(&self, ids: &[SnapshotId]) -> Result<(), StoreError> {
         let write = self.inner.index.begin_write()?;
         {
@@ -176,6 +176,14 @@ impl Store {
                     return Err(StoreError::UnknownSnapshot(*id));
                 }
             }
+            let mut left = HashSet::new();
+            for entry in table.iter()? {
+                left.extend(
+                    Snapshot::from_bytes(entry?.1.value()).map(|one| one.subject.to_string()),
+                );
+            }
+            // That a subject was removed matters as long as it has snapshots.
+            write.open_table(index::REMOVED)?.retain(|subject, _| left.contains(subject))?;
         }
         index::commit_durable(write, &self.inner.packs)?;
         self.inner.snapshots_changed.send_replace(());

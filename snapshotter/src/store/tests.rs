@@ -364,8 +364,14 @@ fn what_was_removed_is_there_again_with_its_next_snapshot() {
     store.note_removed(&one.subject, 7).unwrap();
     assert_eq!(store.removed().unwrap(), [(one.subject.to_string(), 6)].into());
     one.sequence += 1;
-    assert!(store.record(&one).unwrap() > id);
+    let again = store.record(&one).unwrap();
+    assert!(again > id);
     assert!(store.removed().unwrap().is_empty());
+    store.note_removed(&one.subject, 8).unwrap();
+    store.remove_snapshot(id).unwrap();
+    assert_eq!(store.removed().unwrap().len(), 1, "it has a snapshot yet");
+    store.remove_snapshot(again).unwrap();
+    assert!(store.removed().unwrap().is_empty(), "nothing is left to expire");
 }
 
 #[test]
