@@ -17,7 +17,7 @@ pub mod placement;
 pub mod retention;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use godwit_protos::{ContainerRef, Subject};
@@ -44,6 +44,9 @@ const LOOK: Duration = Duration::from_secs(5);
 /// Captures whose copies wait for slow neighbours, at most; what is taken meanwhile is copied the next time.
 const COPIES_WAITING: usize = 2;
 
+/// Subjects whose write rates are remembered, at most.
+const RATES_MAX: usize = 4096;
+
 /// Runtimes whose containers are captured.
 const RUNTIMES: [&str; 2] = ["io.containerd.runc.godwit.v1", "io.containerd.godwit.v1"];
 
@@ -52,14 +55,16 @@ const RUNTIMES: [&str; 2] = ["io.containerd.runc.godwit.v1", "io.containerd.godw
 pub struct Caching {
     moved: Mutex<HashSet<ContainerRef>>,
     removed: Mutex<Vec<(Subject, Instant)>>,
+    /// Bytes per second that were seen to be written.
+    rates: Mutex<HashMap<Subject, f64>>,
     /// Copies that this node fetches for others.
     keeps: Semaphore,
 }
 
 impl Default for Caching {
     fn default() -> Self {
-        let (moved, removed) = (Mutex::default(), Mutex::default());
-        Self { moved, removed, keeps: Semaphore::new(placement::KEEPS_MAX) }
+        let (moved, removed, rates) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { moved, removed, rates, keeps: Semaphore::new(placement::KEEPS_MAX) }
     }
 }
 
@@ -67,6 +72,7 @@ impl Caching {
     /// A container or volume was removed here: its snapshots expire, here and at every peer.
     pub fn removed(&self, node: &Node, subject: Subject) -> Result<(), StoreError> {
         retention::note_removed(node, &subject)?;
+        self.rates().remove(&subject);
         let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
         removed.push((subject, Instant::now()));
         Ok(())
@@ -77,6 +83,26 @@ impl Caching {
         let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
         removed.retain(|(_, at)| at.elapsed() < age);
         removed.iter().map(|(subject, _)| subject.to_string()).collect()
+    }
+
+    fn rates(&self) -> MutexGuard<'_, HashMap<Subject, f64>> {
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `changed` of `size` bytes of a subject were seen to differ after `since`. Returns its write rate.
+    pub fn learn(&self, subject: &Subject, size: u64, changed: u64, since: Duration) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        let rate = write_rate(size as f64, changed as f64, since.as_secs_f64());
+        let mut rates = self.rates();
+        if rates.len() < RATES_MAX || rates.contains_key(subject) {
+            rates.insert(subject.clone(), rate);
+        }
+        rate
+    }
+
+    /// Bytes per second that are written to a subject, as last seen.
+    pub fn write_rate(&self, subject: &Subject) -> Option<f64> {
+        self.rates().get(subject).copied()
     }
 
     /// A container runs elsewhere now: that it disappears here does not mean that it was removed.
@@ -302,10 +328,9 @@ impl Runner {
             let Some(due) = tracked.due.get_mut(&snapshot.subject) else { continue };
             let version = versions.iter().find(|version| version.subject == snapshot.subject);
             if let (Some(version), Some((before, _))) = (version, due.last) {
-                #[expect(clippy::cast_precision_loss, reason = "a rate")]
-                let (size, changed) = (version.size_bytes as f64, version.changed_bytes as f64);
-                let rate = write_rate(size, changed, (now - before).as_secs_f64());
-                due.write_rate = Some(rate);
+                let (size, changed) = (version.size_bytes, version.changed_bytes);
+                let caching = &self.node.caching;
+                due.write_rate = Some(caching.learn(&version.subject, size, changed, now - before));
             }
             let name = snapshot.subject.to_string();
             let seed = seed(&self.node.config.node, &name, snapshot.sequence);

@@ -17,6 +17,7 @@ pub fn choices(
     connections: &Connections,
     entries: &[Entry],
     (subject, size_bytes): (&Subject, u64),
+    write_rate: Option<f64>,
 ) -> Vec<Choice> {
     let mut newest = BTreeMap::<&str, &Entry>::new();
     for entry in entries.iter().filter(|entry| entry.subject.as_ref() == Some(subject)) {
@@ -50,7 +51,7 @@ pub fn choices(
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let size = size_bytes as f64;
     // What is here already is not known before the lists are: nobody is left out for it.
-    let wanted = Wanted { size_bytes: size, missing_bytes: size, write_rate: None };
+    let wanted = Wanted { size_bytes: size, missing_bytes: size, write_rate };
     choose(&wanted, &candidates, &of_source, ingest)
 }
 

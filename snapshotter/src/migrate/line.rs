@@ -3,6 +3,7 @@
 //! The stream is the session: dropping the line ends it, and the source thaws unless it has released the container.
 //! docs/protocol.md has the order of the messages; [`super::source`] is the other end.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use godwit_protos::peer::{
@@ -24,6 +25,9 @@ const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
 /// Subjects of a container that are looked up: volumes, layer and memory.
 const SUBJECTS_MAX: usize = 64;
 
+/// What the rounds will bring, and how fast it is written, in bytes per second, where that was measured.
+pub(super) type Subjects = HashMap<Subject, Option<f64>>;
+
 /// The two directions of the hand-off stream.
 pub(super) struct Line {
     to: mpsc::Sender<ToSource>,
@@ -43,11 +47,15 @@ impl Line {
     }
 
     /// The epoch of what has begun, and the subjects that the rounds will bring.
-    pub(super) async fn begun(&mut self) -> Result<(Epoch, Vec<Subject>), MigrationError> {
+    pub(super) async fn begun(&mut self) -> Result<(Epoch, Subjects), MigrationError> {
         match self.next().await? {
             from_source::Message::Begun(begun) => {
-                let subjects = begun.subjects.iter().take(SUBJECTS_MAX).map(|text| text.parse());
-                Ok((Epoch(begun.epoch), subjects.collect::<Result<_, _>>()?))
+                let rates = begun.write_rates.into_iter().chain(std::iter::repeat(0.0));
+                let subjects = begun.subjects.iter().take(SUBJECTS_MAX).zip(rates);
+                let parse = |(text, rate): (&String, f64)| {
+                    Ok::<_, MigrationError>((text.parse()?, (rate > 0.0).then_some(rate)))
+                };
+                Ok((Epoch(begun.epoch), subjects.map(parse).collect::<Result<_, _>>()?))
             }
             _ => Err(MigrationError::Protocol("expected begun")),
         }

@@ -20,7 +20,7 @@ use godwit_protos::{Digest, ServiceRef, Subject, VolumeSource};
 use serde::{Deserialize, Serialize};
 
 use super::destination::{Connections, connect, kind_of, mode_word};
-use super::line::{Line, named};
+use super::line::{Line, Subjects, named};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use super::request::{Request, describe_at, pre_flight, record};
 use super::{MigrationError, blocking, choice};
@@ -31,6 +31,7 @@ use crate::directory::{Entry, LOOKUP_MAX};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, Peers, fetch};
+use crate::policy::choose::Choice;
 use crate::store::{Lease, Store};
 
 /// How long what a plan brings is protected while it is made.
@@ -139,9 +140,10 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
     let (subjects, capture, found) = survey.subjects(request, &contents).await?;
     surveyed.extend(subjects);
     for digest in contents {
-        let entries = found.iter().filter(|entry| entry.manifest == digest).cloned().collect();
+        let has_it = found.iter().filter(|entry| entry.manifest == digest);
+        let entries: Vec<Entry> = has_it.cloned().collect();
         let root = (Kind::Tree, digest);
-        surveyed.push(survey.tree(digest.to_string(), root, None, entries).await?);
+        surveyed.push(survey.tree(digest.to_string(), root, None, (&entries, &[])).await?);
     }
     let mut rates: BTreeMap<_, _> = node.channels.rates().into_iter().collect();
     rates.extend(connections.measured());
@@ -214,12 +216,13 @@ impl Survey<'_> {
         let mut line = Line::open(&self.connections.source, begin).await?;
         let (_, subjects) = line.begun().await?;
         let container = &request.from.container;
-        let lookup = self.connections.look_up(self.node, container, subjects, contents.to_vec());
+        let asked = subjects.keys().cloned().collect();
+        let lookup = self.connections.look_up(self.node, container, asked, contents.to_vec());
         let begun = Instant::now();
         let first = line.round(1).await?;
         let capture = begun.elapsed();
         let found = lookup.found(LOOKUP_MAX).await;
-        let surveyed = self.first_round(&first, &found).await;
+        let surveyed = self.first_round(&first, &found, &subjects).await;
         let between = begun.elapsed();
         let second = line.round(2).await;
         line.abort("only a plan was asked for".to_owned()).await;
@@ -236,6 +239,7 @@ impl Survey<'_> {
         &self,
         round: &RoundDone,
         found: &[Entry],
+        rates: &Subjects,
     ) -> Result<Vec<Surveyed>, MigrationError> {
         let mut surveyed = Vec::new();
         for manifest in &round.manifests {
@@ -246,37 +250,35 @@ impl Survey<'_> {
                     *other == subject || (ServiceRef::of(other).is_some() && root.0 == Kind::Memory)
                 })
             };
-            let entries = found.iter().filter(is_of).cloned().collect();
-            let mut one = self
-                .tree(subject.to_string(), root, Some((&subject, manifest.size_bytes)), entries)
-                .await?;
+            let entries: Vec<Entry> = found.iter().filter(is_of).cloned().collect();
+            let (of, rate) = ((&subject, manifest.size_bytes), rates.get(&subject).copied());
+            let choices =
+                choice::choices(self.node, self.connections, &entries, of, rate.flatten());
+            let size = Some(manifest.size_bytes);
+            let mut one = self.tree(subject.to_string(), root, size, (&entries, &choices)).await?;
             one.part.is_memory = root.0 == Kind::Memory;
             surveyed.push(one);
         }
         Ok(surveyed)
     }
 
-    /// What is missing of a version, and who of those that `entries` name has it.
+    /// What is missing of a version, and who of those that `entries` name has it. Of whom `choices` say nothing is asked:
+    /// whoever has read-only content has all of it.
     async fn tree(
         &self,
         name: String,
         root: (Kind, Digest),
-        subject: Option<(&Subject, u64)>,
-        entries: Vec<Entry>,
+        size: Option<u64>,
+        (entries, choices): (&[Entry], &[Choice]),
     ) -> Result<Surveyed, MigrationError> {
         let leaves = self.leaves(&self.connections.source_alone(), root).await?;
-        let size = subject.map_or(leaves.size, |(_, size)| size);
-        // Whoever has read-only content has all of it, and is asked.
-        let choices = match subject {
-            Some(subject) => choice::choices(self.node, self.connections, &entries, subject),
-            None => Vec::new(),
-        };
+        let size = size.unwrap_or(leaves.size);
         let here = self.node.store.clone();
         let all: Vec<Digest> = leaves.digests.iter().copied().collect();
         let missing = blocking(move || Ok(here.missing(&all)?)).await?;
         let mut candidates = Vec::new();
         let mut union = HashSet::new();
-        for peer in self.connections.holders(&entries, |_| true).neighbours {
+        for peer in self.connections.holders(entries, |_| true).neighbours {
             let theirs = entries.iter().filter(|entry| entry.node == peer.node);
             let theirs: Vec<&Entry> = theirs.take(SNAPSHOTS_PER_NEIGHBOUR).collect();
             let held = self.held(&peer, root, &theirs, &missing).await;

@@ -18,7 +18,7 @@ use super::destination::{
     give_back, kind_of, mode_word,
 };
 use super::layout::Layout;
-use super::line::{Line, named};
+use super::line::{Line, Subjects, named};
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
@@ -30,6 +30,7 @@ use crate::content::on;
 use crate::directory::{Entry, Lookup, SEQUENCE_MAX};
 use crate::node::Node;
 use crate::peer::fetch::{Depth, Peers, fetch};
+use crate::policy::choose::Choice;
 use crate::store::Lease;
 
 /// How long the shim has to restore and claim, and to report the end of the restore.
@@ -198,16 +199,17 @@ impl Work {
         line: &mut Line,
     ) -> Result<Report, MigrationError> {
         let (epoch, mut subjects) = line.begun().await?;
-        subjects.retain(|subject| self.is_asked(subject));
+        subjects.retain(|subject, _| self.is_asked(subject));
         let lookup = prepared.connections.look_up(
             &self.node,
             &self.asked.container,
-            subjects,
+            subjects.keys().cloned().collect(),
             self.missing_contents().into_iter().collect(),
         );
         let mut shares = Shares::default();
         self.bring_contents(prepared, &lookup, lease, &mut shares).await?;
-        let rounds = self.pre_copy(prepared, &lookup, lease, layout, line, &mut shares).await?;
+        let found = (&lookup, &subjects);
+        let rounds = self.pre_copy(prepared, found, lease, layout, line, &mut shares).await?;
         lease.renew()?;
 
         self.somebody_waits().await?;
@@ -308,13 +310,13 @@ impl Work {
     async fn pre_copy(
         &self,
         prepared: &Prepared,
-        lookup: &Lookup,
+        (lookup, subjects): (&Lookup, &Subjects),
         lease: &Arc<Lease>,
         layout: &mut Layout,
         line: &mut Line,
         shares: &mut Shares,
     ) -> Result<u32, MigrationError> {
-        let (mut changed, mut number) = (Vec::new(), 0);
+        let (mut changed, mut number, mut captured) = (Vec::new(), 0, Instant::now());
         while rounds::another(&changed, self.asked.settings.max_rounds) {
             number += 1;
             self.node.events.step(&self.migration, "pre-copy", &format!("round {number}"));
@@ -323,12 +325,21 @@ impl Work {
             changed.push(sizes.fold(0, u64::saturating_add));
             lease.renew()?;
             let manifests = self.parse_manifests(&done.manifests)?;
+            let since = std::mem::replace(&mut captured, Instant::now()).elapsed();
+            if number > 1 {
+                // It will be this node's to tell.
+                for ((subject, ..), told) in manifests.iter().zip(&done.manifests) {
+                    let (size, changed) = (told.size_bytes, told.changed_bytes);
+                    self.node.caching.learn(subject, size, changed, since);
+                }
+            }
             // What has changed since a round is nowhere but at the source.
             let first = number == 1;
             let mut peers = prepared.connections.source_alone();
             if first {
                 let found = lookup.found(LOOKUP_WAIT).await;
-                peers = self.worth_asking(prepared, &found, &done.manifests, &manifests);
+                peers =
+                    self.worth_asking(prepared, (&found, subjects), &done.manifests, &manifests);
             }
             let roots: Vec<_> =
                 manifests.iter().map(|(subject, root, _)| (kind_of(subject), *root)).collect();
@@ -349,14 +360,19 @@ impl Work {
     fn worth_asking(
         &self,
         prepared: &Prepared,
-        found: &[Entry],
+        (found, rates): (&[Entry], &Subjects),
         told: &[Manifest],
         manifests: &Parsed,
     ) -> Peers {
         let connections = &prepared.connections;
         let (mut all, subjects) = (Vec::new(), manifests.iter().map(|(subject, ..)| subject));
         for (subject, told) in subjects.clone().zip(told) {
-            all.extend(choice::choices(&self.node, connections, found, (subject, told.size_bytes)));
+            let rate = rates.get(subject).copied().flatten();
+            let of = (subject, told.size_bytes);
+            all.extend(choice::choices(&self.node, connections, found, of, rate));
+        }
+        for Choice { node, reason, score, .. } in &all {
+            tracing::info!(migration = self.migration, node, %reason, saves_s = score, "a neighbour");
         }
         let asked = choice::asked(&all, found, &subjects.collect::<Vec<_>>());
         connections.among(&asked)

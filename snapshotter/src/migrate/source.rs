@@ -20,7 +20,7 @@ use godwit_protos::peer::{
     Begin, Begun, FromSource, Manifest, ObjectBatch, Refusal, Released, RoundDone, Stopped,
     ToSource, from_source, to_source,
 };
-use godwit_protos::{ContainerRef, Digest, MigrateFrom};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
@@ -157,8 +157,14 @@ impl Session {
 
     async fn run(&mut self, inbound: &mut Streaming<ToSource>) -> Result<(), MigrationError> {
         let epoch = self.epoch()?;
-        let subjects = lock(&self.subjects).all().map(ToString::to_string).collect();
-        self.send(from_source::Message::Begun(Begun { epoch: epoch.0, subjects })).await?;
+        let subjects: Vec<Subject> = lock(&self.subjects).all().cloned().collect();
+        let rate = |subject| self.node.caching.write_rate(subject).unwrap_or_default();
+        let begun = Begun {
+            epoch: epoch.0,
+            write_rates: subjects.iter().map(rate).collect(),
+            subjects: subjects.iter().map(ToString::to_string).collect(),
+        };
+        self.send(from_source::Message::Begun(begun)).await?;
         loop {
             match next(inbound, IDLE_MAX).await? {
                 to_source::Message::Round(round) if round.number <= ROUNDS_MAX => {

@@ -18,7 +18,8 @@
 //! Candidates are ranked by the time that each would save alone, and taken in that order while another one makes the end
 //! earlier than those taken before it by [`GAIN_MIN`]. Nobody is asked in vain: a question to a node that
 //! adds nothing costs that node something. Should the measurements be wrong, the source helps all the same
-//! (`peer::queue`); the choice only says who is asked first.
+//! (`peer::queue`); the choice only says who is asked first. Of a subject whose write rate nobody measured nobody knows
+//! what a snapshot has that a fresher one lacks: then whoever is of use is asked.
 
 use std::fmt;
 use std::time::Duration;
@@ -93,10 +94,18 @@ pub enum Reason {
     Sooner,
     /// Not asked: its snapshot is so old, or it is so slow, that the source alone is as soon.
     NoUse,
+    /// Asked: how fast the subject is written was never measured, so how much others leave to it cannot be told.
+    Unmeasured,
     /// Not asked: those that are asked bring as much as soon.
     NotNeeded,
     /// Not asked: [`CHOSEN_MAX`] others are.
     Enough,
+}
+
+impl Reason {
+    fn is_asked(self) -> bool {
+        matches!(self, Self::Sooner | Self::Unmeasured)
+    }
 }
 
 impl fmt::Display for Reason {
@@ -104,6 +113,7 @@ impl fmt::Display for Reason {
         f.write_str(match self {
             Self::Sooner => "all is here sooner with it",
             Self::NoUse => "too old or too slow: the source alone is as soon",
+            Self::Unmeasured => "it may have what others lack: the write rate is not known",
             Self::NotNeeded => "those that are asked bring as much as soon",
             Self::Enough => "enough others are asked",
         })
@@ -170,12 +180,15 @@ pub fn choose(
     let alone = end(&[]);
     let saved: Vec<Duration> =
         (0..channels.len()).map(|one| alone - end(&[one]).min(alone)).collect();
+    // What differs by less than would be a reason to ask differs by noise.
+    let step = alone.mul_f64(GAIN_MIN).max(Duration::from_micros(1)).as_micros();
+    let rank = |saved: Duration| saved.as_micros() / step;
     let mut order: Vec<usize> = (0..channels.len()).collect();
     order.sort_by(|one, other| {
         let ((a, x), (b, y)) =
             ((&candidates[*one], &channels[*one]), (&candidates[*other], &channels[*other]));
-        (saved[*other].cmp(&saved[*one]))
-            // As good in the end: the fresher, faster, nearer, idler.
+        (rank(saved[*other]).cmp(&rank(saved[*one])))
+            // As good in the end, give or take noise: the fresher, which leaves the source less, faster, nearer, idler.
             .then(ages[*one].cmp(&ages[*other]))
             .then(y.rate.total_cmp(&x.rate))
             .then(a.round_trip.cmp(&b.round_trip))
@@ -184,19 +197,22 @@ pub fn choose(
             .then(a.node.cmp(&b.node))
     });
     let (mut chosen, mut soonest) = (Vec::new(), alone);
-    let mut reasons = Vec::new();
+    let mut reasons: Vec<Reason> = Vec::new();
     for index in &order {
+        let asked = reasons.iter().filter(|reason| reason.is_asked()).count();
         let mut with = chosen.clone();
         with.push(*index);
         let sooner = end(&with);
         let is_sooner = |than: Duration, end: Duration| end < than.mul_f64(1.0 - GAIN_MIN);
         reasons.push(if !is_sooner(alone, alone - saved[*index]) {
             Reason::NoUse
-        } else if chosen.len() == CHOSEN_MAX {
+        } else if asked == CHOSEN_MAX {
             Reason::Enough
         } else if is_sooner(soonest, sooner) {
             (chosen, soonest) = (with, sooner);
             Reason::Sooner
+        } else if wanted.write_rate.is_none() {
+            Reason::Unmeasured
         } else {
             Reason::NotNeeded
         });
@@ -206,7 +222,7 @@ pub fn choose(
         node: candidates[*index].node.clone(),
         score: saved[*index].as_secs_f64(),
         expected_bytes: shares[*index],
-        chosen: reason == Reason::Sooner,
+        chosen: reason.is_asked(),
         reason,
     };
     order.iter().zip(reasons).map(choice).collect()
@@ -364,6 +380,24 @@ mod tests {
         assert!(choices.iter().all(|choice| choice.reason == Reason::NoUse && !choice.chosen));
         assert!(choices.iter().all(|choice| choice.expected_bytes == 0.0));
         assert!(choose(&WANTED, &[], &SOURCE, INGEST).is_empty());
+    }
+
+    #[test]
+    fn of_what_was_never_measured_everybody_of_use_is_asked() {
+        let near = |node: &str, age| Candidate {
+            node: node.to_owned(),
+            age: Duration::from_secs(age),
+            rate: Some(1e9),
+            ..Candidate::default()
+        };
+        let candidates = [near("fresh", 1), near("older", 60)];
+        let source = Source { rate: Some(1e6), ..Source::default() };
+        let asked = |write_rate| {
+            let wanted = Wanted { size_bytes: 1e9, missing_bytes: 1e9, write_rate };
+            let choices = choose(&wanted, &candidates, &source, 1e8);
+            choices.iter().filter(|choice| choice.chosen).count()
+        };
+        assert_eq!((asked(Some(1e3)), asked(None)), (1, 2));
     }
 
     #[test]
