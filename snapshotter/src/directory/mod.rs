@@ -17,7 +17,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use godwit_protos::{Digest, ServiceRef, Subject};
@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::config::{Backend, Config};
+use crate::node::unix_ms;
 use crate::peer::Connection;
 use crate::store::Snapshot;
 
@@ -153,7 +154,7 @@ impl Query {
 
 /// What a node holds: its snapshots, and the read-only volumes `contents`, with all manifests by digest too.
 pub fn held(node: &str, snapshots: Vec<Snapshot>, contents: Vec<Digest>) -> Vec<Entry> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = unix_ms();
     let manifest = |manifest: Digest| Entry {
         node: node.to_owned(),
         subject: None,
@@ -166,12 +167,12 @@ pub fn held(node: &str, snapshots: Vec<Snapshot>, contents: Vec<Digest>) -> Vec<
     let manifests: std::collections::BTreeSet<Digest> = roots.collect();
     let mut held: Vec<Entry> = manifests.into_iter().map(manifest).collect();
     held.extend(snapshots.into_iter().map(|snapshot| {
-        let taken = u64::try_from(snapshot.taken_at_unix_ms).unwrap_or(0);
+        let age = snapshot.age(now);
         Entry {
             node: node.to_owned(),
             subject: Some(snapshot.subject),
             sequence: snapshot.sequence,
-            age: now.saturating_sub(Duration::from_millis(taken)),
+            age,
             manifest: snapshot.root,
             size_bytes: snapshot.size_bytes,
         }
