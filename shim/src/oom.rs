@@ -22,7 +22,6 @@ use crate::container::Container;
 /// How often, and how long, the count is looked at after version 1 has signalled.
 const LOOKS: u32 = 50;
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
-
 /// Enough for one event of either kind.
 const EVENT_BYTES_MAX: usize = 512;
 
@@ -68,7 +67,8 @@ pub(crate) fn watch(container: &Arc<Container>) {
     });
 }
 
-/// Reports kills, for which version 1 has to be waited. `false` when the container is gone.
+/// Reports kills; version 1 signals before it kills, so they are waited for. `false` when the container
+/// is gone.
 async fn reported(container: &Weak<Container>) -> bool {
     for _ in 0..LOOKS {
         match container.upgrade() {

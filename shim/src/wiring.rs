@@ -30,10 +30,8 @@ use crate::sys;
 
 /// How long the runtime may take to hand over a terminal, and a logger to say that it is ready.
 const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(10);
-/// How long outputs may drain once the process is deleted. containerd's own shim waits as long.
-const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
-/// How long a logger may take to end.
-const LOGGER_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long outputs may drain once the process is deleted, and a logger take to end.
+const DRAIN_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// Why streams cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -349,19 +347,16 @@ impl Wiring {
 
     /// Delivers what is still buffered, for a bounded time, and lets go of everything.
     pub(crate) async fn shutdown(&self, reaper: &Reaper) {
-        let deadline = tokio::time::Instant::now() + DRAIN_TIME_MAX;
-        if tokio::time::timeout_at(deadline, self.copies.shutdown()).await.is_err() {
-            self.copies.abort().await;
-        }
+        self.copies.shutdown().await;
         let others = std::mem::take(&mut *self.others());
         for mut file in others.files {
-            if tokio::time::timeout_at(deadline, &mut file).await.is_err() {
+            if tokio::time::timeout(DRAIN_TIME_MAX, &mut file).await.is_err() {
                 file.abort();
             }
         }
         if let Some((pid, done)) = others.logger {
             let _ = reaper.signal(pid, Signal::SIGTERM);
-            if tokio::time::timeout(LOGGER_TIME_MAX, done).await.is_err() {
+            if tokio::time::timeout(DRAIN_TIME_MAX, done).await.is_err() {
                 let _ = reaper.signal(pid, Signal::SIGKILL);
             }
         }

@@ -90,9 +90,7 @@ fn output_that_nobody_reads_blocks_nobody_else(runtime: &Runtime) -> Result<()> 
     assert_eq!(task.wait("")?, 137);
     let begun = Instant::now();
     assert_eq!(task.delete()?, 137);
-    // containerd 2.1's shim waits ten seconds for a reader (docs/shim.md).
-    let limit = Duration::from_secs(if runtime.name == GODWIT.name { 5 } else { 15 });
-    assert!(begun.elapsed() < limit, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     Ok(())
 }
 
