@@ -13,6 +13,8 @@ TEST := $(CARGO) test --release --workspace --locked
 # Suites of a crate of its own, which need no test nodes.
 LIGHT_SUITES := $(sort $(basename $(notdir $(wildcard criu-wrapper/tests/*.rs shim/tests/*.rs snapshotter/tests/*.rs))))
 SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
+# Suites that choose their containerd by the environment.
+BOTH_CONTAINERDS := cri shim
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
@@ -30,7 +32,7 @@ build: prerequisites ## build all programs (release)
 demo: require-root build ## migrate a running redis between two test nodes, and show it
 	$(TARGET_DIR)/release/demo $(ARGS)
 
-test: require-root unit $(SUITES:%=test-%) test-shim-containerd-2 ## run every test; needs root
+test: require-root unit $(SUITES:%=test-%) $(BOTH_CONTAINERDS:%=test-%-containerd-2) ## run every test; needs root
 
 unit: build
 	@begin=$$(date +%s); \
@@ -43,11 +45,11 @@ test-%: require-root build
 	$(TEST) --test $* -- --test-threads=1 || exit 1; \
 	echo "suite $*: $$(($$(date +%s) - begin)) s"
 
-# The same suite under the other generation of containerd.
-test-shim-containerd-2: require-root build
+# A suite under the other generation of containerd, for example `make test-shim-containerd-2`.
+test-%-containerd-2: require-root build
 	@begin=$$(date +%s); \
-	GODWIT_CONTAINERD=2 $(TEST) --test shim -- --test-threads=1 || exit 1; \
-	echo "suite shim-containerd-2: $$(($$(date +%s) - begin)) s"
+	GODWIT_CONTAINERD=2 $(TEST) --test $* -- --test-threads=1 || exit 1; \
+	echo "suite $*-containerd-2: $$(($$(date +%s) - begin)) s"
 
 lint: prerequisites ## check formatting and lints
 	$(CARGO) fmt --all --check

@@ -17,13 +17,29 @@ pub const PEER_PORT: u16 = 7946;
 /// containerd's own configuration in a node: nothing but the drop-ins.
 const CONTAINERD: &str = "version = 2\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n";
 
-/// What this kind of machine needs besides: root without CAP_SYS_RESOURCE cannot lower an OOM score,
-/// which the CRI plugin does by default. It goes into the same file as the documented settings, since
-/// containerd 1.7 takes each plugin's section from one file.
+/// What pods need besides here: root without CAP_SYS_RESOURCE cannot lower an OOM score, which the CRI
+/// plugin does by default; there is no registry for the pause image; Debian keeps CNI plugins in a place
+/// of its own; and a second handler runs the other OCI runtime. It goes into the same file as the
+/// documented settings, since containerd 1.7 takes each plugin's section from one file.
 const CRI: &str = "
 [plugins.\"io.containerd.grpc.v1.cri\"]
   restrict_oom_score_adj = true
+  sandbox_image = \"localhost/pause:test\"
+
+[plugins.\"io.containerd.grpc.v1.cri\".cni]
+  bin_dir = \"/usr/lib/cni\"
+
+[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.godwit-crun]
+  runtime_type = \"io.containerd.runc.godwit.v1\"
+
+[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.godwit-crun.options]
+  BinaryName = \"crun\"
 ";
+
+/// The pods' network: a bridge of their own in each node.
+const CNI: &str = r#"{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "pods0",
+"isGateway": true, "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]]}}]}
+"#;
 
 /// Puts the configuration of a node into its file system at `etc`, before it starts.
 pub(crate) fn configure(
@@ -40,6 +56,8 @@ pub(crate) fn configure(
     let text = fs::read_to_string(&documented)
         .with_context(|| format!("read {}", documented.display()))?;
     fs::write(drop_ins.join("godwit.toml"), text + CRI)?;
+    fs::create_dir_all(etc.join("cni/net.d"))?;
+    fs::write(etc.join("cni/net.d/pods.conflist"), CNI)?;
     fs::create_dir_all(etc.join("godwit"))?;
     fs::write(etc.join("godwit/godwit.toml"), daemon(node, address, peers, keys))?;
     Ok(())

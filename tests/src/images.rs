@@ -41,7 +41,12 @@ pub enum Image {
     Postgresql,
     /// A JVM with the program `images/Ledger.java`.
     Jvm,
+    /// What holds a pod's namespaces, and reaps what lost its parent. One layer, busybox's.
+    Pause,
 }
+
+/// What the pause container runs. The shell's `wait` takes in every child, its own or not.
+const PAUSE: &str = "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait; done";
 
 impl Image {
     /// Reference by which containerd knows it.
@@ -52,6 +57,7 @@ impl Image {
             Self::Memhog => "docker.io/library/memhog:test",
             Self::Postgresql => "docker.io/library/postgres:test",
             Self::Jvm => "docker.io/library/ledger:test",
+            Self::Pause => "localhost/pause:test",
         }
     }
 
@@ -62,6 +68,7 @@ impl Image {
             Self::Memhog => "memhog",
             Self::Postgresql => "postgres",
             Self::Jvm => "ledger",
+            Self::Pause => "pause",
         }
     }
 
@@ -77,6 +84,7 @@ impl Image {
             Self::Jvm => {
                 (&["java", "-Xmx64m", "-cp", "/app", "Ledger", "8080", "nobody", "1"], "/")
             }
+            Self::Pause => (&["/bin/sh", "-c", PAUSE], "/"),
         };
         Configuration { command, working_directory }
     }
@@ -113,8 +121,17 @@ pub fn archive(image: Image) -> Result<PathBuf> {
 
 /// Imports an image into a node and unpacks it for `snapshotter`.
 pub fn import(node: &Node, image: Image, snapshotter: &str) -> Result<()> {
+    import_into("default", node, image, snapshotter)
+}
+
+/// The same where the CRI plugin looks for images.
+pub fn import_for_pods(node: &Node, image: Image, snapshotter: &str) -> Result<()> {
+    import_into("k8s.io", node, image, snapshotter)
+}
+
+fn import_into(namespace: &str, node: &Node, image: Image, snapshotter: &str) -> Result<()> {
     let archive = archive(image)?;
-    node.command(&["ctr", "images", "import", "--snapshotter", snapshotter, "-"])
+    node.command(&["ctr", "-n", namespace, "images", "import", "--snapshotter", snapshotter, "-"])
         .stdin_file(archive)
         .timeout(IMPORT_TIMEOUT)
         .ok()
@@ -132,6 +149,7 @@ fn key(image: Image, root: &Root) -> Result<String> {
         }
         Image::Postgresql => text.extend(POSTGRESQL_SCRIPT.bytes()),
         Image::Jvm => text.extend(LEDGER_SOURCE.bytes()),
+        Image::Pause => text.extend(PAUSE.bytes()),
     }
     Ok(oci::hex(&text)[..12].to_owned())
 }
@@ -140,13 +158,10 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
     let tree = |name: &str| scratch.join(name);
     stage_base(root, &tree("base"))?;
     let mut layers = vec![Layer { tree: tree("base"), gzip: false }];
-    if image == Image::Busybox {
-        return Ok(layers);
-    }
     let own = tree("own");
     fs::create_dir_all(own.join("usr/bin"))?;
     let programs = match image {
-        Image::Busybox => Vec::new(),
+        Image::Busybox | Image::Pause => return Ok(layers),
         Image::Memhog => {
             fs::copy(place::binary("memhog"), own.join("usr/bin/memhog"))?;
             fs::create_dir_all(own.join("data"))?;

@@ -36,6 +36,7 @@ pub const PACKAGES: &[&str] = &[
     "attr",
     "busybox-static",
     "containerd",
+    "containernetworking-plugins",
     "crun",
     "e2fsprogs",
     "etcd-server",
