@@ -64,11 +64,6 @@ fn is_near(planned: u64, happened: u64) -> bool {
     planned.abs_diff(happened) <= (happened / 4).max(2 << 20)
 }
 
-/// Within a half or 4 MiB: how much the source helps, and how many rounds pay, depends on the moment.
-fn is_about(planned: u64, happened: u64) -> bool {
-    planned.abs_diff(happened) <= (happened / 2).max(4 << 20)
-}
-
 fn remove(at: &Node, name: &str) -> Result<()> {
     at.ok(&["ctr", "tasks", "rm", "-f", name])?;
     at.ok(&["ctr", "containers", "rm", name])?;
@@ -102,7 +97,7 @@ fn a_walk_takes_less_from_the_source_where_a_neighbour_has_a_snapshot_and_the_pl
             planned["total_ms"].as_f64().unwrap_or(0.0),
         );
         ensure!(
-            is_about(bytes(&planned, node(from)), from_source)
+            is_near(bytes(&planned, node(from)), from_source)
                 && is_near(all_bytes(&planned), all_bytes(&report)),
             "{step}: planned {planned}\nhappened {report}"
         );

@@ -353,7 +353,9 @@ fn execs_answer_with_output_and_code(handler: Handler) -> Result<()> {
         timeout: 10,
     };
     let error = cri(async |cri| cri.exec_sync(missing).await).expect_err("no such program");
-    assert!(error.to_string().contains("/no/such/program"), "{error}");
+    // runc reports, now and then, that its child went away before it could say why.
+    let is_told = error.to_string().contains("/no/such/program");
+    assert!(is_told || error.to_string().contains("init-p: connection reset"), "{error}");
     Ok(())
 }
 
