@@ -1,8 +1,9 @@
 #!/bin/sh
-# Installs the host packages of host-packages.txt that are missing, and looks for the Rust toolchain.
-# Says what it installs; does nothing, silently, when all is there.
+# Installs the host packages of host-packages.txt, and those named as arguments, that are missing, and looks for the
+# Rust toolchain. Says what it installs; does nothing, silently, when all is there.
 set -eu
 here=$(dirname "$0")
+packages="$(grep -v '^#' "$here/host-packages.txt") $*"
 
 if ! command -v cargo > /dev/null; then
 	echo "prerequisites: no cargo here: install Rust (https://rustup.rs), then try again" >&2
@@ -11,12 +12,12 @@ fi
 
 if ! command -v dpkg-query > /dev/null; then
 	echo "prerequisites: this is no Debian; see to it that these are installed:" >&2
-	grep -v '^#' "$here/host-packages.txt" >&2
+	echo "$packages" >&2
 	exit 0
 fi
 
 missing=
-for package in $(grep -v '^#' "$here/host-packages.txt"); do
+for package in $packages; do
 	status=$(dpkg-query -W -f '${Status}' "$package" 2> /dev/null) || status=absent
 	[ "$status" = "install ok installed" ] || missing="$missing $package"
 done

@@ -22,6 +22,7 @@ use crate::migrate::ownership::Ownership;
 use crate::migrate::report::Report;
 use crate::migrate::{MigrationError, request};
 use crate::peer::channel::Channels;
+use crate::peer::precedence::Precedence;
 use crate::store::{Options, SnapshotId, Store, SweepReport, Thrift};
 use crate::volumes::{VolumeError, Volumes};
 
@@ -44,6 +45,8 @@ pub struct Node {
     pub volumes: Volumes,
     /// What is known of the ways to the peers.
     pub channels: Channels,
+    /// What goes before answers to peers.
+    pub precedence: Precedence,
     /// Who holds what elsewhere.
     pub directory: Arc<dyn Directory>,
     /// containerd.
@@ -115,6 +118,7 @@ impl Node {
             journal,
             volumes,
             channels,
+            precedence: Precedence::default(),
             directory,
             containerd,
             sessions,

@@ -3,6 +3,8 @@
 //! Each command is the leader of a process group of its own, so that ending it ends what it started
 //! in that group (`nsenter` has the real command as a child). Output goes to files, not pipes: a
 //! daemon that a command leaves behind and that holds its output open then delays nobody.
+//!
+//! On a machine that is slow by a known factor, the environment variable `GODWIT_PATIENCE` multiplies every deadline.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -11,6 +13,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -24,6 +27,10 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause between two looks at whether a command has ended.
 const POLL_PAUSE: Duration = Duration::from_millis(2);
+
+static PATIENCE: LazyLock<u32> = LazyLock::new(|| {
+    std::env::var("GODWIT_PATIENCE").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1)
+});
 
 /// A command line with its input, environment and deadline.
 #[derive(Clone)]
@@ -259,7 +266,7 @@ pub fn wait_until(
     timeout: Duration,
     mut check: impl FnMut() -> Result<bool>,
 ) -> Result<()> {
-    let begin = Instant::now();
+    let (begin, timeout) = (Instant::now(), timeout * *PATIENCE);
     while !check()? {
         if begin.elapsed() > timeout {
             bail!("{what}: not within {timeout:?}");
@@ -270,7 +277,7 @@ pub fn wait_until(
 }
 
 fn wait(child: &mut Child, timeout: Duration) -> Result<Option<ExitStatus>> {
-    let begin = Instant::now();
+    let (begin, timeout) = (Instant::now(), timeout * *PATIENCE);
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));

@@ -91,7 +91,7 @@ impl Root {
         fs::create_dir_all(&roots).with_context(|| format!("create {}", roots.display()))?;
         let lock = fs::File::create(place::testbed().join("root.lock"))?;
         let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
-        let path = roots.join(key()?);
+        let path = path_of(may_raise_limits()?);
         if !path.is_dir() {
             build(&path).context("make the Debian root of the test nodes")?;
         }
@@ -123,16 +123,18 @@ impl Root {
     }
 }
 
-fn key() -> Result<String> {
+/// Where the root of a machine lies: it depends on whether it has CAP_SYS_RESOURCE.
+pub fn path_of(may_raise_limits: bool) -> PathBuf {
     let mut hash = Sha256::new();
     hash.update(format!(
         "{RECIPE} {RELEASE} {CRIU_RELEASE} {CONTAINERD_2_RELEASE} {PACKAGES:?} {UNPACKED:?} {APT_CONFIGURATION}"
     ));
-    if !may_raise_limits()? {
+    if !may_raise_limits {
         hash.update(PRELOAD_SOURCE);
         hash.update(CRIU_WRAPPER);
     }
-    Ok(hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect())
+    let key: String = hash.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    place::testbed().join("root").join(key)
 }
 
 /// Whether this process has CAP_SYS_RESOURCE, without which CRIU needs the preload library.

@@ -442,9 +442,8 @@ fn events_come_in_order_and_once(runtime: &Runtime) -> Result<()> {
     container.wait_for_status("STOPPED")?;
     // Fails with the task's exit code, 137; what it did shows in the events.
     let removed = ctr(&["task", "rm", &container.id])?;
-    let last = wait_until("the last event arrives", SOON, || {
-        Ok(events.log().contains("/tasks/delete"))
-    });
+    let last =
+        wait_until("the last event arrives", SOON, || Ok(events.log().contains("/tasks/delete")));
     // containerd's shim of 2.1 ends, now and then, before it has sent its last event.
     let is_lost = last.is_err() && runtime.name == RUNC.name;
     if !is_lost {

@@ -254,6 +254,8 @@ impl Session {
         let cut = cut::freeze_and_dump(&self.node, &self.described, subjects, &self.directory);
         let cut = cut.await?;
         let begun = Instant::now();
+        let node = self.node.clone();
+        let _urgent = node.precedence.take();
         let versions = cut::read_dump(subjects, &self.directory).await?;
         let manifests = self.manifests(&versions)?;
         let base = |version: &Version| {

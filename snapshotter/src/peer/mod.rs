@@ -7,6 +7,7 @@
 pub mod channel;
 pub mod fetch;
 mod pace;
+pub mod precedence;
 mod queue;
 pub mod server;
 

@@ -26,7 +26,7 @@ use crate::directory::{Query, neighbours};
 use crate::migrate::destination::Settings;
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
 use crate::node::{Node, load};
-use crate::store::{Store, Stored};
+use crate::store::Stored;
 
 /// Names in one lookup, at most.
 const LOOKUPS_MAX: usize = 1024;
@@ -157,8 +157,8 @@ impl Peer for Service {
             .collect::<Result<_, _>>()
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let (send, receive) = mpsc::channel(QUEUE);
-        let store = self.node.store.clone();
-        tokio::task::spawn_blocking(move || send_objects(&store, &digests, &send));
+        let node = self.node.clone();
+        tokio::task::spawn_blocking(move || send_objects(&node, &digests, &send));
         Ok(Response::new(ReceiverStream::new(receive)))
     }
 
@@ -176,6 +176,14 @@ impl Peer for Service {
         let total_bytes = total.ok_or_else(|| Status::not_found(format!("no blob {digest}")))?;
         let pieces =
             containerd.read_blob(&asked.namespace, digest, asked.offset).await.map_err(missing)?;
+        let node = self.node.clone();
+        let pieces = pieces.then(move |piece| {
+            let node = node.clone();
+            async move {
+                node.precedence.give_way().await;
+                piece
+            }
+        });
         let pieces = pieces.flat_map(move |piece| {
             let cut = match piece {
                 Err(error) => vec![Err(Status::internal(error.to_string()))],
@@ -334,18 +342,18 @@ pub fn follow(node: &Arc<Node>, wanted: Wanted) -> Pinned<Progress> {
 }
 
 /// Sends what the store has, in its stored form, and the names of what it has not.
-fn send_objects(
-    store: &Store,
-    digests: &[Digest],
-    send: &mpsc::Sender<Result<ObjectBatch, Status>>,
-) {
+fn send_objects(node: &Node, digests: &[Digest], send: &mpsc::Sender<Result<ObjectBatch, Status>>) {
+    let send = |batch| {
+        tokio::runtime::Handle::current().block_on(node.precedence.give_way());
+        send.blocking_send(Ok(batch))
+    };
     let (mut batch, mut bytes) = (ObjectBatch::default(), 0);
     for digest in digests {
-        match store.get_stored(digest) {
+        match node.store.get_stored(digest) {
             Ok(Some(stored)) => {
                 if bytes + stored.bytes.len() > BATCH_BYTES && !batch.objects.is_empty() {
                     bytes = 0;
-                    if send.blocking_send(Ok(std::mem::take(&mut batch))).is_err() {
+                    if send(std::mem::take(&mut batch)).is_err() {
                         return;
                     }
                 }
@@ -359,5 +367,5 @@ fn send_objects(
             }
         }
     }
-    let _ = send.blocking_send(Ok(batch));
+    let _ = send(batch);
 }

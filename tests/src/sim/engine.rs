@@ -358,7 +358,8 @@ impl Engine<'_> {
             }
         };
         migration.captured = now;
-        let transfer = self.network.begin(now, begun, migration.destination, senders, pools);
+        let (into, is_urgent) = (migration.destination, matches!(migration.phase, Phase::Stop));
+        let transfer = self.network.begin(now, begun, into, senders, pools, is_urgent);
         self.by_transfer.insert(transfer, number);
         self.migrations[number] = Some(migration);
     }

@@ -10,6 +10,9 @@
 //! sender 0; it has everything, but does of itself only what nobody else has, and helps under the same condition as in
 //! `peer/queue.rs`: when the neighbours would take longer for what is left than the source alone for everything.
 //!
+//! A difference that a frozen container waits for is urgent: others get what it leaves of the way out of its node, as in
+//! `peer/precedence.rs`.
+//!
 //! Only what changes costs: when a flow begins or ends, those that share a link with it are computed anew.
 
 use std::collections::BTreeSet;
@@ -26,6 +29,9 @@ const TICK: f64 = 0.01;
 
 /// Less than a byte is nothing.
 const NOTHING: f64 = 1.0;
+
+/// What is left to others on the way out of a node while a frozen container's difference goes there: a share.
+const LEFT_BY_URGENT: f64 = 0.01;
 
 /// Rates are computed anew after this many seconds at the latest, since other traffic changes.
 const REFRESH: f64 = 30.0;
@@ -73,6 +79,7 @@ pub struct Transfer {
     begun: f64,
     updated: f64,
     helps: bool,
+    is_urgent: bool,
     version: u64,
 }
 
@@ -191,11 +198,13 @@ impl<'w> Network<'w> {
         into: usize,
         senders: Vec<Sender>,
         mut pools: Vec<Pool>,
+        is_urgent: bool,
     ) -> usize {
         pools.retain(|pool| pool.bytes >= NOTHING);
         let total = pools.iter().map(|pool| pool.bytes).sum();
         let (updated, helps, version) = (now, false, 0);
-        let transfer = Transfer { into, senders, pools, total, begun, updated, helps, version };
+        let transfer =
+            Transfer { into, senders, pools, total, begun, updated, helps, is_urgent, version };
         let number = self.free.pop().unwrap_or_else(|| {
             self.transfers.push(None);
             self.transfers.len() - 1
@@ -278,13 +287,21 @@ impl<'w> Network<'w> {
 
     /// Bytes per second that a node offers to a transfer, whether it sends to it already or not.
     fn offer(&self, now: f64, node: usize, number: usize) -> f64 {
-        let into = |number: &usize| self.transfers[*number].as_ref().map(|one| one.into);
-        let Some(to) = into(&number) else { return 0.0 };
-        let window = given::WINDOW / self.world.round_trip(node, to);
+        let Some(this) = self.transfers[number].as_ref() else { return 0.0 };
+        let window = given::WINDOW / self.world.round_trip(node, this.into);
         let others = self.from[node].iter().filter(|other| **other != number);
-        let mut takes: Vec<f64> = others.filter_map(into).map(|into| self.levels[into]).collect();
+        let others = others.filter_map(|other| self.transfers[*other].as_ref());
+        let (urgent, others): (Vec<_>, Vec<_>) = others.partition(|other| other.is_urgent);
+        let all = self.world.serves(node, now);
+        let (mut room, rivals) = if this.is_urgent {
+            (all, urgent)
+        } else {
+            let before: f64 = urgent.iter().map(|other| other.senders[0].rate).sum();
+            ((all - before).max(LEFT_BY_URGENT * all), others)
+        };
+        let mut takes: Vec<f64> = rivals.iter().map(|rival| self.levels[rival.into]).collect();
         takes.sort_by(f64::total_cmp);
-        let (mut room, mut left) = (self.world.serves(node, now), takes.len() + 1);
+        let mut left = takes.len() + 1;
         for take in takes {
             if take >= room / left as f64 {
                 break;
@@ -364,7 +381,7 @@ mod tests {
     /// Runs one transfer alone.
     fn alone(world: &World, into: usize, from: &[usize], pools: Vec<Pool>) -> (Transfer, f64) {
         let mut network = Network::new(world);
-        let begun = network.begin(0.0, 0.0, into, senders(from), pools);
+        let begun = network.begin(0.0, 0.0, into, senders(from), pools, false);
         run(network).remove(&begun).unwrap()
     }
 
@@ -398,7 +415,7 @@ mod tests {
         let (_, single) = alone(&world, 1, &[0], vec![pool(1, 100.0)]);
         let mut network = Network::new(&world);
         let all: Vec<usize> = (1..12)
-            .map(|into| network.begin(0.0, 0.0, into, senders(&[0]), vec![pool(1, 100.0)]))
+            .map(|into| network.begin(0.0, 0.0, into, senders(&[0]), vec![pool(1, 100.0)], false))
             .collect();
         let done = run(network);
         assert_eq!(done.len(), all.len());
