@@ -6,10 +6,10 @@
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::command::{Invocation, host};
 
@@ -165,11 +165,23 @@ impl Port {
 ///
 /// Errors: there is no such namespace; those of `work`. A panic of `work` goes on in the caller.
 pub fn in_namespace<T: Send>(name: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let path = PathBuf::from(NAMESPACES).join(name);
-    let namespace = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+    on_thread_in(&PathBuf::from(NAMESPACES).join(name), CloneFlags::CLONE_NEWNET, work)
+}
+
+/// Runs `work` on a thread that has joined the namespace at `path`, which is of `kind`.
+pub(crate) fn on_thread_in<T: Send>(
+    path: &Path,
+    kind: CloneFlags,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    let namespace = File::open(path).with_context(|| format!("open {}", path.display()))?;
     let outcome = std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
-            setns(&namespace, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
+            if kind == CloneFlags::CLONE_NEWNS {
+                // Mounts are joined only by who shares root and working directory with no other thread.
+                unshare(CloneFlags::CLONE_FS).context("have a working directory of its own")?;
+            }
+            setns(&namespace, kind).context("enter the namespace")?;
             work()
         });
         thread.join()

@@ -11,11 +11,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
 
 use crate::cgroups::{self, Groups};
 use crate::command::{Background, Finished, Invocation, wait_until};
-use crate::network::{Counters, Port, in_namespace};
+use crate::network::{Counters, Port, in_namespace, on_thread_in};
 use crate::root::{CONTAINERD_2, Root};
 use crate::{deploy, place};
 
@@ -281,6 +282,12 @@ impl Node {
     /// Runs `work` on a thread in the node's network; sockets made there stay there.
     pub fn in_network<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         in_namespace(self.port.namespace(), work)
+    }
+
+    /// Runs `work` on a thread among the node's mounts: paths, mounts and the programs that it starts are the node's.
+    pub fn in_mounts<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let path = PathBuf::from(format!("/proc/{}/ns/mnt", self.init));
+        on_thread_in(&path, CloneFlags::CLONE_NEWNS, work)
     }
 
     /// Sets the rate of the node's link, both ways, in Mbit/s; `None` lifts the limit.

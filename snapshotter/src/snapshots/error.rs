@@ -87,6 +87,9 @@ pub enum SnapshotError {
         /// Its key, cut to a readable length.
         key: String,
     },
+    /// Labels ask for a mapping of ids that does not say who root is.
+    #[error("{0:?} is no mapping of user and group ids: expected 0:HOST:SIZE, for both")]
+    IdMapping(String),
     /// Only labels can be updated.
     #[error("field {field:?} of snapshot {key:?} cannot be updated")]
     Immutable {

@@ -9,7 +9,8 @@
 //! quoted    := a Go string literal in double quotes
 //! ```
 //!
-//! A list of filters matches what any of them matches; an empty list and an empty filter match
+//! Space may stand before a field, an operator or a value, and nowhere else, as containerd has it. A
+//! list of filters matches what any of them matches; an empty list and an empty filter match
 //! everything. The third operator of the grammar, `~=` (a regular expression), is refused:
 //! containerd sends none to a proxy.
 
@@ -97,16 +98,14 @@ struct Parser<'a> {
 impl Parser<'_> {
     fn selectors(&mut self) -> Result<Vec<Selector>, &'static str> {
         let mut selectors = Vec::new();
-        self.skip_space();
         if self.rest.peek().is_none() {
             return Ok(selectors);
         }
         loop {
             selectors.push(self.selector()?);
-            self.skip_space();
             match self.rest.next() {
                 None => return Ok(selectors),
-                Some(',') => self.skip_space(),
+                Some(',') => (),
                 Some(_) => return Err("expected a comma or the end after a selector"),
             }
         }
@@ -117,13 +116,12 @@ impl Parser<'_> {
         while self.rest.next_if_eq(&'.').is_some() {
             path.push(self.field()?);
         }
-        self.skip_space();
-        let mut operator = String::new();
-        while let Some(sign) = self.rest.next_if(|next| "=!~".contains(*next)) {
-            operator.push(sign);
+        if matches!(self.rest.peek(), None | Some(',')) {
+            return Ok(Selector { path, test: Test::Present });
         }
+        self.skip_space();
+        let operator = self.run_of(|next| "=!~".contains(next));
         let test = match operator.as_str() {
-            "" => Test::Present,
             "==" => Test::Equal(self.value()?),
             "!=" => Test::NotEqual(self.value()?),
             "~=" => return Err("regular expressions are not supported"),
@@ -133,6 +131,7 @@ impl Parser<'_> {
     }
 
     fn field(&mut self) -> Result<String, &'static str> {
+        self.skip_space();
         if self.rest.peek() == Some(&'"') {
             return self.quoted();
         }
@@ -252,7 +251,7 @@ mod tests {
     #[test]
     fn selectors_of_one_filter_must_all_match_and_of_several_filters_any() {
         assert!(matches(&[]) && matches(&[""]));
-        assert!(matches(&["kind==committed , name==sha256:aa"]));
+        assert!(matches(&[" kind == committed, name==sha256:aa"]));
         assert!(!matches(&["kind==committed,name==other"]));
         assert!(matches(&["kind==active", "name==\"sha256:aa\""]));
         assert!(matches(&["name!=other"]) && !matches(&["name!=sha256:aa"]));
@@ -264,7 +263,8 @@ mod tests {
 
     #[test]
     fn what_is_outside_the_grammar_is_named() {
-        for bad in ["name=x", "name==", "==x", "name==\"x", "name~=x", "name==x name==y", "a b"] {
+        let spaced = [" ", "name ", "name==x ,kind", "name==x name==y", "a b"];
+        for bad in ["name=x", "name==", "==x", "name==\"x", "name~=x"].into_iter().chain(spaced) {
             let error = Filters::parse(&[bad.to_owned()]).unwrap_err();
             assert_eq!(error.filter, bad);
         }

@@ -206,11 +206,18 @@ impl Snapshots {
         if chain.row.kind == Kind::Active {
             make_dir(&new.join("work"), 0o711).map_err(failed("make", &new))?;
         }
-        if let Some(parent) = chain.parents.first() {
-            // The owner of "/" is inherited: with user namespaces it is not root.
-            let parent = self.upper(*parent);
-            let owner = fs::metadata(&parent).map_err(failed("look at", &parent))?;
-            lchown(&upper, Some(owner.uid()), Some(owner.gid())).map_err(failed("own", &upper))?;
+        // The owner of "/" is not root where the container has a user namespace.
+        let owner = match (mapped_root(&chain.row.labels)?, chain.parents.first()) {
+            (Some(owner), _) => Some(owner),
+            (None, Some(parent)) => {
+                let parent = self.upper(*parent);
+                let found = fs::metadata(&parent).map_err(failed("look at", &parent))?;
+                Some((found.uid(), found.gid()))
+            }
+            (None, None) => None,
+        };
+        if let Some((uid, gid)) = owner {
+            lchown(&upper, Some(uid), Some(gid)).map_err(failed("own", &upper))?;
         }
         crash_point("add 2");
         sync_dir(&new).map_err(failed("sync", &new))?;
@@ -431,11 +438,42 @@ impl Snapshots {
     }
 }
 
-/// With its index on, overlayfs refuses a lower directory that another mount has as its upper one:
-/// a container that is still there while its snapshot is committed.
+/// Options of every overlay, by what this kernel has and where the daemon runs. docs/snapshotter.md says why these and
+/// no others.
 fn overlay_options() -> Vec<String> {
     let has_index = fs::exists("/sys/module/overlay/parameters/index").unwrap_or(false);
-    has_index.then(|| "index=off".to_owned()).into_iter().collect()
+    // The first user namespace maps all ids to themselves (user_namespaces(7)).
+    let ids = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let in_user_namespace = !ids.is_empty() && !ids.split_whitespace().eq(["0", "0", "4294967295"]);
+    let options = [("index=off", has_index), ("userxattr", in_user_namespace)];
+    let wanted = options.into_iter().filter(|(_, is_wanted)| *is_wanted);
+    wanted.map(|(option, _)| option.to_owned()).collect()
+}
+
+/// Owner and group that labels of an id mapping give the root of the container.
+///
+/// The labels are those by which containerd's client asks for it: `CONTAINER:HOST:SIZE`, or several of them parted by
+/// commas, as user_namespaces(7) has them. Errors: [`SnapshotError::IdMapping`] if one cannot be read, maps no root, or
+/// stands alone.
+fn mapped_root(labels: &BTreeMap<String, String>) -> Result<Option<(u32, u32)>, SnapshotError> {
+    let keys = ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
+    let [Some(uids), Some(gids)] = keys.map(|key| labels.get(key)) else {
+        let alone = keys.iter().find_map(|key| labels.get(*key));
+        return alone.map_or(Ok(None), |one| Err(SnapshotError::IdMapping(one.clone())));
+    };
+    let root_of = |text: &String| {
+        let ranges = text.split(',').map(|range| {
+            let numbers = range.split(':').map(|number| number.parse().ok());
+            match numbers.collect::<Option<Vec<u32>>>()?.as_slice() {
+                [container, host, size] if *size > 0 => Some((*container, *host)),
+                _ => None,
+            }
+        });
+        let ranges: Option<Vec<_>> = ranges.collect();
+        let root = ranges.and_then(|ranges| ranges.into_iter().find(|(inside, _)| *inside == 0));
+        root.map(|(_, host)| host).ok_or_else(|| SnapshotError::IdMapping(text.clone()))
+    };
+    Ok(Some((root_of(uids)?, root_of(gids)?)))
 }
 
 fn tree_names(trees: &Path) -> io::Result<Vec<String>> {

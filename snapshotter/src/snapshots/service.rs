@@ -70,6 +70,7 @@ fn status_of(error: &SnapshotError) -> Status {
         SnapshotError::ParentNotCommitted(_)
         | SnapshotError::Key(_)
         | SnapshotError::Label { .. }
+        | SnapshotError::IdMapping(_)
         | SnapshotError::Immutable { .. }
         | SnapshotError::Filter(_) => Code::InvalidArgument,
         SnapshotError::Damaged { .. } | SnapshotError::Database(_) | SnapshotError::Io { .. } => {

@@ -122,6 +122,25 @@ fn directories_have_the_modes_that_overlayfs_wants_and_the_parents_owner() {
 }
 
 #[test]
+fn an_id_mapping_must_say_who_root_is() {
+    let root = |uids: &str, gids: &str| {
+        let keys = ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
+        let given = [(keys[0], uids), (keys[1], gids)];
+        let given: Vec<_> = given.into_iter().filter(|(_, text)| !text.is_empty()).collect();
+        mapped_root(&labels(&given))
+    };
+    assert!(matches!(root("", ""), Ok(None)));
+    assert!(matches!(root("0:1000:65536", "0:2000:1"), Ok(Some((1000, 2000)))));
+    assert!(matches!(root("5:1:1,0:1000:5", "0:2000:1"), Ok(Some((1000, 2000)))));
+    for bad in ["0", "0:1000", "0:x:1", "0:1000:0", "1:1000:5", "0:1000:1,", "0:4294967296:1", ","]
+    {
+        let refused = |found| matches!(found, Err(SnapshotError::IdMapping(_)));
+        assert!(refused(root(bad, "0:2000:1")) && refused(root("0:1000:1", bad)), "{bad}");
+    }
+    assert!(matches!(root("0:1000:1", ""), Err(SnapshotError::IdMapping(_))));
+}
+
+#[test]
 fn a_commit_replaces_the_key_by_the_name_and_the_labels() {
     let (_dir, snapshots) = fixture();
     snapshots.prepare("key", None, labels(&[("containerd.io/gc.root", "now")])).unwrap();
