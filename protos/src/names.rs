@@ -172,7 +172,8 @@ impl fmt::Display for VolumeSource {
 /// What a snapshot is *of*. The identity does not depend on the content.
 ///
 /// Text form, parts parted by `|` because image names hold slashes and colons: `volume|ID`,
-/// `layer|NAMESPACE|CONTAINER`, `memory|NAMESPACE|SERVICE|USER`, `container|NAMESPACE|CONTAINER`.
+/// `layer|NAMESPACE|CONTAINER`, `memory|NAMESPACE|SERVICE|USER`, `container|NAMESPACE|CONTAINER`,
+/// `image-layer|DIFF-ID`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Subject {
     /// A writable volume.
@@ -190,12 +191,16 @@ pub enum Subject {
     },
     /// A whole container at one instant: its memory, layer and volumes.
     Container(ContainerRef),
+    /// A layer of an image, by the digest of its uncompressed bytes, its diff ID.
+    ImageLayer(Digest),
 }
 
 impl FromStr for Subject {
     type Err = ParseNameError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const FORMS: &str = "volume|ID, layer|NAMESPACE|CONTAINER, memory|NAMESPACE|SERVICE|USER, \
+            container|NAMESPACE|CONTAINER or image-layer|DIFF-ID";
         let parts: Vec<&str> = text.split('|').collect();
         match parts.as_slice() {
             ["volume", id] => id.parse().map(Self::Volume),
@@ -207,11 +212,10 @@ impl FromStr for Subject {
                 let (service, user) = (service.to_owned(), user.to_owned());
                 Ok(Self::Memory { namespace: namespace.to_owned(), service, user })
             }
-            _ => Err(bad(
-                "subject",
-                text,
-                "volume|ID, layer|NAMESPACE|CONTAINER, memory|NAMESPACE|SERVICE|USER or container|NAMESPACE|CONTAINER",
-            )),
+            ["image-layer", diff_id] => {
+                diff_id.parse().map(Self::ImageLayer).map_err(|_| bad("subject", text, FORMS))
+            }
+            _ => Err(bad("subject", text, FORMS)),
         }
     }
 }
@@ -227,6 +231,7 @@ impl fmt::Display for Subject {
             Self::Container(container) => {
                 write!(f, "container|{}|{}", container.namespace, container.id)
             }
+            Self::ImageLayer(diff_id) => write!(f, "image-layer|{diff_id}"),
         }
     }
 }
@@ -245,7 +250,10 @@ impl ServiceRef {
             Subject::Memory { namespace, service, .. } => {
                 Some(Self { namespace: namespace.clone(), service: service.clone() })
             }
-            Subject::Volume(_) | Subject::Layer(_) | Subject::Container(_) => None,
+            Subject::Volume(_)
+            | Subject::Layer(_)
+            | Subject::Container(_)
+            | Subject::ImageLayer(_) => None,
         }
     }
 }

@@ -50,6 +50,9 @@ pub struct Config {
     /// Where it is looked up who holds what.
     #[serde(default)]
     pub directory: Directory,
+    /// Layers of images, between neighbours.
+    #[serde(default)]
+    pub layers: Layers,
     /// Cached snapshots: when they are taken, where copies go, what is kept.
     #[serde(default)]
     pub cache: Cache,
@@ -160,6 +163,22 @@ impl Cache {
             expire_removed: Duration::from_secs(self.expire_removed_s),
             budget_bytes: None,
         }
+    }
+}
+
+/// What is done about layers of images while containerd pulls.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Layers {
+    /// Whether this node takes layers from its neighbours before it asks a registry.
+    pub fetch: bool,
+    /// Whether it makes layers for them of what its containerd has.
+    pub make: bool,
+}
+
+impl Default for Layers {
+    fn default() -> Self {
+        Self { fetch: true, make: true }
     }
 }
 

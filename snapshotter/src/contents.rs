@@ -15,7 +15,8 @@ use crate::directory::{LOOKUP_MAX, Lookup, Query};
 use crate::migrate::{MigrationError, blocking};
 use crate::node::Node;
 use crate::peer::Connection;
-use crate::peer::fetch::{Depth, Peers, Standings, fetch};
+use crate::peer::fetch::{Brought, Depth, FetchError, Patience, Peers, Standings, fetch_within};
+use crate::store::Lease;
 use crate::volumes::VolumeError;
 
 /// How long a neighbour has to answer a hello.
@@ -32,40 +33,74 @@ pub async fn bring(node: &Arc<Node>, digest: Digest) -> Result<(), MigrationErro
     if node.volumes.has_content(&digest) {
         return Ok(());
     }
-    let mut holders = holders(node, digest).await;
+    let holders = holders(node, digest).await;
+    if holders.is_empty() {
+        return Err(VolumeError::Nowhere(digest).into());
+    }
     let lease = Arc::new(node.store.lease("volume", BRING_MAX));
+    fetch_from(node, holders, (Kind::Tree, digest), &lease, Patience::USUAL).await?;
+    let volumes = node.volumes.clone();
+    blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await
+}
+
+/// Fetches `root`, and all that it refers to, from `holders` at once: each takes the place of the one who has everything
+/// until one really has. Returns who brought what.
+///
+/// Errors: the last one's reason.
+pub async fn fetch_from(
+    node: &Node,
+    mut holders: Vec<Arc<Connection>>,
+    root: (Kind, Digest),
+    lease: &Arc<Lease>,
+    patience: Patience,
+) -> Result<Brought, FetchError> {
     let standings = Arc::new(Standings::known(node.channels.rates()));
-    let mut outcome = Err(VolumeError::Nowhere(digest).into());
-    // Each takes the place of the one who has everything until one really has.
+    let mut outcome = Err(FetchError::Nowhere(root.1));
     while let Some(source) = holders.pop() {
+        if standings.is_dead(&source.node) {
+            continue;
+        }
         let peers = Peers { neighbours: holders.clone(), source, standings: standings.clone() };
-        let root = [(Kind::Tree, digest)];
-        match fetch(&node.store, &lease, &peers, &root, Depth::Content).await {
-            Ok(_) => {
-                let volumes = node.volumes.clone();
-                return blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await;
-            }
-            Err(error) => outcome = Err(error.into()),
+        match fetch_within(&node.store, lease, &peers, &[root], Depth::Content, patience).await {
+            Ok(brought) => return Ok(brought.into_iter().next().unwrap_or_default()),
+            Err(error) => outcome = Err(error),
         }
     }
     outcome
 }
 
-/// Neighbours that say they have it, the fastest last.
-async fn holders(node: &Node, digest: Digest) -> Vec<Arc<Connection>> {
-    let open = node.config.peers.iter().map(|peer| async {
-        let opened = Connection::open(&node.config, &peer.name, HELLO_MAX).await;
-        opened.ok().map(Arc::new)
+/// Connections to the peers that answer a hello within `limit`, the fastest last, and the names of those that do not.
+/// Those of `except` are not asked.
+pub async fn connect(
+    node: &Node,
+    limit: Duration,
+    except: &[String],
+) -> (Vec<Arc<Connection>>, Vec<String>) {
+    let peers = node.config.peers.iter().filter(|peer| !except.contains(&peer.name));
+    let open = peers.map(|peer| async {
+        let opened = Connection::open(&node.config, &peer.name, limit).await;
+        opened.map(Arc::new).map_err(|_absent| peer.name.clone())
     });
-    let connections: Vec<_> = futures::future::join_all(open).await.into_iter().flatten().collect();
-    let query = Query { manifests: vec![digest], ..Query::default() };
-    let (_, joined) = watch::channel(connections.clone());
-    let found = Lookup::begin(&node.directory, query, joined).found(LOOKUP_MAX).await;
-    let mut holders = connections;
-    holders.retain(|peer| found.iter().any(|entry| entry.node == peer.node));
+    let (mut connections, mut absent) = (Vec::new(), Vec::new());
+    for opened in futures::future::join_all(open).await {
+        match opened {
+            Ok(connection) => connections.push(connection),
+            Err(name) => absent.push(name),
+        }
+    }
     let rate = |peer: &Arc<Connection>| {
         node.channels.of(&peer.node).throughput_bytes_per_second.unwrap_or(0.0)
     };
-    holders.sort_by(|one, other| rate(one).total_cmp(&rate(other)));
+    connections.sort_by(|one, other| rate(one).total_cmp(&rate(other)));
+    (connections, absent)
+}
+
+/// Neighbours that say they have it, the fastest last.
+async fn holders(node: &Node, digest: Digest) -> Vec<Arc<Connection>> {
+    let (mut holders, _) = connect(node, HELLO_MAX, &[]).await;
+    let query = Query { manifests: vec![digest], ..Query::default() };
+    let (_, joined) = watch::channel(holders.clone());
+    let found = Lookup::begin(&node.directory, query, joined).found(LOOKUP_MAX).await;
+    holders.retain(|peer| found.iter().any(|entry| entry.node == peer.node));
     holders
 }

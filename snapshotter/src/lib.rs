@@ -6,6 +6,7 @@
 //! - [`content`]: how a file tree or a memory image becomes objects of the store, and back.
 //! - [`volumes`]: writable volumes by identity, read-only ones by digest.
 //! - [`snapshots`]: containerd's snapshotter service over overlayfs; [`containerd`]: our client of containerd.
+//! - [`layers`]: layers of images from neighbours, while containerd pulls.
 //! - [`peer`]: what daemons ask each other, and fetching from several of them at once.
 //! - [`directory`]: who holds what, asked of the neighbours or of etcd.
 //! - [`migrate`]: the procedure itself, both sides, and the journal of who may run a container.
@@ -19,6 +20,7 @@ pub mod content;
 pub mod contents;
 pub mod control;
 pub mod directory;
+pub mod layers;
 pub mod migrate;
 pub mod node;
 pub mod peer;

@@ -16,6 +16,7 @@ use crate::containerd::{Client, EventKind};
 use crate::content::object::{self, Kind, ObjectError};
 use crate::content::on;
 use crate::directory::{self, Directory};
+use crate::layers::make::Making;
 use crate::migrate::destination::Sessions;
 use crate::migrate::journal::Journal;
 use crate::migrate::ownership::Ownership;
@@ -53,6 +54,8 @@ pub struct Node {
     pub containerd: Client,
     /// Containers that are coming here.
     pub sessions: Sessions,
+    /// Layers of images that are made for neighbours.
+    pub making: Making,
     /// What the schedule of snapshots is told.
     pub caching: Caching,
     /// What happens, for whoever watches.
@@ -122,6 +125,7 @@ impl Node {
             directory,
             containerd,
             sessions,
+            making: Making::default(),
             caching: Caching::default(),
             events,
             criu_version,

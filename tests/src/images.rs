@@ -119,6 +119,11 @@ pub fn archive(image: Image) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The platform of all images, as containerd's clients name it.
+pub fn platform() -> String {
+    format!("linux/{}", oci::architecture())
+}
+
 /// Imports an image into a node and unpacks it for `snapshotter`.
 pub fn import(node: &Node, image: Image, snapshotter: &str) -> Result<()> {
     import_into("default", node, image, snapshotter)

@@ -38,6 +38,7 @@ mod oci;
 pub mod pattern;
 pub mod place;
 pub mod redis;
+pub mod registry;
 pub mod root;
 pub mod run;
 pub mod sim;

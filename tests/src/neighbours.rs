@@ -82,7 +82,7 @@ pub fn forget(node: &Node) -> Result<()> {
 }
 
 /// Starts the daemon and waits until containerd has found it again, which it tries less and less often.
-fn start(node: &Node) -> Result<()> {
+pub fn start(node: &Node) -> Result<()> {
     node.start_daemon()?;
     wait_until("containerd reaches the snapshotter", SOON, || {
         Ok(node.run(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?.succeeded())

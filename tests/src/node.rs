@@ -269,6 +269,11 @@ impl Node {
         end(&self.daemon, "daemon", Signal::SIGKILL)
     }
 
+    /// Sends the daemon a signal: one that got SIGSTOP holds its connections and answers nothing until SIGCONT.
+    pub fn signal_daemon(&self, signal: Signal) -> Result<()> {
+        lock(&self.daemon).as_ref().context("the daemon does not run")?.signal(signal)
+    }
+
     /// Stops containerd with SIGTERM and waits for its end.
     pub fn stop_containerd(&self) -> Result<()> {
         end(&self.containerd, "containerd", Signal::SIGTERM)

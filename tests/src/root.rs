@@ -38,6 +38,7 @@ pub const PACKAGES: &[&str] = &[
     "containerd",
     "containernetworking-plugins",
     "crun",
+    "docker-registry",
     "e2fsprogs",
     "etcd-server",
     "faketime",

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use godwit_snapshotter::config::Config;
+use godwit_snapshotter::layers::Layers;
 use godwit_snapshotter::node::Node;
 use godwit_snapshotter::peer::{PING_INTERVAL, SILENCE_MAX};
 use godwit_snapshotter::{caching, config, control, migrate, peer, snapshots};
@@ -49,6 +50,7 @@ async fn run() -> anyhow::Result<()> {
         .with_context(|| format!("cannot make {}", config.state_dir.display()))?;
     let snapshots = snapshots::Snapshots::open(&config.state_dir.join("snapshots"))
         .context("cannot open the snapshots")?;
+    let snapshots = Arc::new(snapshots);
     let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
     migrate::release::recover(&node)?;
 
@@ -80,8 +82,10 @@ async fn run() -> anyhow::Result<()> {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         let _ = stopping.send(true);
     };
+    let layers = node.config.layers.fetch && !node.config.peers.is_empty();
+    let layers = layers.then(|| Layers::new(node.clone(), snapshots.clone()));
     let served = Server::builder()
-        .add_service(snapshots::service(Arc::new(snapshots)))
+        .add_service(snapshots::service(snapshots, layers))
         .serve_with_incoming_shutdown(UnixListenerStream::new(snapshotter_socket), stop);
     let late = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;

@@ -231,6 +231,9 @@ fn parse(asked: &KeepRequest) -> Result<Vec<Snapshot>, String> {
             .subject
             .parse()
             .map_err(|error: godwit_protos::ParseNameError| error.to_string())?;
+        if matches!(subject, Subject::ImageLayer(_)) {
+            return Err(format!("{subject}: nobody but this node says what it holds of an image"));
+        }
         if one.sequence > SEQUENCE_MAX {
             return Err(format!("{subject}: a place in a lineage that is never reached"));
         }
@@ -344,11 +347,13 @@ mod tests {
 
     #[test]
     fn what_a_peer_wants_kept_is_refused_before_anything_is_fetched() {
+        let layer = format!("image-layer|{}", Digest::of(b"x"));
         for (wrong, word) in [
             (KeptSnapshot { subject: "volume|../x".to_owned(), ..kept() }, "volume id"),
             (KeptSnapshot { sequence: SEQUENCE_MAX + 1, ..kept() }, "lineage"),
             (KeptSnapshot { manifest: vec![7; 31].into(), ..kept() }, "digest"),
             (KeptSnapshot { node: "a\nb".to_owned(), ..kept() }, "node's name"),
+            (KeptSnapshot { subject: layer, ..kept() }, "image"),
         ] {
             let refused = parse(&wanted(wrong)).unwrap_err();
             assert!(refused.contains(word), "{refused} does not say {word}");

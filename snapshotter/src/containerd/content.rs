@@ -270,7 +270,8 @@ impl Client {
         Ok(writer)
     }
 
-    async fn abort_write(&self, namespace: &str, digest: Digest) -> Result<(), ClientError> {
+    /// Drops what was written of a blob, if anything.
+    pub async fn abort_write(&self, namespace: &str, digest: Digest) -> Result<(), ClientError> {
         let request = self.request(namespace, AbortRequest { r#ref: write_ref(digest) })?;
         let answer = self.content().abort(request).await;
         optional(answer.map_err(|status| self.failed("abort", blob(digest), &status))).map(drop)

@@ -131,6 +131,9 @@ fn is_manifest(media_type: &str) -> bool {
     .contains(&media_type)
 }
 
+/// Label by which a manifest refers to its configuration, for containerd's garbage collection.
+pub(super) const LABEL_CONFIG: &str = "containerd.io/gc.ref.content.config";
+
 /// Label by which a blob refers to its `index`th child of this kind, for containerd's garbage
 /// collection.
 pub(super) fn child_label(media_type: &str, index: usize) -> String {
@@ -142,7 +145,7 @@ pub(super) fn child_label(media_type: &str, index: usize) -> String {
     ]
     .contains(&media_type);
     match () {
-        () if is_config => "containerd.io/gc.ref.content.config".to_owned(),
+        () if is_config => LABEL_CONFIG.to_owned(),
         () if is_manifest(media_type) => format!("containerd.io/gc.ref.content.m.{index}"),
         () if is_layer => format!("containerd.io/gc.ref.content.l.{index}"),
         () => format!("containerd.io/gc.ref.content.{index}"),
@@ -254,15 +257,25 @@ impl Client {
             let next = chosen.parse(&manifest)?;
             indexes.push(std::mem::replace(&mut manifest, next));
         }
-        let parsed: OciManifest = self.read_json(namespace, &manifest).await?;
-        let config = parsed.config.parse(&manifest)?;
+        let content = self.manifest_content(namespace, &manifest).await?;
+        Ok(ImageContent { indexes, ..content })
+    }
+
+    /// What the image of a manifest is made of, whatever its architecture.
+    pub(super) async fn manifest_content(
+        &self,
+        namespace: &str,
+        manifest: &Descriptor,
+    ) -> Result<ImageContent, ClientError> {
+        let parsed: OciManifest = self.read_json(namespace, manifest).await?;
+        let config = parsed.config.parse(manifest)?;
         let layers: Vec<_> =
-            parsed.layers.iter().map(|layer| layer.parse(&manifest)).collect::<Result<_, _>>()?;
+            parsed.layers.iter().map(|layer| layer.parse(manifest)).collect::<Result<_, _>>()?;
         let OciConfig { rootfs } = self.read_json(namespace, &config).await?;
         if layers.len() != rootfs.diff_ids.len() || layers.len() > LAYERS_MAX {
             let (layers, diff_ids) = (layers.len(), rootfs.diff_ids.len());
             let reason = format!("{layers} layers and {diff_ids} diff IDs, at most {LAYERS_MAX}");
-            return Err(malformed(&manifest, reason));
+            return Err(malformed(manifest, reason));
         }
         let diff_ids: Vec<_> = rootfs
             .diff_ids
@@ -270,6 +283,7 @@ impl Client {
             .map(|diff_id| parse_digest(diff_id, || format!("diff ID in {}", config.digest)))
             .collect::<Result<_, _>>()?;
         let chain_ids = chain_ids(&diff_ids);
+        let (indexes, manifest) = (Vec::new(), manifest.clone());
         Ok(ImageContent { indexes, manifest, config, layers, diff_ids, chain_ids })
     }
 

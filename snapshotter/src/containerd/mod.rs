@@ -26,6 +26,7 @@ mod containers;
 mod content;
 mod events;
 mod images;
+mod layers;
 mod leases;
 mod snapshots;
 mod tasks;
@@ -49,9 +50,11 @@ pub use containers::{Container, Runtime};
 pub use content::BLOB_BYTES_MAX_WHOLE;
 pub use events::{Event, EventKind, EventStream};
 pub use images::ImageContent;
+pub use layers::{FoundBlob, FoundLayer};
 pub use leases::Lease;
 pub use snapshots::upper_dir;
 pub use tasks::{Exit, Task, TaskStatus};
+pub(crate) use unpack::LABEL_REF;
 
 /// Deadline of connecting to containerd's socket.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);

@@ -171,7 +171,7 @@ mod tests {
         let socket = dir.join("socket");
         let _ = std::fs::remove_file(&socket);
         let connections = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
-        let server = tonic::transport::Server::builder().add_service(service(snapshots));
+        let server = tonic::transport::Server::builder().add_service(service(snapshots, None));
         let (stop, stopped) = oneshot::channel();
         let stopped = async move { drop(stopped.await) };
         let served = server.serve_with_incoming_shutdown(connections, stopped);

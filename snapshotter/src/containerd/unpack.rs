@@ -15,9 +15,9 @@ use super::{Client, ClientError, Descriptor, ImageContent, Mount, parse_digest, 
 const ATTEMPTS_MAX: u32 = 3;
 
 /// Asks a remote snapshotter for the layer: it may answer "already exists" and have it.
-const LABEL_REF: &str = "containerd.io/snapshot.ref";
+pub(crate) const LABEL_REF: &str = "containerd.io/snapshot.ref";
 /// Digest of a layer's uncompressed bytes, once they have been seen.
-const LABEL_UNCOMPRESSED: &str = "containerd.io/uncompressed";
+pub(super) const LABEL_UNCOMPRESSED: &str = "containerd.io/uncompressed";
 
 impl Client {
     /// Unpacks the image `target` into `snapshotter` and tells containerd what refers to what, so
@@ -112,6 +112,25 @@ impl Client {
         }
     }
 
+    /// Unpacks the layer `blob` into `mounts`, and returns the digest of its uncompressed bytes.
+    ///
+    /// Errors: [`ClientError::NotFound`] without the blob.
+    pub async fn apply(
+        &self,
+        namespace: &str,
+        blob: &Descriptor,
+        mounts: Vec<Mount>,
+    ) -> Result<Digest, ClientError> {
+        let message = ApplyRequest { diff: Some(blob.into()), mounts, ..ApplyRequest::default() };
+        let answer = DiffClient::new(self.channel.clone())
+            .apply(self.work_request(namespace, message)?)
+            .await;
+        let object = || format!("layer {}", blob.digest);
+        let ApplyResponse { applied } =
+            answer.map_err(|status| self.failed("apply", object(), &status))?.into_inner();
+        parse_digest(&present(applied, object)?.digest, object)
+    }
+
     async fn fill_layer(
         &self,
         step: &LayerStep<'_>,
@@ -119,15 +138,7 @@ impl Client {
         mounts: Vec<Mount>,
     ) -> Result<(), ClientError> {
         let LayerStep { namespace, snapshotter, layer, diff_id, chain_id, .. } = *step;
-        let message = ApplyRequest { diff: Some(layer.into()), mounts, ..ApplyRequest::default() };
-        let answer = DiffClient::new(self.channel.clone())
-            .apply(self.work_request(namespace, message)?)
-            .await;
-        let object = || format!("layer {}", layer.digest);
-        let ApplyResponse { applied } =
-            answer.map_err(|status| self.failed("apply", object(), &status))?.into_inner();
-        let applied = present(applied, object)?;
-        if parse_digest(&applied.digest, object)? != *diff_id {
+        if self.apply(namespace, layer, mounts).await? != *diff_id {
             return Err(ClientError::WrongContent(*diff_id));
         }
         let names = (chain_id.to_string(), key);

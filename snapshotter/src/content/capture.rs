@@ -18,35 +18,19 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fastcdc::v2020::StreamCDC;
 use godwit_protos::Digest;
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
 use nix::unistd::{Whence, lseek};
-use rayon::prelude::*;
 use serde_bytes::ByteBuf;
 
-use super::object::{
-    Attributes, Content, Directory, Entry, Node, Object as _, Piece, Pieces, Tree,
-};
-use super::{ContentError, Sink, on};
+use super::object::{Attributes, Content, Directory, Entry, Node, Object as _, Piece, Tree};
+use super::{ContentError, Sink, chunks, on};
 
 /// Directories below each other that are followed.
 pub const DEPTH_MAX: usize = 200;
-
-/// Bounds of a chunk of a file, in bytes: FastCDC (Xia et al., USENIX ATC 2016) between them.
-const CHUNK_BYTES: (usize, usize, usize) = (16 << 10, 64 << 10, 256 << 10);
-
-/// Pieces that stand in the directory entry itself; a file with more gets [`Pieces`] objects.
-const PIECES_INLINE_MAX: usize = 32;
-
-/// Chunks that are hashed at once, on all processors.
-const CHUNKS_PER_BATCH: usize = 64;
-
-/// Entries or pieces per object, at most; on average a quarter of it.
-const LIST_MAX: usize = 1024;
 
 /// A change time younger than this may hide a second change in the same clock tick (10 ms at most).
 const CLOCK_TICK: Duration = Duration::from_millis(20);
@@ -181,12 +165,12 @@ impl Reader<'_> {
 
     /// Large directories are cut where a name's hash says so, so that an insertion moves no other cut.
     fn put_entries(&mut self, entries: Vec<Entry>) -> Result<Digest, ContentError> {
-        if entries.len() <= LIST_MAX / 2 {
+        if entries.len() <= chunks::LIST_MAX / 2 {
             return self.sink.put(&Directory::Entries(entries).encode());
         }
         let cut = |entry: &Entry| Digest::of(&entry.name).as_bytes()[0] == 0;
         let mut parts = Vec::new();
-        for part in cut_where(entries, cut) {
+        for part in chunks::cut_where(entries, cut) {
             parts.push(self.sink.put(&Directory::Entries(part).encode())?);
         }
         self.sink.put(&Directory::Parts(parts).encode())
@@ -298,7 +282,7 @@ impl Reader<'_> {
         let pieces = self.pieces(File::from(file), &path)?;
         let bytes = pieces.iter().map(|piece| piece.bytes).sum();
         self.bytes += bytes;
-        let content = self.put_pieces(pieces)?;
+        let content = chunks::put_pieces(self.sink, pieces)?;
         let changed = Duration::new(
             u64::try_from(stat.st_ctime).unwrap_or(0),
             u32::try_from(stat.st_ctime_nsec).unwrap_or(0),
@@ -310,18 +294,6 @@ impl Reader<'_> {
             self.seen.insert(inode, seen);
         }
         Ok((bytes, content))
-    }
-
-    fn put_pieces(&mut self, pieces: Vec<Piece>) -> Result<Content, ContentError> {
-        if pieces.len() <= PIECES_INLINE_MAX {
-            return Ok(Content::Pieces(pieces));
-        }
-        let cut = |piece: &Piece| piece.chunk.is_some_and(|chunk| chunk.as_bytes()[0] == 0);
-        let mut blocks = Vec::new();
-        for block in cut_where(pieces, cut) {
-            blocks.push(self.sink.put(&Pieces(block).encode())?);
-        }
-        Ok(Content::Blocks(blocks))
     }
 
     /// Data and holes as the file system tells them (`lseek(2)`, `SEEK_DATA`).
@@ -345,7 +317,7 @@ impl Reader<'_> {
                 .map_err(on("seek a hole in", path))?;
             let hole = u64::try_from(hole).unwrap_or(end).min(end);
             file.seek(SeekFrom::Start(at)).map_err(on("seek in", path))?;
-            let read = self.chunks((&file).take(hole - at), path, &mut pieces)?;
+            let read = chunks::cut((&file).take(hole - at), path, self.sink, &mut pieces)?;
             at += read;
             if at < hole {
                 // Truncated while we read.
@@ -354,55 +326,4 @@ impl Reader<'_> {
         }
         Ok(pieces)
     }
-
-    fn chunks(
-        &mut self,
-        data: impl Read,
-        path: &Path,
-        pieces: &mut Vec<Piece>,
-    ) -> Result<u64, ContentError> {
-        let (min, mean, max) = CHUNK_BYTES;
-        let mut chunks = StreamCDC::new(data, min, mean, max);
-        let mut read = 0;
-        loop {
-            let batch: Vec<Vec<u8>> = chunks
-                .by_ref()
-                .take(CHUNKS_PER_BATCH)
-                .map(|chunk| chunk.map(|chunk| chunk.data))
-                .collect::<Result<_, _>>()
-                .map_err(|error| on("read", path)(std::io::Error::other(error)))?;
-            if batch.is_empty() {
-                return Ok(read);
-            }
-            let digests: Vec<Digest> = batch.par_iter().map(|chunk| Digest::of(chunk)).collect();
-            for (chunk, digest) in batch.iter().zip(digests) {
-                self.sink.put_hashed(digest, chunk)?;
-                let bytes = chunk.len() as u64;
-                pieces.push(Piece { bytes, chunk: Some(digest) });
-                read += bytes;
-            }
-        }
-    }
-}
-
-/// Cuts a list after each element for which `cut` holds, and where a part would exceed [`LIST_MAX`].
-fn cut_where<T>(list: Vec<T>, cut: impl Fn(&T) -> bool) -> Vec<Vec<T>> {
-    let mut parts = vec![Vec::new()];
-    for element in list {
-        let ends = cut(&element);
-        let part: &mut Vec<T> = match parts.last_mut() {
-            Some(part) if part.len() < LIST_MAX => part,
-            _ => {
-                parts.push(Vec::new());
-                let last = parts.len() - 1;
-                &mut parts[last]
-            }
-        };
-        part.push(element);
-        if ends {
-            parts.push(Vec::new());
-        }
-    }
-    parts.retain(|part| !part.is_empty());
-    parts
 }

@@ -59,7 +59,7 @@ impl<S: Source> Walk<'_, S> {
             Kind::Chunk => Ok(()),
             Kind::Tree => self.tree(new, base),
             Kind::Directory => self.directory(new, base),
-            Kind::Pieces | Kind::Cut => {
+            Kind::Pieces | Kind::Cut | Kind::Layer => {
                 let children = self.children(kind, new)?;
                 let before = base.map(|base| self.children(kind, base)).transpose()?;
                 self.lists(&children, &before.unwrap_or_default())

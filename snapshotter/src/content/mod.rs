@@ -13,8 +13,10 @@
 
 pub mod alias;
 pub mod capture;
+pub mod chunks;
 pub mod difference;
 pub mod encoding;
+pub mod layer;
 pub mod materialize;
 pub mod memory;
 pub mod object;

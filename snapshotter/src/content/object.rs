@@ -4,8 +4,8 @@
 //! Tree ── Directory ─┬─ Directory ...             Memory ─┬─ Tree        CRIU's images without pages
 //!                    ├─ Chunk ...                         └─ Pages ─┬─ Chunk   one page, 4 KiB
 //!                    └─ Pieces ── Chunk ...                         └─ ...     256 pages, 1 MiB
-//! Cut ─┬─ Memory
-//!      └─ Tree ...
+//! Cut ─┬─ Memory                             Layer ─┬─ Pieces ── Chunk ...
+//!      └─ Tree ...                                  └─ Chunk ...
 //! ```
 //!
 //! Every box is an object of the store, named by the SHA-256 of its bytes, so a tree is a Merkle tree: two
@@ -57,6 +57,8 @@ pub enum Kind {
     Memory = 5,
     /// A [`Cut`].
     Cut = 6,
+    /// A [`Layer`].
+    Layer = 7,
 }
 
 impl Kind {
@@ -70,8 +72,8 @@ impl TryFrom<u8> for Kind {
     type Error = ObjectError;
 
     fn try_from(byte: u8) -> Result<Self, ObjectError> {
-        use Kind::{Chunk, Cut, Directory, Memory, Pages, Pieces, Tree};
-        let all = [Chunk, Pieces, Directory, Tree, Pages, Memory, Cut];
+        use Kind::{Chunk, Cut, Directory, Layer, Memory, Pages, Pieces, Tree};
+        let all = [Chunk, Pieces, Directory, Tree, Pages, Memory, Cut, Layer];
         all.into_iter().find(|kind| *kind as u8 == byte).ok_or(ObjectError::Kind(byte))
     }
 }
@@ -269,6 +271,15 @@ pub struct Cut {
     pub parts: Vec<Part>,
 }
 
+/// A layer of an image: its uncompressed bytes, a tar stream. Source: OCI image specification, layer.md.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// The bytes.
+    pub content: Content,
+}
+
 /// An object other than a chunk.
 pub trait Object: Serialize + serde::de::DeserializeOwned {
     /// Its kind.
@@ -413,6 +424,14 @@ impl Object for Cut {
     }
 }
 
+impl Object for Layer {
+    const KIND: Kind = Kind::Layer;
+
+    fn check(&self) -> Result<(), &'static str> {
+        check_content(self.bytes, &self.content)
+    }
+}
+
 impl Entry {
     fn check(&self) -> Result<(), &'static str> {
         if !is_entry_name(&self.name) {
@@ -422,11 +441,7 @@ impl Entry {
             return Err("everything but a hard link has attributes");
         }
         match &self.node {
-            Node::File(bytes, Content::Pieces(pieces)) => {
-                check_pieces(pieces)?;
-                let sum = pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.bytes));
-                if sum == Some(*bytes) { Ok(()) } else { Err("pieces add up to the file's size") }
-            }
+            Node::File(bytes, content) => check_content(*bytes, content),
             Node::HardLink(path) => {
                 if !path.is_empty() && path.iter().all(|name| is_entry_name(name)) {
                     Ok(())
@@ -438,8 +453,7 @@ impl Entry {
                 let plain = !target.is_empty() && target.len() < 4096 && !target.contains(&0);
                 if plain { Ok(()) } else { Err("a link's target is 1 to 4095 bytes without NUL") }
             }
-            Node::File(_, Content::Blocks(_))
-            | Node::Directory(_)
+            Node::Directory(_)
             | Node::CharDevice(..)
             | Node::BlockDevice(..)
             | Node::Fifo
@@ -457,6 +471,14 @@ fn is_entry_name(name: &[u8]) -> bool {
         && name != b".."
 }
 
+/// Blocks are other objects: only whoever reads them sees whether they add up.
+fn check_content(bytes: u64, content: &Content) -> Result<(), &'static str> {
+    let Content::Pieces(pieces) = content else { return Ok(()) };
+    check_pieces(pieces)?;
+    let sum = pieces.iter().try_fold(0u64, |sum, piece| sum.checked_add(piece.bytes));
+    if sum == Some(bytes) { Ok(()) } else { Err("pieces add up to the whole size") }
+}
+
 fn check_pieces(pieces: &[Piece]) -> Result<(), &'static str> {
     let fits = |piece: &Piece| {
         piece.bytes > 0 && (piece.chunk.is_none() || piece.bytes <= OBJECT_BYTES_MAX as u64)
@@ -472,6 +494,10 @@ pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectE
         pieces.iter().filter_map(|piece| piece.chunk).map(|chunk| (Kind::Chunk, chunk)).collect()
     };
     let all = |kind, digests: Vec<Digest>| digests.into_iter().map(|one| (kind, one)).collect();
+    let content = |content: Content| match content {
+        Content::Pieces(pieces) => chunks(&pieces),
+        Content::Blocks(blocks) => all(Kind::Pieces, blocks),
+    };
     Ok(match kind {
         Kind::Chunk => Vec::new(),
         Kind::Pieces => chunks(&Pieces::decode(bytes)?.0),
@@ -482,8 +508,7 @@ pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectE
             Directory::Entries(entries) => entries
                 .into_iter()
                 .flat_map(|entry| match entry.node {
-                    Node::File(_, Content::Pieces(pieces)) => chunks(&pieces),
-                    Node::File(_, Content::Blocks(blocks)) => all(Kind::Pieces, blocks),
+                    Node::File(_, bytes) => content(bytes),
                     Node::Directory(directory) => vec![(Kind::Directory, directory)],
                     Node::HardLink(_)
                     | Node::Symlink(_)
@@ -500,6 +525,7 @@ pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectE
             let blocks = memory.maps.into_iter().flat_map(|map| map.blocks);
             images.into_iter().chain(blocks.map(|block| (Kind::Pages, block))).collect()
         }
+        Kind::Layer => content(Layer::decode(bytes)?.content),
         Kind::Cut => {
             let parts = Cut::decode(bytes)?.parts.into_iter();
             parts

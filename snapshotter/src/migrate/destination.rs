@@ -472,5 +472,6 @@ pub fn kind_of(subject: &Subject) -> Kind {
         Subject::Volume(_) | Subject::Layer(_) => Kind::Tree,
         Subject::Memory { .. } => Kind::Memory,
         Subject::Container(_) => Kind::Cut,
+        Subject::ImageLayer(_) => Kind::Layer,
     }
 }

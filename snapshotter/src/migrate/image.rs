@@ -97,14 +97,27 @@ pub async fn bring(
                 Err(error) => return Err(error.into()),
             }
         };
-        let (blobs, bring) = (content.blobs().cloned().collect::<Vec<_>>(), &bring);
-        stream::iter(blobs)
-            .map(|blob| async move { bring.blob(&blob).await })
+        let (blobs, bring, layers) = (content.blobs().cloned(), &bring, &content.layers);
+        // Of a layer that came from neighbours nobody may have a blob: our snapshotter gets it in the same way again.
+        let missing = stream::iter(blobs.collect::<Vec<_>>())
+            .map(|blob| async move {
+                match bring.blob(&blob).await {
+                    Err(MigrationError::NoBlob(digest)) if layers.contains(&blob) => {
+                        Ok(Some(digest))
+                    }
+                    other => other.map(|()| None),
+                }
+            })
             .buffer_unordered(BLOBS_AT_ONCE)
-            .try_collect::<Vec<()>>()
+            .try_collect::<Vec<_>>()
             .await?;
+        let unpacked = bring.client.unpack(namespace, target, snapshotter).await;
+        let unpacked = unpacked.map_err(|error| match missing.into_iter().flatten().next() {
+            Some(digest) => MigrationError::NoBlob(digest),
+            None => error.into(),
+        })?;
         bring.client.create_image(namespace, name, target).await?;
-        Ok(bring.client.unpack(namespace, target, snapshotter).await?)
+        Ok(unpacked)
     };
     let brought = brought.await;
     lease.release().await?;

@@ -83,8 +83,8 @@ impl Layout {
         for (subject, root, _) in manifests {
             match subject {
                 Subject::Memory { .. } => self.memory = Some(*root),
-                // Whoever has a cut names its parts.
-                Subject::Container(_) => {}
+                // Whoever has a cut names its parts; images come another way.
+                Subject::Container(_) | Subject::ImageLayer(_) => {}
                 Subject::Layer(_) => {
                     let Some(upper) = &self.upper_dir else { continue };
                     materialize(&self.store, root, self.layer.as_ref(), upper)?;

@@ -158,7 +158,7 @@ impl Work {
             Subject::Volume(id) => self.asked.volumes.contains(&VolumeSource::Writable(id.clone())),
             Subject::Layer(container) => container == from,
             Subject::Memory { namespace, .. } => namespace == from.namespace(),
-            Subject::Container(_) => false,
+            Subject::Container(_) | Subject::ImageLayer(_) => false,
         }
     }
 

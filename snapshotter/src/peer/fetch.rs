@@ -47,20 +47,23 @@ const SYNC_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Longest waits for the next message.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
+pub struct Patience {
     /// How long every neighbour is waited for before the source helps.
-    pub(super) grace: Duration,
+    pub grace: Duration,
     /// After this a neighbour is not asked again.
-    pub(super) neighbour: Duration,
+    pub neighbour: Duration,
     /// Longer, as nobody can replace it.
-    pub(super) source: Duration,
+    pub source: Duration,
 }
 
-const PATIENCE: Patience = Patience {
-    grace: Duration::from_millis(50),
-    neighbour: Duration::from_secs(2),
-    source: Duration::from_secs(20),
-};
+impl Patience {
+    /// Where only the source has what neighbours do not bring.
+    pub const USUAL: Self = Self {
+        grace: Duration::from_millis(50),
+        neighbour: Duration::from_secs(2),
+        source: Duration::from_secs(20),
+    };
+}
 
 /// Why a version could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +140,11 @@ impl Standings {
         }
     }
 
+    /// Whether a peer has failed as a neighbour.
+    pub fn is_dead(&self, node: &str) -> bool {
+        self.lock().get(node).is_some_and(|standing| standing.is_dead)
+    }
+
     /// Rates in bytes per second of the peers that sent at least `bytes_min`.
     pub fn measured(&self, bytes_min: u64) -> Vec<(String, f64)> {
         let (standings, now) = (self.lock(), Instant::now());
@@ -178,11 +186,11 @@ pub async fn fetch(
     roots: &[(Kind, Digest)],
     depth: Depth,
 ) -> Result<Vec<Brought>, FetchError> {
-    fetch_within(store, lease, peers, roots, depth, PATIENCE).await
+    fetch_within(store, lease, peers, roots, depth, Patience::USUAL).await
 }
 
 /// [`fetch`] with a given patience.
-pub(super) async fn fetch_within(
+pub async fn fetch_within(
     store: &Store,
     lease: &Arc<Lease>,
     peers: &Peers,

@@ -11,8 +11,9 @@ use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
     BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
     ForgetResponse, FromSource, HelloRequest, HelloResponse, KeepRequest, KeepResponse,
-    LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch, OwnershipRequest,
-    OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, ToSource,
+    LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest, MigrateRequest, Object,
+    ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest,
+    ToSource,
 };
 use godwit_protos::{ContainerRef, Digest, MigrateFrom};
 use tokio::sync::mpsc;
@@ -22,7 +23,9 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
 use crate::caching::placement;
 use crate::caching::retention::free_bytes;
+use crate::containerd::ClientError;
 use crate::directory::{Query, neighbours};
+use crate::layers::make;
 use crate::migrate::destination::Settings;
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
 use crate::node::{Node, load};
@@ -48,6 +51,23 @@ pub fn service(node: Arc<Node>) -> PeerServer<Service> {
     PeerServer::new(Service { node })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+impl Service {
+    /// A namespace that has the blob, and its length: this one, or any if it is empty.
+    async fn find_blob(
+        &self,
+        namespace: &str,
+        digest: Digest,
+    ) -> Result<Option<(String, u64)>, ClientError> {
+        let containerd = &self.node.containerd;
+        if namespace.is_empty() {
+            let found = containerd.find_blob(digest).await?;
+            return Ok(found.map(|found| (found.namespace, found.size_bytes)));
+        }
+        let size = containerd.has_blob(namespace, digest).await?;
+        Ok(size.map(|size| (namespace.to_owned(), size)))
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -125,8 +145,7 @@ impl Peer for Service {
         let mut answer = LocateResponse { load: load(), ..LocateResponse::default() };
         for blob in asked.blobs {
             let Ok(digest) = blob.parse() else { continue };
-            let has = self.node.containerd.has_blob(&asked.namespace, digest).await;
-            if matches!(has, Ok(Some(_))) {
+            if let Ok(Some(_)) = self.find_blob(&asked.namespace, digest).await {
                 answer.blobs.push(blob);
             }
         }
@@ -170,12 +189,13 @@ impl Peer for Service {
             asked.digest.parse().map_err(|error: godwit_protos::ParseDigestError| {
                 Status::invalid_argument(error.to_string())
             })?;
-        let missing = |error: crate::containerd::ClientError| Status::not_found(error.to_string());
+        let missing = |error: ClientError| Status::not_found(error.to_string());
         let containerd = &self.node.containerd;
-        let total = containerd.has_blob(&asked.namespace, digest).await.map_err(missing)?;
-        let total_bytes = total.ok_or_else(|| Status::not_found(format!("no blob {digest}")))?;
+        let found = self.find_blob(&asked.namespace, digest).await.map_err(missing)?;
+        let (namespace, total_bytes) =
+            found.ok_or_else(|| Status::not_found(format!("no blob {digest}")))?;
         let pieces =
-            containerd.read_blob(&asked.namespace, digest, asked.offset).await.map_err(missing)?;
+            containerd.read_blob(&namespace, digest, asked.offset).await.map_err(missing)?;
         let node = self.node.clone();
         let pieces = pieces.then(move |piece| {
             let node = node.clone();
@@ -199,6 +219,26 @@ impl Peer for Service {
             futures::stream::iter(cut)
         });
         Ok(Response::new(Box::pin(pieces)))
+    }
+
+    type MakeLayerStream = ReceiverStream<Result<MakeLayerProgress, Status>>;
+
+    async fn make_layer(
+        &self,
+        request: Request<MakeLayerRequest>,
+    ) -> Answer<Self::MakeLayerStream> {
+        if !self.node.config.layers.make {
+            return Err(Status::permission_denied("this node makes no layers for others"));
+        }
+        let MakeLayerRequest { diff_id, blob } = request.into_inner();
+        let digest = |bytes: &[u8]| {
+            Digest::try_from(bytes).map_err(|error| Status::invalid_argument(error.to_string()))
+        };
+        let layer = (digest(&diff_id)?, digest(&blob)?);
+        let (send, receive) = mpsc::channel(QUEUE);
+        // On its own: what was begun is of use to the next who asks.
+        tokio::spawn(make::make(self.node.clone(), layer, send));
+        Ok(Response::new(ReceiverStream::new(receive)))
     }
 
     async fn describe(&self, request: Request<DescribeRequest>) -> Answer<DescribeResponse> {

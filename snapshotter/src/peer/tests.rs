@@ -12,8 +12,9 @@ use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
     BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
     ForgetResponse, FromSource, HelloRequest, HelloResponse, KeepRequest, KeepResponse,
-    LocateRequest, LocateResponse, MigrateRequest, Object, ObjectBatch, OwnershipRequest,
-    OwnershipResponse, PlanResponse, Progress, ReadBlobRequest, ToSource,
+    LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest, MigrateRequest, Object,
+    ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest,
+    ToSource,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -275,6 +276,15 @@ impl Peer for Service {
     type ReadBlobStream = ReceiverStream<Result<BlobPiece, Status>>;
 
     async fn read_blob(&self, _request: Request<ReadBlobRequest>) -> Answer<Self::ReadBlobStream> {
+        never()
+    }
+
+    type MakeLayerStream = ReceiverStream<Result<MakeLayerProgress, Status>>;
+
+    async fn make_layer(
+        &self,
+        _request: Request<MakeLayerRequest>,
+    ) -> Answer<Self::MakeLayerStream> {
         never()
     }
 

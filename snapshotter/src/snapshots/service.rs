@@ -16,6 +16,7 @@ use futures::Stream;
 use tonic::{Code, Request, Response, Status};
 
 use super::{Info, Kind, SnapshotError, Snapshots, Usage};
+use crate::layers::{Layers, Wanted};
 use generated::snapshots_server::{Snapshots as Api, SnapshotsServer};
 
 /// `google.protobuf.Empty`, under a name the generated server can use.
@@ -32,11 +33,15 @@ const INFOS_PER_MESSAGE: usize = 100;
 
 /// containerd's snapshots service over [`Snapshots`].
 #[derive(Clone, Debug)]
-pub struct Service(pub(super) Arc<Snapshots>);
+pub struct Service {
+    pub(super) snapshots: Arc<Snapshots>,
+    pub(super) layers: Option<Layers>,
+}
 
-/// The service, to be added to a server on the socket that containerd's `proxy_plugins` names.
-pub fn service(snapshots: Arc<Snapshots>) -> SnapshotsServer<Service> {
-    SnapshotsServer::new(Service(snapshots))
+/// The service, to be added to a server on the socket that containerd's `proxy_plugins` names. With `layers` it is a
+/// remote snapshotter: it supplies layers that can be had without their registry.
+pub fn service(snapshots: Arc<Snapshots>, layers: Option<Layers>) -> SnapshotsServer<Service> {
+    SnapshotsServer::new(Service { snapshots, layers })
 }
 
 impl Service {
@@ -45,7 +50,7 @@ impl Service {
         call: &'static str,
         work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, Status> {
-        let snapshots = self.0.clone();
+        let snapshots = self.snapshots.clone();
         match tokio::task::spawn_blocking(move || work(&snapshots)).await {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(error)) => {
@@ -122,6 +127,14 @@ impl Api for Service {
         request: Request<api::PrepareSnapshotRequest>,
     ) -> Result<Response<api::PrepareSnapshotResponse>, Status> {
         let api::PrepareSnapshotRequest { key, parent: below, labels, .. } = request.into_inner();
+        if let (Some(layers), Some(wanted)) =
+            (&self.layers, Wanted::of(&key, parent(&below), &labels))
+        {
+            let chain_id = wanted.chain_id();
+            if layers.supply(wanted).await {
+                return Err(Status::already_exists(format!("layer {chain_id} is there")));
+            }
+        }
         let work = move |all: &Snapshots| all.prepare(&key, parent(&below), sorted(labels));
         let mounts = self.run("prepare", work).await?;
         Ok(Response::new(api::PrepareSnapshotResponse { mounts }))

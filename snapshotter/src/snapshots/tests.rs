@@ -370,7 +370,7 @@ async fn errors_arrive_as_the_codes_that_containerd_expects() {
     layer(&snapshots, "a", None);
     snapshots.prepare("x", Some("a"), none()).unwrap();
     snapshots.view("v", Some("a"), none()).unwrap();
-    let server = service::Service(Arc::new(snapshots));
+    let server = service::Service { snapshots: Arc::new(snapshots), layers: None };
     let prepare = async |key: &str, parent: &str| {
         let (key, parent) = (key.to_owned(), parent.to_owned());
         let request = api::PrepareSnapshotRequest { key, parent, ..Default::default() };

@@ -1,0 +1,544 @@
+//! Layers of images from neighbours.
+//!
+//! While containerd pulls an image, it asks the snapshotter to prepare each layer under the chain ID that the layer leads
+//! to. A snapshotter that can supply the layer itself commits it and answers "already exists"; containerd then does not
+//! download the layer. So:
+//!
+//! 1. find out which layer is meant: the image's configuration is here by now, and commits to its diff ID. If containerd
+//!    has the layer's blob, or nobody has anything, it goes on as with any snapshotter;
+//! 2. look up in the directory who keeps the layer as an object ([`crate::content::layer`]); if nobody does, have
+//!    neighbours make one of the blob that their containerd unpacked ([`make`]);
+//! 3. fetch it from all of them at once, as long as that goes on fast enough ([`guard`]);
+//! 4. give the uncompressed bytes to containerd under the diff ID, which it checks, and have it unpack them into a
+//!    snapshot, hashing them again, as it does with layers of its own;
+//! 5. commit the snapshot, and record the object, so that this node can give on the same bytes.
+//!
+//! Promise: a snapshot is committed only with the bytes that its chain ID stands for, whoever sent them. Whatever else
+//! happens ends in "not supplied" within [`SUPPLY_MAX`], nothing is left but objects that the sweep takes, and containerd
+//! asks the registry. A neighbour that let us wait, or lied, is not asked for a while.
+
+pub mod make;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures::Stream;
+use godwit_protos::{Digest, Subject};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::caching::retention::{free_bytes, has_room, record};
+use crate::containerd::{Client, ClientError, Descriptor, FoundLayer, LABEL_REF};
+use crate::content::object::{Kind, Layer};
+use crate::content::{ContentError, Source as _, layer};
+use crate::contents::{connect, fetch_from};
+use crate::directory::{LOOKUP_MAX, Lookup, Query};
+use crate::node::{Node, unix_ms};
+use crate::peer::Connection;
+use crate::peer::fetch::{FetchError, Patience};
+use crate::snapshots::{self, SnapshotError, Snapshots};
+use crate::store::{Lease, Snapshot, Store, StoreError};
+
+/// Layers that are supplied at once; of further ones containerd asks the registry.
+const SUPPLIES_MAX: usize = 8;
+
+/// How long a layer may take in all. containerd waits for it, and its other snapshots wait for containerd's garbage
+/// collection if that wants to begin meanwhile.
+const SUPPLY_MAX: Duration = Duration::from_secs(540);
+
+/// How long what arrives is protected.
+const LEASE: Duration = Duration::from_secs(600);
+
+/// How long a neighbour has to answer a hello.
+const HELLO_MAX: Duration = Duration::from_millis(300);
+
+/// Longest waits for objects: the registry replaces everyone.
+const PATIENCE: Patience = Patience {
+    grace: Duration::from_millis(50),
+    neighbour: Duration::from_secs(2),
+    source: Duration::from_secs(2),
+};
+
+/// Bytes per second of all neighbours together below which the registry is asked instead ...
+const RATE_MIN: u64 = 256 << 10;
+
+/// ... over this long.
+const RATE_OVER: Duration = Duration::from_secs(5);
+
+/// How often that is looked at.
+const GUARD: Duration = Duration::from_millis(500);
+
+/// Largest layer, uncompressed.
+pub const LAYER_BYTES_MAX: u64 = 64 << 30;
+
+/// What a layer may cost beyond its announced size, lists and protocol included.
+const SIZE_SLACK: u64 = 16 << 20;
+
+/// Different objects that are tried for one layer: all honest nodes have the same.
+const OFFERS_MAX: usize = 2;
+
+/// How long a neighbour is passed over that did not answer, or did not deliver ...
+const SHUN_SILENT: Duration = Duration::from_secs(30);
+
+/// ... and one that gave other bytes than it said.
+const SHUN_LIAR: Duration = Duration::from_secs(600);
+
+/// Bytes of a layer that containerd is given at once, and how many such pieces wait.
+const PIECE_BYTES: usize = 512 << 10;
+const QUEUE: usize = 4;
+
+/// What containerd calls the uncompressed bytes of a layer.
+const MEDIA_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
+
+/// Why a layer was not supplied although somebody seems to have it.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// containerd failed, or found that the bytes are not the layer's.
+    #[error(transparent)]
+    Containerd(#[from] ClientError),
+    /// The object is not in the store, or is not what it should be.
+    #[error(transparent)]
+    Content(#[from] ContentError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The snapshotter failed.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// It could not be fetched.
+    #[error("cannot fetch it")]
+    Fetch(#[from] FetchError),
+    /// It arrived too slowly, or is more than it should be.
+    #[error("{0}")]
+    Guard(&'static str),
+    /// Announced larger than any layer, or than the disk has room.
+    #[error("{0} bytes are too many")]
+    TooLarge(u64),
+    /// It took longer than it may.
+    #[error("it took longer than {} s", SUPPLY_MAX.as_secs())]
+    Late,
+    /// The daemon is stopping.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl LayerError {
+    /// Whether the object is to blame, so that neither it nor who gave it is to be trusted.
+    fn is_lie(&self) -> bool {
+        matches!(
+            self,
+            Self::Containerd(ClientError::WrongContent(_) | ClientError::Source { .. })
+                | Self::Content(ContentError::Object { .. } | ContentError::Missing(_))
+        )
+    }
+}
+
+/// A layer that containerd wants to be prepared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// containerd's namespace.
+    namespace: String,
+    /// Key of the snapshot that is to be prepared.
+    key: String,
+    /// Name of the committed one below.
+    parent: Option<String>,
+    /// What the layer leads to.
+    chain_id: Digest,
+    /// Name that it is committed under: as unique as the key.
+    name: String,
+    /// Labels that it gets.
+    labels: BTreeMap<String, String>,
+}
+
+impl Wanted {
+    /// The layer, if it is one that may be supplied: containerd's keys are `NAMESPACE/NUMBER/KEY`.
+    pub fn of(key: &str, parent: Option<&str>, labels: &HashMap<String, String>) -> Option<Self> {
+        let chain_id: Digest = labels.get(LABEL_REF)?.parse().ok()?;
+        let (namespace, rest) = key.split_once('/')?;
+        let (number, _) = rest.split_once('/')?;
+        Some(Self {
+            namespace: namespace.to_owned(),
+            key: key.to_owned(),
+            parent: parent.map(str::to_owned),
+            chain_id,
+            name: format!("{namespace}/{number}/{chain_id}"),
+            labels: labels.clone().into_iter().collect(),
+        })
+    }
+
+    /// What the layer leads to.
+    pub fn chain_id(&self) -> Digest {
+        self.chain_id
+    }
+}
+
+/// Supplies layers to the snapshotter's service. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Layers(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    node: Arc<Node>,
+    snapshots: Arc<Snapshots>,
+    turns: Semaphore,
+    /// Neighbours that are passed over, and until when.
+    shunned: Mutex<HashMap<String, Instant>>,
+}
+
+/// A layer's object and who has it.
+#[derive(Debug)]
+struct Offer {
+    root: Digest,
+    size_bytes: u64,
+    peers: Vec<Arc<Connection>>,
+}
+
+impl Layers {
+    /// For this node and its snapshots.
+    pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
+        let (turns, shunned) = (Semaphore::new(SUPPLIES_MAX), Mutex::default());
+        Self(Arc::new(Inner { node, snapshots, turns, shunned }))
+    }
+
+    /// Commits the layer if it can be had without the registry, and says whether it is there now.
+    ///
+    /// Cancel: it goes on; what nobody asks for again, containerd has removed.
+    pub async fn supply(&self, wanted: Wanted) -> bool {
+        let here = self.0.clone();
+        let supplied = tokio::spawn(async move {
+            let Ok(_turn) = here.turns.try_acquire() else { return false };
+            let supplied = match tokio::time::timeout(SUPPLY_MAX, here.supply(&wanted)).await {
+                Ok(supplied) => supplied,
+                Err(_) => {
+                    here.clear(wanted.key).await;
+                    Err(LayerError::Late)
+                }
+            };
+            match supplied {
+                Ok(supplied) => supplied,
+                Err(error) => {
+                    let (layer, error) = (wanted.chain_id, crate::migrate::chain(&error));
+                    tracing::warn!(%layer, error, "no layer from the neighbours; asking the registry");
+                    false
+                }
+            }
+        });
+        supplied.await.unwrap_or(false)
+    }
+}
+
+impl Inner {
+    async fn supply(&self, wanted: &Wanted) -> Result<bool, LayerError> {
+        if self.is_committed(wanted).await? {
+            return Ok(true);
+        }
+        let containerd = &self.node.containerd;
+        let found = containerd.find_layer(&wanted.namespace, wanted.chain_id).await?;
+        let Some(layer) = found else { return Ok(false) };
+        if containerd.find_blob(layer.blob.digest).await?.is_some() {
+            return Ok(false);
+        }
+        let lease = Arc::new(self.node.store.lease("layer", LEASE));
+        if self.supply_kept(wanted, &layer).await? {
+            return Ok(true);
+        }
+        if !has_room(&self.node) {
+            return Ok(false);
+        }
+        let mut outcome = Ok(false);
+        for offer in self.offers(&layer).await.into_iter().take(OFFERS_MAX) {
+            match self.take(wanted, &layer, &offer, &lease).await {
+                Ok(()) => return Ok(true),
+                Err(error) => {
+                    let patience = if error.is_lie() { SHUN_LIAR } else { SHUN_SILENT };
+                    self.shun(offer.peers.iter().map(|peer| peer.node.as_str()), patience);
+                    outcome = Err(error);
+                }
+            }
+        }
+        outcome
+    }
+
+    /// Whether the layer is committed already, for another namespace: containerd takes it by its label and parent.
+    async fn is_committed(&self, wanted: &Wanted) -> Result<bool, LayerError> {
+        let (chain_id, parent) = (wanted.chain_id, wanted.parent.clone());
+        self.blocking(move |all| {
+            let filter = format!("labels.{LABEL_REF:?}=={chain_id}");
+            let infos = all.list(&[filter])?;
+            let is_it = |info: &snapshots::Info| {
+                info.kind == snapshots::Kind::Committed && info.parent == parent
+            };
+            Ok(infos.iter().any(is_it))
+        })
+        .await
+    }
+
+    /// Supplies a layer that this node keeps as an object. One that proves wrong is forgotten.
+    async fn supply_kept(&self, wanted: &Wanted, layer: &FoundLayer) -> Result<bool, LayerError> {
+        let subject = Subject::ImageLayer(layer.diff_id);
+        for (id, kept) in self.blocking_store(move |store| store.snapshots(&subject)).await? {
+            match self.put(wanted, layer, kept.root).await {
+                Ok(()) => return Ok(true),
+                Err(error) if error.is_lie() => {
+                    tracing::warn!(layer = %layer.diff_id, "what was kept of a layer is damaged");
+                    self.blocking_store(move |store| store.remove_snapshot(id)).await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Who has the layer, or makes it; the object that most have comes first.
+    async fn offers(&self, layer: &FoundLayer) -> Vec<Offer> {
+        let except = self.shunned();
+        let (connections, absent) = connect(&self.node, HELLO_MAX, &except).await;
+        self.shun(absent.iter().map(String::as_str), SHUN_SILENT);
+        let subjects = vec![Subject::ImageLayer(layer.diff_id)];
+        let (_, joined) = watch::channel(connections.clone());
+        let query = Query { subjects, ..Query::default() };
+        let found = Lookup::begin(&self.node.directory, query, joined).found(LOOKUP_MAX).await;
+        let of = |node: &str| connections.iter().find(|peer| peer.node == node).cloned();
+        let holders = found
+            .iter()
+            .filter_map(|entry| Some((entry.manifest, entry.size_bytes, of(&entry.node)?)));
+        let offers = grouped(holders);
+        if !offers.is_empty() {
+            return offers;
+        }
+        let (made, silent) = make::ask(&connections, layer).await;
+        self.shun(silent.iter().map(String::as_str), SHUN_SILENT);
+        grouped(made)
+    }
+
+    /// Fetches what is offered and commits it. Errors: nothing is committed.
+    async fn take(
+        &self,
+        wanted: &Wanted,
+        layer: &FoundLayer,
+        offer: &Offer,
+        lease: &Arc<Lease>,
+    ) -> Result<(), LayerError> {
+        let Offer { root, size_bytes, peers } = offer;
+        let free = free_bytes(&self.node).unwrap_or(u64::MAX);
+        if *size_bytes > LAYER_BYTES_MAX.min(free) {
+            return Err(LayerError::TooLarge(*size_bytes));
+        }
+        let root_of = (Kind::Layer, *root);
+        let brought = tokio::select! {
+            brought = fetch_from(&self.node, peers.clone(), root_of, lease, PATIENCE) => brought?,
+            why = guard(peers, *size_bytes) => return Err(LayerError::Guard(why)),
+        };
+        self.put(wanted, layer, *root).await?;
+        let layer = layer.diff_id;
+        tracing::info!(%layer, bytes = size_bytes, ?brought, "layer from the neighbours");
+        // The layer is there whether it can be given on or not.
+        if let Err(error) = keep(&self.node, layer, *root, *size_bytes).await {
+            tracing::warn!(%layer, error = crate::migrate::chain(&error), "layer is not kept");
+        }
+        Ok(())
+    }
+
+    /// Commits the snapshot that the object `root` makes.
+    async fn put(
+        &self,
+        wanted: &Wanted,
+        layer: &FoundLayer,
+        root: Digest,
+    ) -> Result<(), LayerError> {
+        let store = self.node.store.clone();
+        let size_bytes = blocking(move || Ok(store.decode::<Layer>(&root)?.bytes)).await?;
+        if size_bytes > LAYER_BYTES_MAX {
+            return Err(LayerError::TooLarge(size_bytes));
+        }
+        let (namespace, diff_id) = (wanted.namespace.as_str(), layer.diff_id);
+        // containerd drops its copy of the bytes once nothing holds it. Letting go is not waited for: its garbage
+        // collection waits for the call that this answers.
+        let held = self.node.containerd.lease(namespace).await?;
+        let bytes = |offset| bytes_of(self.node.store.clone(), root, offset);
+        let written = held.client().write_blob(namespace, diff_id, size_bytes, bytes).await;
+        if let Err(ClientError::Source { .. }) = &written {
+            // Or the next attempt would go on behind what a broken object began with.
+            held.client().abort_write(namespace, diff_id).await?;
+        }
+        written?;
+        let blob = Descriptor { media_type: MEDIA_TYPE.to_owned(), digest: diff_id, size_bytes };
+        let unpacked = self.unpack(held.client(), wanted, &blob).await;
+        if unpacked.is_err() {
+            self.clear(wanted.key.clone()).await;
+        }
+        unpacked
+    }
+
+    /// Has the layer `blob` unpacked into a snapshot, and commits that. Errors: it may be left under its key.
+    async fn unpack(
+        &self,
+        containerd: &Client,
+        wanted: &Wanted,
+        blob: &Descriptor,
+    ) -> Result<(), LayerError> {
+        let Wanted { key, parent, .. } = wanted.clone();
+        let prepare = move |all: &Snapshots| all.prepare(&key, parent.as_deref(), BTreeMap::new());
+        let mounts = self.blocking(prepare).await?;
+        if containerd.apply(&wanted.namespace, blob, mounts).await? != blob.digest {
+            return Err(ClientError::WrongContent(blob.digest).into());
+        }
+        let Wanted { key, name, labels, .. } = wanted.clone();
+        self.blocking(move |all| all.commit(&name, &key, labels)).await
+    }
+
+    /// Removes what an attempt has left under its key, so that containerd finds it free.
+    async fn clear(&self, key: String) {
+        let removed = self.blocking(move |all| match all.remove(&key) {
+            Err(SnapshotError::NotFound(_)) => Ok(()),
+            other => other,
+        });
+        if let Err(error) = removed.await {
+            tracing::warn!(%error, "cannot remove a layer that was not unpacked");
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
+    ) -> Result<T, LayerError> {
+        let snapshots = self.snapshots.clone();
+        blocking(move || Ok(work(&snapshots)?)).await
+    }
+
+    async fn blocking_store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, LayerError> {
+        let store = self.node.store.clone();
+        blocking(move || Ok(work(&store)?)).await
+    }
+
+    /// Neighbours that are passed over now.
+    fn shunned(&self) -> Vec<String> {
+        let mut shunned = self.shunned.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        shunned.retain(|_, until| *until > now);
+        shunned.keys().cloned().collect()
+    }
+
+    fn shun<'a>(&self, nodes: impl Iterator<Item = &'a str>, time: Duration) {
+        let mut shunned = self.shunned.lock().unwrap_or_else(PoisonError::into_inner);
+        let until = Instant::now() + time;
+        for node in nodes {
+            let one = shunned.entry(node.to_owned()).or_insert(until);
+            *one = until.max(*one);
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, LayerError> + Send + 'static,
+) -> Result<T, LayerError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_cancelled| LayerError::Interrupted)?
+}
+
+/// Records that this node has the layer whole, as the object `root`.
+async fn keep(
+    node: &Arc<Node>,
+    diff_id: Digest,
+    root: Digest,
+    size_bytes: u64,
+) -> Result<(), LayerError> {
+    let node = node.clone();
+    blocking(move || {
+        let subject = Subject::ImageLayer(diff_id);
+        if node.store.snapshots(&subject)?.iter().any(|(_, kept)| kept.root == root) {
+            return Ok(());
+        }
+        let snapshot = Snapshot {
+            subject,
+            sequence: 1,
+            taken_at_unix_ms: unix_ms(),
+            root,
+            root_kind: Kind::Layer as u8,
+            size_bytes,
+            node: node.config.node.clone(),
+            is_pinned: false,
+        };
+        record(&node, &[snapshot])?;
+        Ok(())
+    })
+    .await
+}
+
+/// The bytes of a layer's object from `offset` on.
+fn bytes_of(
+    store: Store,
+    root: Digest,
+    offset: u64,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin {
+    let (send, receive) = mpsc::channel(QUEUE);
+    tokio::task::spawn_blocking(move || {
+        let mut piece = BytesMut::new();
+        let read = layer::read(&store, &root, offset, &mut |data| {
+            piece.extend_from_slice(&data);
+            piece.len() < PIECE_BYTES || send.blocking_send(Ok(piece.split().freeze())).is_ok()
+        });
+        // Whoever does not listen any more does not mind.
+        let _ = send.blocking_send(read.map(|()| piece.freeze()).map_err(io::Error::other));
+    });
+    ReceiverStream::new(receive)
+}
+
+/// Who offers the same belongs together.
+fn grouped(holders: impl IntoIterator<Item = (Digest, u64, Arc<Connection>)>) -> Vec<Offer> {
+    let mut offers: Vec<Offer> = Vec::new();
+    for (root, size_bytes, peer) in holders {
+        match offers.iter_mut().find(|one| (one.root, one.size_bytes) == (root, size_bytes)) {
+            Some(offer) => offer.peers.push(peer),
+            None => offers.push(Offer { root, size_bytes, peers: vec![peer] }),
+        }
+    }
+    offers.sort_by_key(|offer| std::cmp::Reverse(offer.peers.len()));
+    offers
+}
+
+/// Ends when the peers are too slow all together, or send more than they announced.
+async fn guard(peers: &[Arc<Connection>], size_bytes: u64) -> &'static str {
+    let received = || peers.iter().map(|peer| peer.traffic.received()).sum::<u64>();
+    let most = size_bytes.saturating_add(size_bytes / 4).saturating_add(SIZE_SLACK);
+    let (mut since, mut before) = (Instant::now(), received());
+    loop {
+        tokio::time::sleep(GUARD).await;
+        if received() > most {
+            return "it is larger than it was announced";
+        }
+        if since.elapsed() >= RATE_OVER {
+            if received() - before < RATE_MIN * RATE_OVER.as_secs() {
+                return "it came too slowly";
+            }
+            (since, before) = (Instant::now(), received());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(chain_id: &str) -> HashMap<String, String> {
+        [(LABEL_REF.to_owned(), chain_id.to_owned())].into()
+    }
+
+    #[test]
+    fn only_what_containerd_unpacks_by_chain_id_may_be_supplied() {
+        let chain_id = Digest::of(b"x").to_string();
+        let key = format!("k8s.io/12/extract-3-abc {chain_id}");
+        let wanted = Wanted::of(&key, Some("k8s.io/1/sha256:ab"), &labels(&chain_id)).unwrap();
+        assert_eq!((wanted.namespace.as_str(), &wanted.key), ("k8s.io", &key));
+        assert_eq!(wanted.name, format!("k8s.io/12/{chain_id}"));
+        assert_eq!(wanted.labels.len(), 1);
+        assert_eq!(Wanted::of(&key, None, &HashMap::new()), None, "a container's own");
+        assert_eq!(Wanted::of(&key, None, &labels("sha512:ab")), None);
+        assert_eq!(Wanted::of("extract", None, &labels(&chain_id)), None, "not containerd's");
+    }
+}

@@ -1,0 +1,104 @@
+//! An image registry in a node: Debian's `docker-registry`, and what it was asked for.
+//!
+//! It speaks TLS with a certificate of its own, since containerd 1.7 can be told of no other registry when it pulls by
+//! itself; nodes trust it by name.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::Node;
+use crate::command::{Background, host, wait_until};
+use crate::images::{self, Image};
+
+/// Where it listens.
+const PORT: u16 = 5000;
+/// Where nodes look for authorities that they trust.
+const CERTIFICATE: &str = "/etc/ssl/certs/registry.crt";
+const KEY: &str = "/etc/registry.key";
+const CONFIGURATION: &str = "/etc/registry.yml";
+const LOG: &str = "registry";
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+const PUSH_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// A running registry. Dropping it kills it.
+pub struct Registry<'a> {
+    node: &'a Node,
+    server: Background,
+}
+
+impl<'a> Registry<'a> {
+    /// Starts a registry in a node and waits until it answers. It and the nodes of `clients` trust its certificate.
+    pub fn start(node: &'a Node, clients: &[Node]) -> Result<Self> {
+        let scratch = tempfile::tempdir()?;
+        let [certificate, key] = ["crt", "key"].map(|name| scratch.path().join(name));
+        let name = format!("subjectAltName=IP:{}", node.address());
+        let mut command =
+            vec!["openssl", "req", "-x509", "-nodes", "-days", "3650", "-newkey", "ec"];
+        command.extend(["-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=registry"]);
+        command.extend(["-addext", &name, "-keyout", key.to_str().context("a path")?]);
+        command.extend(["-out", certificate.to_str().context("a path")?]);
+        host(&command)?;
+        for one in clients.iter().chain([node]) {
+            one.ok(&["mkdir", "-p", "/etc/ssl/certs"])?;
+            fs::copy(&certificate, one.path(CERTIFICATE))?;
+        }
+        fs::copy(&key, node.path(KEY))?;
+        let server = serve(node)?;
+        Ok(Self { node, server })
+    }
+
+    /// Its address, as image references name it.
+    pub fn address(&self) -> String {
+        format!("{}:{PORT}", self.node.address())
+    }
+
+    /// Puts an image into it, and returns the reference by which it is pulled. The node keeps nothing of it.
+    pub fn push(&self, image: Image) -> Result<String> {
+        let (node, own) = (self.node, image.reference());
+        images::import(node, image, "overlayfs")?;
+        let (_, name) = own.rsplit_once('/').context("a name")?;
+        let reference = format!("{}/{name}", self.address());
+        node.ok(&["ctr", "images", "tag", own, &reference])?;
+        node.command(&["ctr", "images", "push", "--local", &reference])
+            .timeout(PUSH_TIMEOUT)
+            .ok()?;
+        node.ok(&["ctr", "images", "rm", "--sync", own, &reference])?;
+        Ok(reference)
+    }
+
+    /// Digests of the blobs that it was asked for since it was started, one for each time.
+    pub fn asked_for(&self) -> Vec<String> {
+        let log = self.node.log(LOG);
+        let requests = log.lines().filter_map(|line| line.split_once("\"GET /v2/"));
+        let blobs = requests.filter_map(|(_, request)| request.split_once("/blobs/"));
+        blobs.filter_map(|(_, rest)| rest.split([' ', '?']).next()).map(str::to_owned).collect()
+    }
+
+    /// Stops it.
+    pub fn stop(&mut self) -> Result<()> {
+        self.server.kill()
+    }
+
+    /// Starts it again.
+    pub fn restart(&mut self) -> Result<()> {
+        self.server = serve(self.node)?;
+        Ok(())
+    }
+}
+
+fn serve(node: &Node) -> Result<Background> {
+    let text = format!(
+        "version: 0.1\n\
+         log: {{accesslog: {{disabled: false}}, level: error}}\n\
+         storage: {{filesystem: {{rootdirectory: /var/lib/registry}}, delete: {{enabled: true}}}}\n\
+         http: {{addr: \":{PORT}\", tls: {{certificate: {CERTIFICATE}, key: {KEY}}}}}\n"
+    );
+    fs::write(node.path(CONFIGURATION), text)?;
+    let server = node.spawn(&["docker-registry", "serve", CONFIGURATION], LOG)?;
+    wait_until("the registry answers", START_TIMEOUT, || {
+        node.in_network(|| Ok(std::net::TcpStream::connect((node.address(), PORT)).is_ok()))
+    })?;
+    Ok(server)
+}

@@ -1,0 +1,274 @@
+//! Pulling images: layers that a neighbour holds come from the neighbours and not from the registry, whatever the
+//! neighbours are like, and what came from one can be given on, or run, moved, and mirrored.
+//!
+//! The registry tells which blobs it was asked for; nothing else counts as proof.
+
+use std::collections::BTreeSet;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use godwit_protos::{Digest, Subject};
+use godwit_snapshotter::content::object::Kind;
+use godwit_snapshotter::store::{Options, Snapshot, Store};
+use godwit_tests::command::wait_until;
+use godwit_tests::images::{self, Image};
+use godwit_tests::neighbours::{self, Bad};
+use godwit_tests::registry::Registry;
+use godwit_tests::workload;
+use godwit_tests::{Bed, BedOptions, Containerd, Node};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+#[allow(clippy::all, unreachable_pub, reason = "generated")]
+mod v1 {
+    tonic::include_proto!("runtime.v1");
+}
+
+/// Three nodes that pull, and one with the registry, which holds nothing itself.
+static BED: LazyLock<Bed> = LazyLock::new(|| {
+    Bed::start(&BedOptions::nodes(4).generation(Containerd::of_suite())).expect("the nodes start")
+});
+
+static REGISTRY: LazyLock<Mutex<Registry<'static>>> = LazyLock::new(|| {
+    Mutex::new(Registry::start(BED.node(3), &BED.nodes()[..3]).expect("the registry starts"))
+});
+
+/// What a pull may take when a neighbour is of no use: far below what waiting for a dead peer costs.
+const BOUND: Duration = Duration::from_secs(15);
+
+fn node(index: usize) -> &'static Node {
+    BED.node(index)
+}
+
+fn registry() -> MutexGuard<'static, Registry<'static>> {
+    REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Pushes an image that no node has by now, and returns its reference and the digests of its layers.
+fn fresh(image: Image) -> Result<(String, BTreeSet<String>)> {
+    let reference = registry().push(image)?;
+    for node in &BED.nodes()[..3] {
+        for namespace in ["default", "k8s.io"] {
+            let images = node.ok(&["ctr", "-n", namespace, "images", "ls", "-q"])?;
+            for image in images.lines() {
+                node.ok(&["ctr", "-n", namespace, "images", "rm", "--sync", image])?;
+            }
+        }
+        neighbours::forget(node)?;
+        let left = node.ok(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?;
+        ensure!(left.lines().count() <= 1, "{} still has\n{left}", node.name());
+    }
+    // Only who has it can say what it is made of.
+    pull(node(0), &reference)?;
+    let layers = manifest(node(0), &reference)?["layers"].as_array().context("layers")?.clone();
+    let digest = |layer: &Value| layer["digest"].as_str().map(str::to_owned);
+    Ok((reference, layers.iter().filter_map(digest).collect()))
+}
+
+fn manifest(node: &Node, reference: &str) -> Result<Value> {
+    let images = node.ok(&["ctr", "images", "ls", &format!("name=={reference}")])?;
+    let digest = images.split_whitespace().find(|word| word.starts_with("sha256:"));
+    Ok(serde_json::from_str(&node.ok(&["ctr", "content", "get", digest.context("a digest")?])?)?)
+}
+
+fn diff_ids(node: &Node, reference: &str) -> Result<Vec<Digest>> {
+    let manifest = manifest(node, reference)?;
+    let config = manifest["config"]["digest"].as_str().context("a configuration")?;
+    let config: Value = serde_json::from_str(&node.ok(&["ctr", "content", "get", config])?)?;
+    let ids = config["rootfs"]["diff_ids"].as_array().context("diff IDs")?.clone();
+    ids.iter().map(|id| Ok(id.as_str().unwrap_or_default().parse()?)).collect()
+}
+
+fn pull(node: &Node, reference: &str) -> Result<Duration> {
+    let begun = Instant::now();
+    // By itself, the client of containerd 1.7 would fetch everything before anything is unpacked.
+    let platform = images::platform();
+    let service = ["ctr", "images", "pull", "--local=false", "--platform", &platform];
+    node.command(&[&service[..], &["--snapshotter", "godwit", reference]].concat())
+        .timeout(Duration::from_secs(60))
+        .ok()?;
+    Ok(begun.elapsed())
+}
+
+/// Pulls, and returns which of the layers the registry was asked for meanwhile, and how long it took.
+fn pull_from(
+    node: &Node,
+    (reference, layers): &(String, BTreeSet<String>),
+) -> Result<(Vec<String>, Duration)> {
+    let before = registry().asked_for().len();
+    let took = pull(node, reference)?;
+    let mut asked = registry().asked_for().split_off(before);
+    asked.retain(|digest| layers.contains(digest));
+    Ok((asked, took))
+}
+
+/// A digest of every file, link and mode that a container of the image sees.
+fn seen(node: &Node, reference: &str) -> Result<String> {
+    let script = "cd /; { find bin/ data etc lib lib64 sbin/ usr -xdev -type f -exec sha256sum {} + ; \
+                  find . -xdev ! -path './proc*' ! -path './sys*' ! -path './dev*' ! -path './run*' \
+                  -exec stat -c '%n %f %u %g %N %Y' {} + ; } | grep -v '^\\. ' | sort | sha256sum; ls /etc";
+    let snapshotter = ["--snapshotter", "godwit", reference, "look"];
+    let run = ["ctr", "run", "--rm"];
+    node.ok(&[&run[..], &snapshotter, &["sh", "-c", script]].concat())
+}
+
+#[test]
+fn layers_come_from_a_neighbour_and_go_on_from_whoever_got_them() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    ensure!(image.1.len() == 3, "{image:?}");
+    let all: BTreeSet<String> = registry().asked_for().into_iter().collect();
+    ensure!(image.1.is_subset(&all), "the first had nobody else to ask: {all:?}");
+    let (asked, _) = pull_from(node(1), &image)?;
+    ensure!(asked.is_empty(), "the registry gave {asked:?}");
+    let first = seen(node(0), &image.0)?;
+    ensure!(first == seen(node(1), &image.0)?, "the trees differ");
+    ensure!(!first.contains("issue"), "a whiteout was not kept: {first}");
+
+    // The second has no blob of it, only what it got.
+    node(0).stop_daemon()?;
+    let (asked, _) = pull_from(node(2), &image)?;
+    neighbours::start(node(0))?;
+    ensure!(asked.is_empty(), "the registry gave {asked:?}");
+    ensure!(first == seen(node(2), &image.0)?, "the trees differ");
+    // A layer that is not compressed is its own blob; the others are not had as such.
+    let content = node(2).ok(&["ctr", "content", "ls", "-q"])?;
+    ensure!(image.1.iter().filter(|layer| content.contains(*layer)).count() <= 1, "{content}");
+    Ok(())
+}
+
+/// Bytes of objects that are not what their names say.
+#[test]
+fn a_neighbour_with_wrong_bytes_costs_time_and_nothing_else() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    // Now it has made objects of its layers.
+    pull(node(2), &image.0)?;
+    neighbours::forget(node(2))?;
+    Bad::Lying.spoil(node(0))?;
+    let (asked, took) = pull_from(node(1), &image)?;
+    ensure!(asked.len() == 3 && took < BOUND, "{took:?}, the registry gave {asked:?}");
+    ensure!(seen(node(0), &image.0)? == seen(node(1), &image.0)?, "the trees differ");
+    Ok(())
+}
+
+/// Objects that are sound, but of another layer than it is said: the sum is wrong, and no part of it.
+#[test]
+fn a_neighbour_that_passes_one_layer_off_as_another_is_found_out() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    pull(node(1), &image.0)?;
+    let ids = diff_ids(node(0), &image.0)?;
+    node(0).stop_daemon()?;
+    {
+        let store = Store::open(&node(0).path("/var/lib/godwit/store"), Options::default())?;
+        let root_of = |id: &Digest| {
+            Ok::<_, anyhow::Error>(store.snapshots(&Subject::ImageLayer(*id))?[0].clone())
+        };
+        let honest: Vec<_> = ids.iter().map(root_of).collect::<Result<_>>()?;
+        for (index, (id, kept)) in honest.iter().enumerate() {
+            ensure!(kept.root_kind == Kind::Layer as u8, "{kept:?}");
+            let (_, other) = &honest[(index + 1) % honest.len()];
+            let (root, size_bytes) = (other.root, other.size_bytes);
+            store.record(&Snapshot { root, size_bytes, ..kept.clone() })?;
+            store.remove_snapshot(*id)?;
+        }
+    }
+    neighbours::start(node(0))?;
+    // The second is honest, but away.
+    node(1).stop_daemon()?;
+    let (asked, took) = pull_from(node(2), &image)?;
+    neighbours::start(node(1))?;
+    ensure!(asked.len() == 3 && took < BOUND, "{took:?}, the registry gave {asked:?}");
+    ensure!(node(2).log("daemon").contains("bytes do not match"), "nobody noticed");
+    ensure!(seen(node(1), &image.0)? == seen(node(2), &image.0)?, "the trees differ");
+    Ok(())
+}
+
+/// Method: it stops answering, or vanishes, before the pull or in the middle of a layer.
+#[test]
+fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
+    for bad in ["stopped", "cut off", "cut off midway", "killed midway"] {
+        let image = fresh(Image::Redis)?;
+        match bad {
+            "stopped" => node(0).signal_daemon(Signal::SIGSTOP)?,
+            "cut off" => node(0).cut_link()?,
+            _ => node(0).set_rate(Some(8))?,
+        }
+        let (asked, took) = std::thread::scope(|scope| {
+            let pulled = scope.spawn(|| pull_from(node(1), &image));
+            if bad.ends_with("midway") {
+                wait_until("a layer is on its way", BOUND, || {
+                    Ok(node(1).traffic()?.received > 0
+                        && node(0).log("daemon").contains("made a layer"))
+                })?;
+                std::thread::sleep(Duration::from_millis(300));
+                match bad {
+                    "cut off midway" => node(0).cut_link()?,
+                    _ => node(0).kill_daemon()?,
+                }
+            }
+            pulled.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        eprintln!("{bad}: {took:?}");
+        match bad {
+            "stopped" => node(0).signal_daemon(Signal::SIGCONT)?,
+            "killed midway" => neighbours::start(node(0))?,
+            _ => node(0).mend_link()?,
+        }
+        node(0).set_rate(None)?;
+        ensure!(!asked.is_empty() && took < BOUND, "{bad}: {took:?}, the registry gave {asked:?}");
+        ensure!(seen(node(0), &image.0)? == seen(node(1), &image.0)?, "{bad}: the trees differ");
+    }
+    Ok(())
+}
+
+/// A kubelet's way to pull, for pods of the handler that has our snapshotter.
+#[test]
+fn the_cri_pulls_layers_from_neighbours() -> Result<()> {
+    let image = fresh(Image::Memhog)?;
+    let before = registry().asked_for().len();
+    let socket = node(1).path("/run/containerd/containerd.sock");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let channel = containerd_client::connect(socket).await?;
+        let mut client = v1::image_service_client::ImageServiceClient::new(channel);
+        let handler = ("io.containerd.cri.runtime-handler".to_owned(), "godwit".to_owned());
+        let spec = v1::ImageSpec { image: image.0.clone(), ..v1::ImageSpec::default() };
+        let pod = v1::PodSandboxConfig {
+            annotations: [handler].into(),
+            ..v1::PodSandboxConfig::default()
+        };
+        let pull = v1::PullImageRequest {
+            image: Some(spec),
+            sandbox_config: Some(pod),
+            ..v1::PullImageRequest::default()
+        };
+        client.pull_image(pull).await?;
+        Ok::<_, anyhow::Error>(())
+    })?;
+    let asked = registry().asked_for().split_off(before);
+    ensure!(!asked.iter().any(|digest| image.1.contains(digest)), "the registry gave {asked:?}");
+    let list = ["ctr", "-n", "k8s.io", "snapshots", "--snapshotter", "godwit", "ls"];
+    let snapshots = node(1).ok(&list)?;
+    ensure!(snapshots.matches("Committed").count() == 3, "{snapshots}");
+    Ok(())
+}
+
+/// The image of the container that moves has no blobs where it runs, and nobody can ask the registry.
+#[test]
+fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() -> Result<()> {
+    let image = fresh(Image::Busybox)?;
+    pull(node(1), &image.0)?;
+    registry().stop()?;
+    let moved = (|| {
+        let script = "i=0; while :; do i=$((i+1)); echo $i > /count; usleep 20000; done";
+        let run = ["ctr", "run", "-d", "--runtime", "io.containerd.runc.godwit.v1"];
+        let rest = ["--snapshotter", "godwit", &image.0, "moves", "sh", "-c", script];
+        node(1).ok(&[&run[..], &rest].concat())?;
+        workload::migrated(node(2), "moves", node(1), node(2), &[])?;
+        ensure!(workload::task(node(2), "moves")?.as_deref() == Some("RUNNING"), "it does not run");
+        node(2).ok(&["ctr", "tasks", "rm", "-f", "moves"])?;
+        node(2).ok(&["ctr", "containers", "rm", "moves"]).map(drop)
+    })();
+    registry().restart()?;
+    moved
+}
