@@ -363,8 +363,12 @@ fn an_update_changes_the_limit(runtime: &Runtime) -> Result<()> {
     let container =
         Container::start(runtime, "update", &["--memory-limit", "67108864"], "sleep 600")?;
     let limit = || -> Result<u64> {
-        let file = format!("/sys/fs/cgroup/memory/default/{}/memory.limit_in_bytes", container.id);
-        Ok(node().ok(&["cat", &file])?.trim().parse()?)
+        // Under cgroups of version 1, and of version 2 (`make test-vm`).
+        let (id, top) = (&container.id, "/sys/fs/cgroup");
+        let files = format!(
+            "{top}/memory/default/{id}/memory.limit_in_bytes {top}/default/{id}/memory.max"
+        );
+        Ok(node().sh(&format!("cat {files} 2> /dev/null || :"))?.trim().parse()?)
     };
     assert_eq!(limit()?, 64 << 20);
     update_memory(&container.id, 96 << 20)?;
