@@ -406,6 +406,8 @@ fn lock(slot: &Mutex<Option<Background>>) -> MutexGuard<'_, Option<Background>> 
 fn end(slot: &Mutex<Option<Background>>, name: &str, signal: Signal) -> Result<()> {
     let Some(service) = lock(slot).take() else { bail!("{name} does not run") };
     service.signal(signal)?;
+    // `nsenter` stops with what it wraps, and may have seen it stopped once more after it had been continued.
+    service.signal(Signal::SIGCONT)?;
     service.wait_for_group(STOP_TIMEOUT)
 }
 
