@@ -22,6 +22,27 @@ mod v1 {
 use v1::runtime_service_client::RuntimeServiceClient;
 use v1::*;
 
+/// One test per handler.
+macro_rules! with_both_handlers {
+    ($($test:ident,)*) => {
+        mod runc {
+            $(#[test]
+            fn $test() -> anyhow::Result<()> {
+                super::$test(crate::RUNC)
+            })*
+        }
+        mod godwit {
+            $(#[test]
+            fn $test() -> anyhow::Result<()> {
+                super::$test(crate::GODWIT)
+            })*
+        }
+    };
+}
+
+#[path = "cri/streams.rs"]
+mod streams;
+
 /// The node that all tests share; torn down at exit.
 static BED: LazyLock<Bed> = LazyLock::new(|| start().expect("the test node starts"));
 
@@ -124,6 +145,16 @@ impl Pod {
     }
 
     fn create(&self, name: &str, script: &str) -> Result<Member<'_>> {
+        self.create_as(name, script, |_| {})
+    }
+
+    /// The same with a configuration that `change` has changed.
+    fn create_as(
+        &self,
+        name: &str,
+        script: &str,
+        change: impl FnOnce(&mut ContainerConfig),
+    ) -> Result<Member<'_>> {
         let security = LinuxContainerSecurityContext {
             namespace_options: self
                 .config
@@ -134,7 +165,7 @@ impl Pod {
         };
         let resources =
             LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..Default::default() };
-        let config = ContainerConfig {
+        let mut config = ContainerConfig {
             metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
             image: Some(ImageSpec {
                 image: Image::Busybox.reference().into(),
@@ -148,6 +179,7 @@ impl Pod {
             }),
             ..Default::default()
         };
+        change(&mut config);
         let request = CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
             config: Some(config),
@@ -571,23 +603,6 @@ fn our_shim_tells_the_features_of_runc() -> Result<()> {
         assert_eq!(ours["Features"], theirs["Features"]);
     }
     Ok(())
-}
-
-macro_rules! with_both_handlers {
-    ($($test:ident,)*) => {
-        mod runc {
-            $(#[test]
-            fn $test() -> anyhow::Result<()> {
-                super::$test(super::RUNC)
-            })*
-        }
-        mod godwit {
-            $(#[test]
-            fn $test() -> anyhow::Result<()> {
-                super::$test(super::GODWIT)
-            })*
-        }
-    };
 }
 
 with_both_handlers! {
