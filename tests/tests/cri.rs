@@ -40,6 +40,8 @@ macro_rules! with_both_handlers {
     };
 }
 
+#[path = "cri/checkpoints.rs"]
+mod checkpoints;
 #[path = "cri/streams.rs"]
 mod streams;
 
