@@ -53,6 +53,9 @@ pub struct Config {
     /// Layers of images, between neighbours.
     #[serde(default)]
     pub layers: Layers,
+    /// A read-only registry for this node.
+    #[serde(default)]
+    pub mirror: Mirror,
     /// Cached snapshots: when they are taken, where copies go, what is kept.
     #[serde(default)]
     pub cache: Cache,
@@ -182,6 +185,29 @@ impl Default for Layers {
     }
 }
 
+/// A read-only registry on this node's loopback address.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Mirror {
+    /// Where it listens, for example `127.0.0.1:7947`. Absent: there is none.
+    pub listen: Option<SocketAddr>,
+    /// What it says of tags.
+    pub tags: Tags,
+}
+
+/// Where the mirror learns what a tag stands for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tags {
+    /// Nowhere: it is asked by digest.
+    Off,
+    /// From this node's own images.
+    #[default]
+    Local,
+    /// From the neighbours' too, who are then believed.
+    Neighbours,
+}
+
 /// Which directory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -281,6 +307,11 @@ pub enum ConfigError {
         "refusing to listen on {0}: peers are not authenticated yet; on a trusted network, say `insecure = true`"
     )]
     Insecure(SocketAddr),
+    /// Whoever reaches the mirror reads every image.
+    #[error(
+        "refusing to serve the mirror on {0}: it is for this node alone, on a loopback address"
+    )]
+    Mirror(SocketAddr),
     /// A schedule that makes no sense.
     #[error("[cache] is not usable")]
     Cache(#[from] ScheduleError),
@@ -331,6 +362,9 @@ impl Config {
             && !self.insecure
         {
             return Err(ConfigError::Insecure(listen));
+        }
+        if let Some(listen) = self.mirror.listen.filter(|listen| !listen.ip().is_loopback()) {
+            return Err(ConfigError::Mirror(listen));
         }
         self.cache.schedule()?;
         self.cache.budget()?;
@@ -392,6 +426,20 @@ mod tests {
         assert!(read("node = 'a'\nlisten = '10.0.0.1:1'\ninsecure = true").is_ok());
         assert!(read("node = 'a'\nlisten = '127.0.0.1:1'").is_ok());
         assert!(read("node = 'a'").is_ok());
+    }
+
+    #[test]
+    fn the_mirror_is_for_this_node_alone() {
+        let mirror = |keys: &str| read(&format!("node = 'a'\ninsecure = true\n[mirror]\n{keys}"));
+        let config = mirror("listen = '127.0.0.1:7947'").unwrap();
+        assert_eq!(config.mirror.tags, Tags::Local);
+        assert!(mirror("listen = '[::1]:7947'\ntags = 'neighbours'").is_ok());
+        for wrong in ["0.0.0.0:7947", "10.0.0.1:7947", "[::]:7947"] {
+            let refused = mirror(&format!("listen = '{wrong}'"));
+            assert!(matches!(refused, Err(ConfigError::Mirror(_))), "{wrong}");
+        }
+        assert!(matches!(mirror("tags = 'x'"), Err(ConfigError::Parse { .. })));
+        assert!(read("node = 'a'").unwrap().mirror.listen.is_none());
     }
 
     #[test]

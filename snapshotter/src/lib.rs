@@ -7,6 +7,7 @@
 //! - [`volumes`]: writable volumes by identity, read-only ones by digest.
 //! - [`snapshots`]: containerd's snapshotter service over overlayfs; [`containerd`]: our client of containerd.
 //! - [`layers`]: layers of images from neighbours, while containerd pulls.
+//! - [`mirror`]: a read-only registry for this node's containerd.
 //! - [`peer`]: what daemons ask each other, and fetching from several of them at once.
 //! - [`directory`]: who holds what, asked of the neighbours or of etcd.
 //! - [`migrate`]: the procedure itself, both sides, and the journal of who may run a container.
@@ -22,6 +23,7 @@ pub mod control;
 pub mod directory;
 pub mod layers;
 pub mod migrate;
+pub mod mirror;
 pub mod node;
 pub mod peer;
 pub mod policy;

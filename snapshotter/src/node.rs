@@ -24,6 +24,7 @@ use crate::migrate::report::Report;
 use crate::migrate::{MigrationError, request};
 use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
+use crate::peer::shunned::Shunned;
 use crate::store::{Options, SnapshotId, Store, SweepReport, Thrift};
 use crate::volumes::{VolumeError, Volumes};
 
@@ -54,6 +55,8 @@ pub struct Node {
     pub containerd: Client,
     /// Containers that are coming here.
     pub sessions: Sessions,
+    /// Neighbours that are not asked for images now.
+    pub shunned: Shunned,
     /// Layers of images that are made for neighbours.
     pub making: Making,
     /// What the schedule of snapshots is told.
@@ -125,6 +128,7 @@ impl Node {
             directory,
             containerd,
             sessions,
+            shunned: Shunned::default(),
             making: Making::default(),
             caching: Caching::default(),
             events,

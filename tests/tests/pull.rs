@@ -4,6 +4,10 @@
 //! The registry tells which blobs it was asked for; nothing else counts as proof.
 
 use std::collections::BTreeSet;
+use std::fs::{self, Permissions};
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,12 +31,22 @@ mod v1 {
 
 /// Three nodes that pull, and one with the registry, which holds nothing itself.
 static BED: LazyLock<Bed> = LazyLock::new(|| {
-    Bed::start(&BedOptions::nodes(4).generation(Containerd::of_suite())).expect("the nodes start")
+    let options = BedOptions::nodes(4).generation(Containerd::of_suite()).config(configuration);
+    Bed::start(&options).expect("the nodes start")
 });
+
+/// Every node has a mirror; the second believes what its neighbours say of tags.
+fn configuration(node: &str) -> String {
+    let tags = if node == "edge-b" { "neighbours" } else { "local" };
+    format!("[cache]\nschedule = false\n[mirror]\nlisten = \"{MIRROR}\"\ntags = \"{tags}\"\n")
+}
 
 static REGISTRY: LazyLock<Mutex<Registry<'static>>> = LazyLock::new(|| {
     Mutex::new(Registry::start(BED.node(3), &BED.nodes()[..3]).expect("the registry starts"))
 });
+
+/// Where the mirrors listen.
+const MIRROR: &str = "127.0.0.1:7947";
 
 /// What a pull may take when a neighbour is of no use: far below what waiting for a dead peer costs.
 const BOUND: Duration = Duration::from_secs(15);
@@ -66,10 +80,15 @@ fn fresh(image: Image) -> Result<(String, BTreeSet<String>)> {
     Ok((reference, layers.iter().filter_map(digest).collect()))
 }
 
-fn manifest(node: &Node, reference: &str) -> Result<Value> {
+fn digest(node: &Node, reference: &str) -> Result<String> {
     let images = node.ok(&["ctr", "images", "ls", &format!("name=={reference}")])?;
     let digest = images.split_whitespace().find(|word| word.starts_with("sha256:"));
-    Ok(serde_json::from_str(&node.ok(&["ctr", "content", "get", digest.context("a digest")?])?)?)
+    Ok(digest.context("a digest")?.to_owned())
+}
+
+fn manifest(node: &Node, reference: &str) -> Result<Value> {
+    let digest = digest(node, reference)?;
+    Ok(serde_json::from_str(&node.ok(&["ctr", "content", "get", &digest])?)?)
 }
 
 fn diff_ids(node: &Node, reference: &str) -> Result<Vec<Digest>> {
@@ -271,4 +290,106 @@ fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() ->
     })();
     registry().restart()?;
     moved
+}
+
+/// Has clients in the node ask its mirror before the registry.
+fn use_mirror(node: &Node) -> Result<()> {
+    let registry = registry().address();
+    let directory = format!("/etc/containerd/certs.d/{registry}");
+    let text = format!(
+        "server = \"https://{registry}\"\n\
+         [host.\"http://{MIRROR}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+    );
+    node.ok(&["mkdir", "-p", &directory])?;
+    Ok(fs::write(node.path(directory).join("hosts.toml"), text)?)
+}
+
+/// Pulls with containerd's own snapshotter.
+fn pull_plainly(node: &Node, reference: &str) -> Result<()> {
+    let pull = ["ctr", "images", "pull", "--local", "--hosts-dir", "/etc/containerd/certs.d"];
+    let snapshotter = ["--snapshotter", "overlayfs", reference];
+    node.command(&[&pull[..], &snapshotter].concat())
+        .timeout(Duration::from_secs(60))
+        .ok()
+        .map(drop)
+}
+
+/// What the mirror of a node answers: the head, with its status, and the body.
+fn ask_mirror(node: &Node, method: &str, path: &str) -> Result<String> {
+    node.in_network(|| {
+        let mut connection = TcpStream::connect(MIRROR)?;
+        connection.set_read_timeout(Some(BOUND))?;
+        let close = "Connection: close\r\nContent-Length: 0";
+        write!(connection, "{method} {path} HTTP/1.1\r\nHost: mirror\r\n{close}\r\n\r\n")?;
+        let mut answer = Vec::new();
+        connection.read_to_end(&mut answer)?;
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    })
+}
+
+#[test]
+fn a_mirror_has_what_neighbours_have_while_the_registry_is_away() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    [1, 2].into_iter().try_for_each(|index| use_mirror(node(index)))?;
+    registry().stop()?;
+    let served = (|| {
+        // It believes its neighbours' tags, the third node none but its own.
+        pull_plainly(node(1), &image.0)?;
+        let run = ["ctr", "run", "--rm", "--snapshotter", "overlayfs", &image.0, "x", "ls", "/etc"];
+        let etc = node(1).ok(&run)?;
+        ensure!(etc.contains("passwd") && !etc.contains("issue"), "{etc}");
+        let tag = pull_plainly(node(2), &image.0);
+        ensure!(tag.is_err(), "a neighbour's tag was believed");
+        let (name, _) = image.0.rsplit_once(':').context("a tag")?;
+        pull_plainly(node(2), &format!("{name}@{}", digest(node(1), &image.0)?))?;
+        // By now it has the image by digest only.
+        let manifest = format!("/v2/redis/manifests/{}", digest(node(1), &image.0)?);
+        let head = ask_mirror(node(2), "HEAD", &manifest)?;
+        ensure!(head.starts_with("HTTP/1.1 200") && head.contains("manifest.v1+json"), "{head}");
+        ensure!(head.ends_with("\r\n\r\n"), "a body after a HEAD: {head}");
+        let nothing = Digest::of(b"nothing");
+        for (method, path, status) in [
+            ("GET", format!("/v2/redis/blobs/{nothing}"), 404),
+            ("GET", format!("/v2/redis/manifests/{nothing}"), 404),
+            ("GET", "/v2/redis/manifests/test".to_owned(), 404),
+            ("GET", "/v2/redis/blobs/../../etc/passwd".to_owned(), 404),
+            ("POST", "/v2/redis/blobs/uploads/".to_owned(), 405),
+            ("GET", "/v2/".to_owned(), 200),
+        ] {
+            let answer = ask_mirror(node(1), method, &path)?;
+            ensure!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {answer}");
+        }
+        let elsewhere = format!("{}:7947", node(1).address());
+        let outside = node(2).in_network(|| Ok(TcpStream::connect(&elsewhere).is_ok()))?;
+        ensure!(!outside, "another node reaches the mirror");
+        Ok(())
+    })();
+    registry().restart()?;
+    served
+}
+
+/// Method: a blob in the only neighbour's content store has a wrong byte. The pull may fail once, and never lies.
+#[test]
+fn wrong_bytes_do_not_come_through_a_mirror() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    use_mirror(node(1))?;
+    let largest = manifest(node(0), &image.0)?["layers"][2]["digest"].clone();
+    let digest: Digest = largest.as_str().context("a digest")?.parse()?;
+    let blobs = "/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256";
+    let path = node(0).path(blobs).join(digest.hex());
+    let mut bytes = fs::read(&path)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::set_permissions(&path, Permissions::from_mode(0o644))?;
+    fs::write(&path, bytes)?;
+    let first = pull_plainly(node(1), &image.0);
+    ensure!(node(1).log("daemon").contains("other bytes came"), "nobody noticed: {first:?}");
+    if first.is_err() {
+        pull_plainly(node(1), &image.0)?;
+    }
+    let text = node(1).sh(&format!("ctr content get {digest} | sha256sum"))?;
+    ensure!(text.starts_with(&digest.hex()), "{digest} has {text}");
+    // Or it would be there for the next test.
+    node(0).ok(&["ctr", "content", "rm", &digest.to_string()])?;
+    Ok(())
 }

@@ -12,7 +12,7 @@ use godwit_snapshotter::config::Config;
 use godwit_snapshotter::layers::Layers;
 use godwit_snapshotter::node::Node;
 use godwit_snapshotter::peer::{PING_INTERVAL, SILENCE_MAX};
-use godwit_snapshotter::{caching, config, control, migrate, peer, snapshots};
+use godwit_snapshotter::{caching, config, control, migrate, mirror, peer, snapshots};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -69,6 +69,12 @@ async fn run() -> anyhow::Result<()> {
             .await
             .with_context(|| format!("cannot listen on {address}"))?;
         tokio::spawn(serve_peers(node.clone(), listener));
+    }
+    if let Some(address) = node.config.mirror.listen {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot serve the mirror on {address}"))?;
+        tokio::spawn(mirror::serve(node.clone(), listener));
     }
     tracing::info!(node = %node.config.node, "ready");
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);

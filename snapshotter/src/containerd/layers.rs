@@ -103,6 +103,16 @@ impl Client {
         }
         Ok(found)
     }
+
+    /// What an image of that name stands for, in whichever namespace has one.
+    pub async fn find_image(&self, name: &str) -> Result<Option<Digest>, ClientError> {
+        for namespace in self.namespaces().await? {
+            if let Some(target) = self.image(&namespace, name).await? {
+                return Ok(Some(target.digest));
+            }
+        }
+        Ok(None)
+    }
 }
 
 fn diff_id(labels: &HashMap<String, String>) -> Option<Digest> {

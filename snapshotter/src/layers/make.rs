@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
-use godwit_protos::peer::{LocateRequest, MakeLayerProgress, MakeLayerRequest};
+use godwit_protos::peer::{MakeLayerProgress, MakeLayerRequest};
 use godwit_protos::{Digest, Subject};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{Mutex, Semaphore, mpsc};
@@ -24,9 +24,8 @@ use super::{LAYER_BYTES_MAX, LEASE, LayerError, QUEUE, blocking, keep};
 use crate::caching::retention::has_room;
 use crate::containerd::{ClientError, FoundLayer};
 use crate::content::{layer, on};
-use crate::directory::LOOKUP_MAX;
 use crate::node::Node;
-use crate::peer::Connection;
+use crate::peer::{Connection, blobs};
 
 /// Neighbours that are asked to make the same layer.
 const MAKERS_MAX: usize = 3;
@@ -65,24 +64,15 @@ pub(super) async fn ask(
     connections: &[Arc<Connection>],
     layer: &FoundLayer,
 ) -> (Vec<(Digest, u64, Arc<Connection>)>, Vec<String>) {
-    let locate =
-        LocateRequest { blobs: vec![layer.blob.digest.to_string()], ..LocateRequest::default() };
-    let answers = connections.iter().map(|peer| {
-        let (mut client, locate) = (peer.client(), locate.clone());
-        async move { (peer, tokio::time::timeout(LOOKUP_MAX, client.locate(locate)).await) }
-    });
-    let (mut holders, mut silent) = (Vec::new(), Vec::new());
-    for (peer, answer) in futures::future::join_all(answers).await {
-        match answer {
-            Ok(Ok(answer)) if !answer.get_ref().blobs.is_empty() => holders.push(peer),
-            Ok(_) => {}
-            Err(_) => silent.push(peer.node.clone()),
-        }
-    }
+    let (holders, mut silent) = blobs::holders(connections.to_vec(), "", layer.blob.digest).await;
     // The fastest come last.
     let makers = holders.into_iter().rev().take(MAKERS_MAX);
-    let mut makers: FuturesUnordered<_> =
-        makers.map(|peer| async move { (peer, ask_one(peer, layer).await) }).collect();
+    let mut makers: FuturesUnordered<_> = makers
+        .map(|peer| async move {
+            let made = ask_one(&peer, layer).await;
+            (peer, made)
+        })
+        .collect();
     let begun = tokio::time::Instant::now();
     let (mut made, mut deadline) = (Vec::new(), begun + MAKE_MAX);
     while let Ok(Some((peer, answer))) = tokio::time::timeout_at(deadline, makers.next()).await {
@@ -91,35 +81,37 @@ pub(super) async fn ask(
                 if made.is_empty() {
                     deadline = tokio::time::Instant::now() + begun.elapsed();
                 }
-                made.push((root, size_bytes, peer.clone()));
+                made.push((root, size_bytes, peer));
             }
-            Err(reason) => {
-                tracing::info!(node = peer.node, layer = %layer.diff_id, reason, "layer was not made");
-                silent.push(peer.node.clone());
+            Err(None) => silent.push(peer.node.clone()),
+            Err(Some(reason)) => {
+                let (node, layer) = (&peer.node, layer.diff_id);
+                tracing::info!(node, %layer, reason, "layer was not made");
             }
         }
     }
     (made, silent)
 }
 
-async fn ask_one(peer: &Connection, layer: &FoundLayer) -> Result<Made, String> {
+/// Errors: why it was not made; nothing where there was no answer in time.
+async fn ask_one(peer: &Connection, layer: &FoundLayer) -> Result<Made, Option<String>> {
     let asked = MakeLayerRequest {
         diff_id: layer.diff_id.as_bytes().to_vec().into(),
         blob: layer.blob.digest.as_bytes().to_vec().into(),
     };
     let mut client = peer.client();
-    let late = |_| format!("no word within {} ms", PROGRESS_MAX.as_millis());
-    let failed = |status: Status| status.message().to_owned();
+    let late = |_elapsed| None;
+    let failed = |status: Status| Some(status.message().to_owned());
     let call = tokio::time::timeout(PROGRESS_MAX, client.make_layer(asked));
     let mut answer = call.await.map_err(late)?.map_err(failed)?.into_inner();
     loop {
         let progress = tokio::time::timeout(PROGRESS_MAX, answer.message());
         let Some(progress) = progress.await.map_err(late)?.map_err(failed)? else {
-            return Err("its answer ended early".to_owned());
+            return Err(Some("its answer ended early".to_owned()));
         };
         if !progress.root.is_empty() {
-            let root = Digest::try_from(&progress.root[..]).map_err(|error| error.to_string())?;
-            return Ok((root, progress.done_bytes));
+            let root = Digest::try_from(&progress.root[..]);
+            return Ok((root.map_err(|error| Some(error.to_string()))?, progress.done_bytes));
         }
     }
 }
@@ -274,7 +266,31 @@ impl<R: Read> Read for Hashed<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::containerd::Descriptor;
+    use crate::peer::tests::{locating, making};
+    use godwit_protos::peer::LocateResponse;
     use std::io::Write as _;
+
+    #[tokio::test]
+    async fn whoever_falls_silent_over_a_layer_is_not_waited_for_beside_one_who_makes_it() {
+        let digest = Digest::of(b"blob");
+        let blob = Descriptor { media_type: String::new(), digest, size_bytes: 1 };
+        let layer = FoundLayer { diff_id: Digest::of(b"layer"), blob };
+        let peers = [
+            locating("empty", Some(LocateResponse::default())).await,
+            making("mute", digest, false).await,
+            making("honest", digest, true).await,
+        ];
+        let begun = std::time::Instant::now();
+        let (made, _) = ask(&peers, &layer).await;
+        assert!(begun.elapsed() < PROGRESS_MAX, "{:?}", begun.elapsed());
+        let made: Vec<_> =
+            made.into_iter().map(|(root, bytes, peer)| (root, bytes, peer.node.clone())).collect();
+        assert_eq!(made, [(Digest::of(b"root"), 7, "honest".to_owned())]);
+        let (made, silent) = ask(&peers[..2], &layer).await;
+        assert!(made.is_empty() && silent == ["mute"], "{silent:?}");
+        assert!(begun.elapsed() < 3 * PROGRESS_MAX, "{:?}", begun.elapsed());
+    }
 
     /// Pieces as short as can be, so that a header never comes in one.
     async fn unpacked(blob: Vec<u8>) -> Result<Vec<u8>, String> {

@@ -21,7 +21,7 @@ pub mod make;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -39,6 +39,7 @@ use crate::directory::{LOOKUP_MAX, Lookup, Query};
 use crate::node::{Node, unix_ms};
 use crate::peer::Connection;
 use crate::peer::fetch::{FetchError, Patience};
+use crate::peer::shunned::{SHUN_LIAR, SHUN_SILENT};
 use crate::snapshots::{self, SnapshotError, Snapshots};
 use crate::store::{Lease, Snapshot, Store, StoreError};
 
@@ -79,12 +80,6 @@ const SIZE_SLACK: u64 = 16 << 20;
 
 /// Different objects that are tried for one layer: all honest nodes have the same.
 const OFFERS_MAX: usize = 2;
-
-/// How long a neighbour is passed over that did not answer, or did not deliver ...
-const SHUN_SILENT: Duration = Duration::from_secs(30);
-
-/// ... and one that gave other bytes than it said.
-const SHUN_LIAR: Duration = Duration::from_secs(600);
 
 /// Bytes of a layer that containerd is given at once, and how many such pieces wait.
 const PIECE_BYTES: usize = 512 << 10;
@@ -184,8 +179,6 @@ struct Inner {
     node: Arc<Node>,
     snapshots: Arc<Snapshots>,
     turns: Semaphore,
-    /// Neighbours that are passed over, and until when.
-    shunned: Mutex<HashMap<String, Instant>>,
 }
 
 /// A layer's object and who has it.
@@ -199,8 +192,8 @@ struct Offer {
 impl Layers {
     /// For this node and its snapshots.
     pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
-        let (turns, shunned) = (Semaphore::new(SUPPLIES_MAX), Mutex::default());
-        Self(Arc::new(Inner { node, snapshots, turns, shunned }))
+        let turns = Semaphore::new(SUPPLIES_MAX);
+        Self(Arc::new(Inner { node, snapshots, turns }))
     }
 
     /// Commits the layer if it can be had without the registry, and says whether it is there now.
@@ -254,7 +247,7 @@ impl Inner {
                 Ok(()) => return Ok(true),
                 Err(error) => {
                     let patience = if error.is_lie() { SHUN_LIAR } else { SHUN_SILENT };
-                    self.shun(offer.peers.iter().map(|peer| peer.node.as_str()), patience);
+                    self.node.shunned.add(offer.peers.iter().map(|peer| &peer.node), patience);
                     outcome = Err(error);
                 }
             }
@@ -294,9 +287,9 @@ impl Inner {
 
     /// Who has the layer, or makes it; the object that most have comes first.
     async fn offers(&self, layer: &FoundLayer) -> Vec<Offer> {
-        let except = self.shunned();
+        let except = self.node.shunned.names();
         let (connections, absent) = connect(&self.node, HELLO_MAX, &except).await;
-        self.shun(absent.iter().map(String::as_str), SHUN_SILENT);
+        self.node.shunned.add(&absent, SHUN_SILENT);
         let subjects = vec![Subject::ImageLayer(layer.diff_id)];
         let (_, joined) = watch::channel(connections.clone());
         let query = Query { subjects, ..Query::default() };
@@ -310,7 +303,7 @@ impl Inner {
             return offers;
         }
         let (made, silent) = make::ask(&connections, layer).await;
-        self.shun(silent.iter().map(String::as_str), SHUN_SILENT);
+        self.node.shunned.add(&silent, SHUN_SILENT);
         grouped(made)
     }
 
@@ -415,23 +408,6 @@ impl Inner {
     ) -> Result<T, LayerError> {
         let store = self.node.store.clone();
         blocking(move || Ok(work(&store)?)).await
-    }
-
-    /// Neighbours that are passed over now.
-    fn shunned(&self) -> Vec<String> {
-        let mut shunned = self.shunned.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        shunned.retain(|_, until| *until > now);
-        shunned.keys().cloned().collect()
-    }
-
-    fn shun<'a>(&self, nodes: impl Iterator<Item = &'a str>, time: Duration) {
-        let mut shunned = self.shunned.lock().unwrap_or_else(PoisonError::into_inner);
-        let until = Instant::now() + time;
-        for node in nodes {
-            let one = shunned.entry(node.to_owned()).or_insert(until);
-            *one = until.max(*one);
-        }
     }
 }
 

@@ -6,19 +6,17 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bytes::Bytes;
-use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use godwit_protos::Digest;
-use godwit_protos::peer::{LocateRequest, ReadBlobRequest};
 
 use super::MigrationError;
 use super::destination::Connections;
 use crate::containerd::{Client, ClientError, Descriptor, ImageContent};
-use crate::directory::LOOKUP_MAX;
 use crate::node::Node;
 use crate::peer::Connection;
+use crate::peer::blobs::{self, Demand, RATE_MIN};
 
 /// Blobs that are fetched at once.
 const BLOBS_AT_ONCE: usize = 3;
@@ -26,14 +24,9 @@ const BLOBS_AT_ONCE: usize = 3;
 /// Longest wait for the next piece of a blob, of a neighbour and of the source, whom nobody can replace.
 const PATIENCE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 
-/// A neighbour is left for the next one if it is slower than this share of what the source was measured at ...
+/// A neighbour is left for the next one if it is slower than this share of what the source was measured at; if that was
+/// not measured yet, than [`RATE_MIN`].
 const RATE_SHARE_MIN: f64 = 0.9;
-
-/// ... or than this many bytes per second, if the source was not measured yet ...
-const RATE_MIN: f64 = 256e3;
-
-/// ... once it has had this long.
-const RATE_AFTER: Duration = Duration::from_millis(250);
 
 /// Whom blobs are asked from.
 #[derive(Clone, Copy, Debug)]
@@ -134,13 +127,6 @@ struct Bring<'a> {
     silent: Mutex<HashSet<String>>,
 }
 
-/// What is expected of whoever sends a blob.
-#[derive(Clone, Copy)]
-struct Demand {
-    patience: Duration,
-    rate_min: f64,
-}
-
 impl Bring<'_> {
     /// Fetches a blob that containerd said it has not; its size is asked of whoever has it.
     async fn missing(&self, object: &str) -> Result<(), MigrationError> {
@@ -182,27 +168,11 @@ impl Bring<'_> {
 
     /// Neighbours that say they have the blob.
     async fn holders(&self, digest: Digest) -> Vec<Arc<Connection>> {
-        let asked = LocateRequest {
-            blobs: vec![digest.to_string()],
-            namespace: self.namespace.to_owned(),
-            ..LocateRequest::default()
-        };
         let mut neighbours = self.whom.neighbours();
         neighbours.retain(|peer| !self.silent().contains(&peer.node));
-        let ask = neighbours.into_iter().map(|peer| {
-            let asked = asked.clone();
-            async move {
-                let mut client = peer.client();
-                match tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await {
-                    Ok(Ok(answer)) => (!answer.get_ref().blobs.is_empty()).then_some(peer),
-                    Ok(Err(_)) | Err(_) => {
-                        self.silent().insert(peer.node.clone());
-                        None
-                    }
-                }
-            }
-        });
-        futures::future::join_all(ask).await.into_iter().flatten().collect()
+        let (holders, silent) = blobs::holders(neighbours, self.namespace, digest).await;
+        self.silent().extend(silent);
+        holders
     }
 
     async fn fetch_from(
@@ -215,7 +185,8 @@ impl Bring<'_> {
         let size = match size {
             Some(size) => size,
             None => {
-                let first = open(peer, self.namespace, digest, 0, demand).await?.next().await;
+                let mut pieces = blobs::open(peer, self.namespace, digest, 0, demand).await?;
+                let first = pieces.next().await;
                 first
                     .transpose()
                     .map_err(|error| MigrationError::Broken(error.to_string()))?
@@ -225,7 +196,7 @@ impl Bring<'_> {
         let (peer, namespace) = (peer.clone(), self.namespace.to_owned());
         let pieces = move |offset| {
             stream::once(async move {
-                let opened = open(&peer, &namespace, digest, offset, demand).await;
+                let opened = blobs::open(&peer, &namespace, digest, offset, demand).await;
                 opened.map_err(io::Error::other)
             })
             .try_flatten()
@@ -233,46 +204,4 @@ impl Bring<'_> {
         };
         Ok(self.client.write_blob(self.namespace, digest, size, pieces).await?)
     }
-}
-
-/// Pieces of a blob, each with the size of the whole as far as the peer told it.
-async fn open(
-    peer: &Connection,
-    namespace: &str,
-    digest: Digest,
-    offset: u64,
-    demand: Demand,
-) -> Result<impl Stream<Item = io::Result<(Bytes, u64)>> + Send + Unpin + use<>, MigrationError> {
-    let asked =
-        ReadBlobRequest { namespace: namespace.to_owned(), digest: digest.to_string(), offset };
-    let mut client = peer.client();
-    let begun = Instant::now();
-    let Demand { patience, rate_min } = demand;
-    let answer = tokio::time::timeout(patience, client.read_blob(asked)).await;
-    let answer = answer.map_err(|_cause| MigrationError::Silent { patience })?;
-    let pieces = answer.map_err(|status| peer.refused(status))?.into_inner();
-    Ok(Box::pin(stream::unfold(Some((pieces, 0u64)), move |rest| async move {
-        let (mut pieces, mut bytes) = rest?;
-        match tokio::time::timeout(patience, pieces.message()).await {
-            Err(_) => Some((Err(io::ErrorKind::TimedOut.into()), None)),
-            Ok(Err(status)) => Some((Err(io::Error::other(status.message().to_owned())), None)),
-            Ok(Ok(None)) => None,
-            Ok(Ok(Some(piece))) => {
-                bytes += piece.data.len() as u64;
-                let is_whole = offset + bytes >= piece.total_bytes;
-                if begun.elapsed() > RATE_AFTER && !is_whole && rate(bytes, begun) < rate_min {
-                    let text = format!("only {bytes} bytes in {} ms", begun.elapsed().as_millis());
-                    return Some((Err(io::Error::other(text)), None));
-                }
-                Some((Ok((piece.data, piece.total_bytes)), Some((pieces, bytes))))
-            }
-        }
-    })))
-}
-
-/// Bytes per second.
-fn rate(bytes: u64, since: Instant) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "a rate")]
-    let bytes = bytes as f64;
-    bytes / since.elapsed().as_secs_f64()
 }

@@ -4,12 +4,14 @@
 //! report can name what came from whom. [`fetch`] brings objects from several peers at once; [`server`] answers them.
 //! Every call has a deadline, and a peer that went silent is noticed by HTTP/2 pings within [`SILENCE_MAX`].
 
+pub mod blobs;
 pub mod channel;
 pub mod fetch;
 mod pace;
 pub mod precedence;
 mod queue;
 pub mod server;
+pub mod shunned;
 
 use std::io;
 use std::net::SocketAddr;

@@ -10,7 +10,7 @@ use futures::{Stream, StreamExt as _};
 use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
     BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
-    ForgetResponse, FromSource, HelloRequest, HelloResponse, KeepRequest, KeepResponse,
+    ForgetResponse, FromSource, HelloRequest, HelloResponse, Image, KeepRequest, KeepResponse,
     LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest, MigrateRequest, Object,
     ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest,
     ToSource,
@@ -133,7 +133,8 @@ impl Peer for Service {
 
     async fn locate(&self, request: Request<LocateRequest>) -> Answer<LocateResponse> {
         let asked = request.into_inner();
-        let names = [asked.subjects.len(), asked.services.len(), asked.blobs.len()];
+        let names =
+            [asked.subjects.len(), asked.services.len(), asked.blobs.len(), asked.images.len()];
         if asked.manifests.len() + names.iter().sum::<usize>() > LOOKUPS_MAX {
             let text = format!("more than {LOOKUPS_MAX} names in one lookup");
             return Err(Status::invalid_argument(text));
@@ -147,6 +148,12 @@ impl Peer for Service {
             let Ok(digest) = blob.parse() else { continue };
             if let Ok(Some(_)) = self.find_blob(&asked.namespace, digest).await {
                 answer.blobs.push(blob);
+            }
+        }
+        for name in asked.images {
+            if let Ok(Some(digest)) = self.node.containerd.find_image(&name).await {
+                let digest = digest.as_bytes().to_vec().into();
+                answer.images.push(Image { name, digest });
             }
         }
         if query != Query::default() {

@@ -285,7 +285,18 @@ impl Peer for Service {
         &self,
         _request: Request<MakeLayerRequest>,
     ) -> Answer<Self::MakeLayerStream> {
-        never()
+        let (send, receive) = mpsc::channel(1);
+        let script = self.0.script;
+        tokio::spawn(async move {
+            let progress = MakeLayerProgress { done_bytes: 1, ..MakeLayerProgress::default() };
+            let _ = send.send(Ok(progress)).await;
+            if script == Script::Stalls {
+                return send.closed().await;
+            }
+            let root = Digest::of(b"root").as_bytes().to_vec().into();
+            let _ = send.send(Ok(MakeLayerProgress { done_bytes: 7, root })).await;
+        });
+        Ok(Response::new(ReceiverStream::new(receive)))
     }
 
     async fn describe(&self, _request: Request<DescribeRequest>) -> Answer<DescribeResponse> {
@@ -361,6 +372,17 @@ async fn connect(node: Scripted) -> (Arc<Scripted>, Arc<Connection>) {
 pub(crate) async fn locating(name: &str, located: Option<LocateResponse>) -> Arc<Connection> {
     let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
     let (greeting, script) = (Greeting::Welcomes, Script::Honest);
+    connect(Scripted { name, greeting, script, objects, asked, located }).await.1
+}
+
+/// Starts a node that says it has the blob and begins to make a layer of it, whose object is of `root`, and finishes or
+/// not; and connects to it.
+pub(crate) async fn making(name: &str, blob: Digest, finishes: bool) -> Arc<Connection> {
+    let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
+    let script = if finishes { Script::Honest } else { Script::Stalls };
+    let blobs = vec![blob.to_string()];
+    let located = Some(LocateResponse { blobs, ..LocateResponse::default() });
+    let greeting = Greeting::Welcomes;
     connect(Scripted { name, greeting, script, objects, asked, located }).await.1
 }
 
