@@ -269,8 +269,20 @@ impl Node {
         end(&self.daemon, "daemon", Signal::SIGKILL)
     }
 
-    /// Sends the daemon a signal: one that got SIGSTOP holds its connections and answers nothing until SIGCONT.
-    pub fn signal_daemon(&self, signal: Signal) -> Result<()> {
+    /// Stops the daemon where it is: it holds its connections and answers nothing.
+    pub fn pause_daemon(&self) -> Result<()> {
+        self.signal_daemon(Signal::SIGSTOP)
+    }
+
+    /// Lets a paused daemon go on.
+    pub fn resume_daemon(&self) -> Result<()> {
+        self.signal_daemon(Signal::SIGCONT)?;
+        // What entered the node learns only now that its child was stopped, and stops too.
+        std::thread::sleep(Duration::from_millis(200));
+        self.signal_daemon(Signal::SIGCONT)
+    }
+
+    fn signal_daemon(&self, signal: Signal) -> Result<()> {
         lock(&self.daemon).as_ref().context("the daemon does not run")?.signal(signal)
     }
 

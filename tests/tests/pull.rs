@@ -21,7 +21,6 @@ use godwit_tests::neighbours::{self, Bad};
 use godwit_tests::registry::Registry;
 use godwit_tests::workload;
 use godwit_tests::{Bed, BedOptions, Containerd, Node};
-use nix::sys::signal::Signal;
 use serde_json::Value;
 
 #[allow(clippy::all, unreachable_pub, reason = "generated")]
@@ -208,7 +207,7 @@ fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
     for bad in ["stopped", "cut off", "cut off midway", "killed midway"] {
         let image = fresh(Image::Redis)?;
         match bad {
-            "stopped" => node(0).signal_daemon(Signal::SIGSTOP)?,
+            "stopped" => node(0).pause_daemon()?,
             "cut off" => node(0).cut_link()?,
             _ => node(0).set_rate(Some(8))?,
         }
@@ -229,7 +228,7 @@ fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
         })?;
         eprintln!("{bad}: {took:?}");
         match bad {
-            "stopped" => node(0).signal_daemon(Signal::SIGCONT)?,
+            "stopped" => node(0).resume_daemon()?,
             "killed midway" => neighbours::start(node(0))?,
             _ => node(0).mend_link()?,
         }
@@ -272,11 +271,17 @@ fn the_cri_pulls_layers_from_neighbours() -> Result<()> {
     Ok(())
 }
 
-/// The image of the container that moves has no blobs where it runs, and nobody can ask the registry.
+/// Nobody has the compressed layers of the image any more, and nobody can ask the registry.
 #[test]
 fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() -> Result<()> {
-    let image = fresh(Image::Busybox)?;
+    let image = fresh(Image::Redis)?;
     pull(node(1), &image.0)?;
+    node(0).ok(&["ctr", "images", "rm", "--sync", &image.0])?;
+    for one in &BED.nodes()[..3] {
+        let content = one.ok(&["ctr", "content", "ls", "-q"])?;
+        let blobs = image.1.iter().filter(|layer| content.contains(*layer)).count();
+        ensure!(blobs <= 1, "{} has {blobs} layers as blobs", one.name());
+    }
     registry().stop()?;
     let moved = (|| {
         let script = "i=0; while :; do i=$((i+1)); echo $i > /count; usleep 20000; done";

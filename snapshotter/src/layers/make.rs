@@ -5,7 +5,7 @@
 //! whoever asked knows that somebody works; the work is finished whether he still listens or not, and its result is kept
 //! like a layer that came from elsewhere.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -230,17 +230,19 @@ impl Read for Pieces {
 }
 
 /// The uncompressed bytes of a layer, by what it begins with: gzip (RFC 1952), zstd (RFC 8878), or a plain tar stream.
-fn plain(blob: impl Read + Send + 'static) -> Result<Box<dyn Read + Send>, LayerError> {
-    let mut blob = BufReader::new(blob);
+fn plain(mut blob: impl Read + Send + 'static) -> Result<Box<dyn Read + Send>, LayerError> {
     let unreadable = |source: io::Error| on("read", Path::new("layer"))(source);
-    let begin = blob.fill_buf().map_err(unreadable)?;
-    Ok(match begin {
-        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(blob)),
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            let decoder = zstd::stream::read::Decoder::with_buffer(blob);
-            Box::new(decoder.map_err(unreadable)?)
-        }
-        _ => Box::new(blob),
+    let mut begin = Vec::new();
+    blob.by_ref().take(4).read_to_end(&mut begin).map_err(unreadable)?;
+    let (is_gzip, is_zstd) =
+        (begin.starts_with(&[0x1f, 0x8b]), begin.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]));
+    let blob = BufReader::new(io::Cursor::new(begin).chain(blob));
+    Ok(if is_gzip {
+        Box::new(flate2::bufread::MultiGzDecoder::new(blob))
+    } else if is_zstd {
+        Box::new(zstd::stream::read::Decoder::with_buffer(blob).map_err(unreadable)?)
+    } else {
+        Box::new(blob)
     })
 }
 
@@ -299,7 +301,7 @@ mod tests {
         let (reader, pump) = piped(futures::stream::iter(pieces));
         let work = tokio::task::spawn_blocking(move || {
             let mut bytes = Vec::new();
-            let read = plain(BufReader::with_capacity(4096, reader)).map_err(|e| e.to_string());
+            let read = plain(reader).map_err(|error| error.to_string());
             read?.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
             Ok(bytes)
         });
