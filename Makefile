@@ -18,7 +18,7 @@ BOTH_CONTAINERDS := cri shim
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites build demo test unit lint bench bench-peers bench-shim sim test-vm doc install clean clean-nodes require-root
+.PHONY: help prerequisites build demo test unit lint bench bench-peers bench-shim bench-snapshotter sim test-vm doc install clean clean-nodes require-root
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -71,6 +71,9 @@ bench-peers: require-root build ## measure what neighbours cost that are of no u
 
 bench-shim: require-root build ## measure the shim beside containerd's own
 	$(TARGET_DIR)/release/bench-shim $(ARGS)
+
+bench-snapshotter: require-root build ## measure the snapshotter beside containerd's overlayfs
+	$(TARGET_DIR)/release/bench-snapshotter $(ARGS)
 
 sim: build ## simulate large sites under several policies
 	$(TARGET_DIR)/release/sim $(ARGS)

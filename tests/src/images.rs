@@ -17,7 +17,7 @@ use crate::command::host;
 use crate::node::Node;
 use crate::oci::{self, Configuration, Layer, MTIME};
 use crate::root::{Root, progress, remove_tree};
-use crate::{need, place};
+use crate::{need, pattern, place};
 
 /// Grows when this module makes different images from the same packages.
 const RECIPE: u32 = 1;
@@ -43,7 +43,16 @@ pub enum Image {
     Jvm,
     /// What holds a pod's namespaces, and reaps what lost its parent. One layer, busybox's.
     Pause,
+    /// Busybox and one layer of [`BULK_BYTES`] that nothing compresses.
+    Bulk,
+    /// Busybox and one layer of [`FILES`] small files.
+    Files,
 }
+
+/// Size of the large layer, in bytes.
+pub const BULK_BYTES: usize = 200 << 20;
+/// How many small files; each has up to two KiB, and a hundred share a directory.
+pub const FILES: usize = 20_000;
 
 /// What the pause container runs. The shell's `wait` takes in every child, its own or not.
 const PAUSE: &str = "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait; done";
@@ -58,6 +67,8 @@ impl Image {
             Self::Postgresql => "docker.io/library/postgres:test",
             Self::Jvm => "docker.io/library/ledger:test",
             Self::Pause => "localhost/pause:test",
+            Self::Bulk => "docker.io/library/bulk:test",
+            Self::Files => "docker.io/library/files:test",
         }
     }
 
@@ -69,12 +80,14 @@ impl Image {
             Self::Postgresql => "postgres",
             Self::Jvm => "ledger",
             Self::Pause => "pause",
+            Self::Bulk => "bulk",
+            Self::Files => "files",
         }
     }
 
     fn configuration(self) -> Configuration<'static> {
         let (command, working_directory): (&[&str], _) = match self {
-            Self::Busybox => (&["/bin/sh"], "/"),
+            Self::Busybox | Self::Bulk | Self::Files => (&["/bin/sh"], "/"),
             Self::Redis => (
                 &["redis-server", "--protected-mode", "no", "--save", "", "--dir", "/data"],
                 "/data",
@@ -147,7 +160,7 @@ fn key(image: Image, root: &Root) -> Result<String> {
     let root = root.path().file_name().unwrap_or_default().display();
     let mut text = format!("{RECIPE} {root}").into_bytes();
     match image {
-        Image::Busybox | Image::Redis => {}
+        Image::Busybox | Image::Redis | Image::Bulk | Image::Files => {}
         Image::Memhog => {
             need::binaries(&["memhog"])?;
             text.extend(fs::read(place::binary("memhog"))?);
@@ -167,6 +180,15 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
     fs::create_dir_all(own.join("usr/bin"))?;
     let programs = match image {
         Image::Busybox | Image::Pause => return Ok(layers),
+        Image::Bulk | Image::Files => {
+            if image == Image::Bulk {
+                stage_bulk(&own)?
+            } else {
+                stage_files(&own)?
+            }
+            layers.push(Layer { tree: own, gzip: false });
+            return Ok(layers);
+        }
         Image::Memhog => {
             fs::copy(place::binary("memhog"), own.join("usr/bin/memhog"))?;
             fs::create_dir_all(own.join("data"))?;
@@ -244,6 +266,26 @@ fn stage_jvm(root: &Root, own: &Path, app: &Path) -> Result<Vec<String>> {
     let java = programs.first().context("no java")?;
     symlink(format!("..{}", java.trim_start_matches("/usr")), own.join("usr/bin/java"))?;
     Ok(programs)
+}
+
+fn stage_bulk(own: &Path) -> Result<()> {
+    let mut bytes = vec![0; BULK_BYTES];
+    pattern::fill(0, 0, &mut bytes);
+    fs::create_dir_all(own.join("data"))?;
+    Ok(fs::write(own.join("data/bulk"), bytes)?)
+}
+
+fn stage_files(own: &Path) -> Result<()> {
+    let mut state = 1;
+    for number in 0..FILES {
+        let directory = own.join(format!("data/{}", number / 100));
+        fs::create_dir_all(&directory)?;
+        let length = usize::try_from(pattern::next_random(&mut state) % 2048)?;
+        let mut bytes = vec![0; length];
+        pattern::fill(number as u64, 0, &mut bytes);
+        fs::write(directory.join(number.to_string()), bytes)?;
+    }
+    Ok(())
 }
 
 fn stage_base(root: &Root, tree: &Path) -> Result<()> {

@@ -28,9 +28,10 @@ struct Arguments {
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
+    // Now: an error after ten minutes would lose what was computed.
+    fs::create_dir_all(&arguments.output)?;
     let sites = SITES.into_iter().filter(|(nodes, _)| *nodes <= arguments.nodes_max);
     let report = report(&sites.collect::<Vec<_>>(), &Policy::ALL, tell)?;
-    fs::create_dir_all(&arguments.output)?;
     fs::write(arguments.output.join("report.json"), serde_json::to_string_pretty(&report)?)?;
     fs::write(arguments.output.join("report.csv"), report.csv()?)?;
     for (name, svg) in report.plots() {

@@ -1,0 +1,257 @@
+//! `make bench-snapshotter`: what the snapshotter costs beside containerd's overlayfs, what storing a tree costs beside
+//! hashing it, and what several neighbours are worth, in one run.
+//!
+//! - **lifecycle**: the snapshots of an image of ten layers are prepared, committed and removed, through containerd.
+//! - **unpack**: an image of many small files is unpacked from the content store.
+//! - **ingest**: `godwit volume import` of a tree, once of bytes that nothing compresses and once of text, against one
+//!   core's SHA-256 as `openssl speed` gives it. The store is empty each time.
+//! - **peers**: a layer is pulled from one neighbour and from three, each behind a link of 100 Mbit/s, the destination
+//!   behind 1 Gbit/s.
+//!
+//! What is compared is interleaved, and each figure is a median. Written to `target/bench/snapshotter.json`.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use containerd_client::services::v1::snapshots::{
+    CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
+};
+use containerd_client::tonic::Request;
+use containerd_client::tonic::transport::Channel;
+use godwit_tests::images::{self, Image};
+use godwit_tests::neighbours::{forget, start};
+use godwit_tests::node::CONTAINERD_SOCKET;
+use godwit_tests::registry::Registry;
+use godwit_tests::{Bed, BedOptions, Node, pattern, place};
+use serde_json::json;
+
+/// Ours first.
+const SNAPSHOTTERS: [&str; 2] = ["godwit", "overlayfs"];
+const LAYERS: usize = 10;
+/// Rates of the links of neighbours and destination, in Mbit/s.
+const NEIGHBOUR_MBIT: u32 = 100;
+const DESTINATION_MBIT: u32 = 1000;
+/// How long one import or pull may take.
+const WORK_MAX: Duration = Duration::from_secs(300);
+/// Size of the files that are ingested.
+const FILE_BYTES: usize = 16 << 20;
+/// Where they lie in the node: a real file system, not an overlay.
+const TREE: &str = "/var/lib/godwit/bench";
+
+#[derive(Parser)]
+struct Arguments {
+    /// Pairs of lifecycles and of unpackings, and imports of each kind of tree.
+    #[arg(long, default_value_t = 10)]
+    runs: usize,
+    /// Size of the tree that is ingested, in MiB.
+    #[arg(long, default_value_t = 1024)]
+    tree_mib: usize,
+    /// Pulls from one and from three neighbours.
+    #[arg(long, default_value_t = 3)]
+    pulls: usize,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let bed = Bed::start(&BedOptions::nodes(5))?;
+    let lifecycle = lifecycle(bed.node(0), arguments.runs)?;
+    eprintln!("lifecycle: {lifecycle:?} s");
+    let unpack = unpack(bed.node(0), arguments.runs)?;
+    eprintln!("unpack: {unpack:?} s");
+    let hashes = sha256_bytes_per_second(bed.node(0))?;
+    let ingest = |is_text| ingest(bed.node(0), &arguments, is_text);
+    let (plain, text) = (ingest(false)?, ingest(true)?);
+    eprintln!("SHA-256 {hashes:.0} B/s, ingest {plain:.0} B/s, compressed {text:.0} B/s");
+    let [three, one] = peers(&bed, arguments.pulls)?;
+    eprintln!("pull from three {three:.2} s, from one {one:.2} s");
+    let rounded = |ratio: f64| (1000.0 * ratio).round() / 1000.0;
+    let result = json!({
+        "lifecycle_ratio": rounded(lifecycle[0] / lifecycle[1]),
+        "ingest_of_sha256_speed": rounded(plain / hashes),
+        "ingest_compressed_of_sha256_speed": rounded(text / hashes),
+        "three_peer_speedup": rounded(one / three),
+        "unpack_ratio": rounded(unpack[0] / unpack[1]),
+    });
+    let path = place::target().join("bench/snapshotter.json");
+    fs::create_dir_all(path.parent().context("a directory")?)?;
+    fs::write(&path, serde_json::to_string_pretty(&result)?)?;
+    println!("{}", serde_json::to_string_pretty(&result)?);
+    Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Medians of `work` for both of `kinds`, each of which goes first in half of the runs.
+fn medians<K: Copy>(
+    kinds: [K; 2],
+    runs: usize,
+    mut work: impl FnMut(K) -> Result<f64>,
+) -> Result<[f64; 2]> {
+    let mut times: [Vec<f64>; 2] = Default::default();
+    for run in 0..runs {
+        for which in if run % 2 == 0 { [0, 1] } else { [1, 0] } {
+            times[which].push(work(kinds[which])?);
+        }
+    }
+    Ok(times.map(median))
+}
+
+/// Seconds of one lifecycle of ten layers.
+fn lifecycle(node: &Node, runs: usize) -> Result<[f64; 2]> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let client = runtime.block_on(async {
+        let channel = containerd_client::connect(node.path(CONTAINERD_SOCKET)).await?;
+        anyhow::Ok(SnapshotsClient::new(channel))
+    })?;
+    medians(SNAPSHOTTERS, runs, |snapshotter| {
+        let begun = Instant::now();
+        runtime.block_on(live(client.clone(), snapshotter))?;
+        Ok(begun.elapsed().as_secs_f64())
+    })
+}
+
+async fn live(mut client: SnapshotsClient<Channel>, snapshotter: &str) -> Result<()> {
+    let name = |layer: usize| if layer == 0 { String::new() } else { format!("layer-{layer}") };
+    for layer in 1..=LAYERS {
+        let (snapshotter, key) = (snapshotter.to_owned(), format!("key-{layer}"));
+        // Or containerd collects what nothing refers to.
+        let labels = HashMap::from([("containerd.io/gc.root".to_owned(), "bench".to_owned())]);
+        let prepare = PrepareSnapshotRequest {
+            snapshotter: snapshotter.clone(),
+            key: key.clone(),
+            parent: name(layer - 1),
+            labels: labels.clone(),
+        };
+        client.prepare(named(prepare)).await?;
+        let commit = CommitSnapshotRequest {
+            snapshotter,
+            key,
+            name: name(layer),
+            labels,
+            ..CommitSnapshotRequest::default()
+        };
+        client.commit(named(commit)).await?;
+    }
+    for layer in (1..=LAYERS).rev() {
+        let (snapshotter, key) = (snapshotter.to_owned(), name(layer));
+        client.remove(named(RemoveSnapshotRequest { snapshotter, key })).await?;
+    }
+    Ok(())
+}
+
+fn named<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let namespace = containerd_client::tonic::metadata::MetadataValue::from_static("bench");
+    request.metadata_mut().insert("containerd-namespace", namespace);
+    request
+}
+
+/// Seconds of unpacking the image of small files.
+fn unpack(node: &Node, runs: usize) -> Result<[f64; 2]> {
+    let (archive, reference) = (images::archive(Image::Files)?, Image::Files.reference());
+    medians(SNAPSHOTTERS, runs, |snapshotter| {
+        node.command(&["ctr", "images", "import", "--no-unpack", "-"])
+            .stdin_file(&archive)
+            .timeout(WORK_MAX)
+            .ok()?;
+        let begun = Instant::now();
+        let command = ["ctr", "images", "unpack", "--snapshotter", snapshotter, reference];
+        node.command(&command).timeout(WORK_MAX).ok()?;
+        let took = begun.elapsed();
+        node.ok(&["ctr", "images", "rm", "--sync", reference])?;
+        Ok(took.as_secs_f64())
+    })
+}
+
+/// Bytes per second of one core, for pieces as large as a chunk.
+fn sha256_bytes_per_second(node: &Node) -> Result<f64> {
+    let command = ["openssl", "speed", "-mr", "-seconds", "3", "-bytes", "65536", "-evp", "sha256"];
+    let text = node.ok(&command)?;
+    let line = text.lines().find(|line| line.starts_with("+F:")).context("no result")?;
+    Ok(line.rsplit(':').next().context("no figure")?.trim().parse()?)
+}
+
+/// Bytes per second of an import.
+fn ingest(node: &Node, arguments: &Arguments, is_text: bool) -> Result<f64> {
+    let tree = node.path(TREE);
+    fs::create_dir_all(&tree)?;
+    let files = (arguments.tree_mib << 20) / FILE_BYTES;
+    for number in 0..files {
+        write(&tree.join(number.to_string()), number as u64, is_text)?;
+    }
+    let mut times = Vec::new();
+    for _ in 0..arguments.runs {
+        forget(node)?;
+        let begun = Instant::now();
+        let import = node.command(&["godwit", "volume", "import", TREE]);
+        let digest = import.timeout(WORK_MAX).ok()?;
+        times.push(begun.elapsed().as_secs_f64());
+        ensure!(digest.contains("sha256:"), "{digest}");
+        node.ok(&["godwit", "volume", "rm", digest.trim()])?;
+    }
+    fs::remove_dir_all(&tree)?;
+    Ok((files * FILE_BYTES) as f64 / median(times))
+}
+
+/// A file of bytes that nothing compresses, or of words of hexadecimal digits: half as many bits as bytes.
+fn write(path: &Path, number: u64, is_text: bool) -> Result<()> {
+    let mut bytes = vec![0; FILE_BYTES];
+    if is_text {
+        let mut half = vec![0; FILE_BYTES / 2];
+        pattern::fill(number, 1, &mut half);
+        for (two, byte) in bytes.chunks_mut(2).zip(half) {
+            let digit = |value: u8| b"0123456789abcdef"[usize::from(value & 15)];
+            two.copy_from_slice(&[digit(byte), digit(byte >> 4)]);
+        }
+    } else {
+        pattern::fill(number, 2, &mut bytes);
+    }
+    Ok(fs::write(path, bytes)?)
+}
+
+/// Seconds of a pull from three neighbours and from one.
+fn peers(bed: &Bed, pulls: usize) -> Result<[f64; 2]> {
+    let [destination, neighbours @ .., home] = bed.nodes() else { anyhow::bail!("five nodes") };
+    let registry = Registry::start(home, bed.nodes())?;
+    let reference = registry.push(Image::Bulk)?;
+    // The first has it from the registry, the others from each other.
+    for node in neighbours {
+        pull(node, &reference)?;
+        node.set_rate(Some(NEIGHBOUR_MBIT))?;
+    }
+    destination.set_rate(Some(DESTINATION_MBIT))?;
+    medians([3, 1], pulls, |many| {
+        forget(destination)?;
+        for node in &neighbours[many..] {
+            node.stop_daemon()?;
+        }
+        let before = registry.asked_for().len();
+        let took = pull(destination, &reference)?;
+        let asked = registry.asked_for().split_off(before);
+        // The manifest names the image's configuration, which is no layer.
+        ensure!(asked.len() <= 1, "the registry was asked for {asked:?}");
+        destination.ok(&["ctr", "images", "rm", "--sync", &reference])?;
+        for node in &neighbours[many..] {
+            start(node)?;
+        }
+        Ok(took)
+    })
+}
+
+fn pull(node: &Node, reference: &str) -> Result<f64> {
+    let begun = Instant::now();
+    let platform = images::platform();
+    let command = ["ctr", "images", "pull", "--local=false", "--platform", &platform];
+    node.command(&[&command[..], &["--snapshotter", "godwit", reference]].concat())
+        .timeout(WORK_MAX)
+        .ok()?;
+    Ok(begun.elapsed().as_secs_f64())
+}
