@@ -358,11 +358,15 @@ impl Container {
                 self.runc.exec(&spec_file, launch).await
             })
             .await;
-        let pid = started.and_then(|()| read_pid(&pid_file));
+        let pid = read_pid(&pid_file);
         for file in [spec_file, pid_file] {
             let _ = std::fs::remove_file(file);
         }
-        pid
+        if let (Err(TaskError::Wiring(_)), Ok(pid)) = (&started, &pid) {
+            // It runs, and nobody would know of it.
+            let _ = self.shared.reaper.signal(*pid, Signal::SIGKILL);
+        }
+        started.and(pid)
     }
 
     /// Sets up a process's streams around the runtime command that starts it.
@@ -381,8 +385,9 @@ impl Container {
             wiring.attach_terminal(stdio, console, &self.owner()).await?;
         } else {
             let (streams, pending) = wiring.pipes(stdio, unasked, &self.owner()).await?;
-            wiring.attach(stdio, pending)?;
             command(Launch { pid_file, console_socket: None, streams }).await?;
+            // Not before: what a runtime prints when it fails is not the container's output.
+            wiring.attach(stdio, pending)?;
         }
         Ok(())
     }

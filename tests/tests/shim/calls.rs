@@ -369,7 +369,9 @@ fn a_program_that_is_missing_is_named(runtime: &Runtime) -> Result<()> {
     let task = Task::running(runtime, "missing", "sleep 600")?;
     for (round, program) in ["/no/such/program", "nosuchprogram"].into_iter().enumerate() {
         let exec = format!("e{round}");
-        task.exec_args(&exec, &Streams::default(), &[program])?;
+        let mut output = Fifo::new("missing-out")?;
+        let (stdout, stderr) = (output.path.clone(), output.path.clone());
+        task.exec_args(&exec, &Streams { stdout, stderr, ..Default::default() }, &[program])?;
         std::thread::scope(|scope| {
             let wait = scope.spawn(|| task.wait(&exec));
             std::thread::sleep(Duration::from_millis(200));
@@ -382,6 +384,8 @@ fn a_program_that_is_missing_is_named(runtime: &Runtime) -> Result<()> {
             anyhow::Ok(())
         })?;
         task.delete_exec(&exec)?;
+        // The runtime's words are not the process's.
+        assert_eq!(output.text()?, "");
     }
     assert_eq!(task.status(INIT)?, Status::Running);
     task.exec("e0", &Streams::default(), "exit 6")?;
