@@ -3,7 +3,7 @@
 //! 1. take the lock `root.lock` (whoever comes second waits and then finds the root);
 //! 2. `debootstrap` Debian 13 with [`PACKAGES`] into `root/<key>.tmp`, packages cached in `debs`;
 //! 3. install CRIU from forky: Debian 13's cannot dump a process with a socket on Linux >= 6.16;
-//!    put containerd 2 from sid beside Debian 13's, and unpack what only images are made of;
+//!    put containerd 2 from sid beside Debian 13's, and unpack Docker and what only images are made of;
 //! 4. where the capability is missing, compile the preload library and put a wrapper before CRIU;
 //! 5. rename to `root/<key>`.
 //!
@@ -58,8 +58,14 @@ pub const PACKAGES: &[&str] = &[
     "strace",
     "tini",
 ];
-/// What only images are made of: unpacked, but not installed, as that would start servers and take long.
-pub const UNPACKED: &[&str] = &["openjdk-21-jre-headless", "postgresql-17", "postgresql-client-17"];
+/// Docker, and what only images are made of: unpacked, but not installed, as that would start servers and take long.
+pub const UNPACKED: &[&str] = &[
+    "docker-cli",
+    "docker.io",
+    "openjdk-21-jre-headless",
+    "postgresql-17",
+    "postgresql-client-17",
+];
 /// Grows when this module makes a different root from the same packages.
 const RECIPE: u32 = 1;
 /// How long debootstrap or apt may take, on a slow mirror.
@@ -166,7 +172,7 @@ fn build(path: &Path) -> Result<()> {
     install_criu(&unfinished, &debs, &mirror)?;
     progress(&format!("unpacking containerd 2 from {CONTAINERD_2_RELEASE}"));
     unpack_containerd_2(&unfinished, &mirror)?;
-    unpack(&unfinished, UNPACKED, "/").context("unpack what images are made of")?;
+    unpack(&unfinished, UNPACKED, "/").context("unpack Docker and what images are made of")?;
     if !may_raise_limits()? {
         progress("no CAP_SYS_RESOURCE here: putting a preload library before CRIU");
         install_preload(&unfinished)?;
