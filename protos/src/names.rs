@@ -213,7 +213,8 @@ impl FromStr for Subject {
                 Ok(Self::Memory { namespace: namespace.to_owned(), service, user })
             }
             ["image-layer", diff_id] => {
-                diff_id.parse().map(Self::ImageLayer).map_err(|_| bad("subject", text, FORMS))
+                let wrong = |_error| bad("subject", text, FORMS);
+                diff_id.parse().map(Self::ImageLayer).map_err(wrong)
             }
             _ => Err(bad("subject", text, FORMS)),
         }

@@ -204,11 +204,10 @@ fn a_neighbour_that_passes_one_layer_off_as_another_is_found_out() -> Result<()>
 /// Method: it stops answering, or vanishes, before the pull or in the middle of a layer.
 #[test]
 fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
-    for bad in ["stopped", "cut off", "cut off midway", "killed midway"] {
+    for bad in ["stopped", "cut off midway", "killed midway"] {
         let image = fresh(Image::Redis)?;
         match bad {
             "stopped" => node(0).pause_daemon()?,
-            "cut off" => node(0).cut_link()?,
             _ => node(0).set_rate(Some(8))?,
         }
         let (asked, took) = std::thread::scope(|scope| {
@@ -373,7 +372,8 @@ fn a_mirror_has_what_neighbours_have_while_the_registry_is_away() -> Result<()> 
     served
 }
 
-/// Method: a blob in the only neighbour's content store has a wrong byte. The pull may fail once, and never lies.
+/// Method: a blob in the only neighbour's content store has a wrong byte. containerd keeps what it got of a blob for the
+/// next attempt, so not even a part may come through.
 #[test]
 fn wrong_bytes_do_not_come_through_a_mirror() -> Result<()> {
     let image = fresh(Image::Redis)?;
@@ -387,11 +387,8 @@ fn wrong_bytes_do_not_come_through_a_mirror() -> Result<()> {
     bytes[middle] ^= 1;
     fs::set_permissions(&path, Permissions::from_mode(0o644))?;
     fs::write(&path, bytes)?;
-    let first = pull_plainly(node(1), &image.0);
-    ensure!(node(1).log("daemon").contains("other bytes came"), "nobody noticed: {first:?}");
-    if first.is_err() {
-        pull_plainly(node(1), &image.0)?;
-    }
+    pull_plainly(node(1), &image.0)?;
+    ensure!(node(1).log("daemon").contains("other bytes came"), "nobody noticed");
     let text = node(1).sh(&format!("ctr content get {digest} | sha256sum"))?;
     ensure!(text.starts_with(&digest.hex()), "{digest} has {text}");
     // Or it would be there for the next test.

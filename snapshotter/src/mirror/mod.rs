@@ -11,9 +11,9 @@
 //! What is not to be had is 404, and the client goes on to the next host. A name plays no part in what a digest stands
 //! for, as with every registry that is asked by digest.
 //!
-//! Promise: an answer that ends well has the bytes that were asked for. They are hashed while they are passed on, and
-//! the last piece is held back until they are known to be right; else the connection breaks, and whoever was asked is
-//! passed over for a while. Source: OCI distribution specification; containerd's docs/hosts.md ("ns").
+//! Promise: an answer that ends well has the bytes that were asked for. What comes from neighbours is checked before
+//! anything is passed on. What lies here is hashed on its way, and its last piece held back until all are known to be right;
+//! else the connection breaks. Source: OCI distribution specification; containerd's docs/hosts.md ("ns").
 
 mod find;
 
@@ -38,7 +38,6 @@ use tokio::sync::Semaphore;
 
 use crate::config::Tags;
 use crate::node::Node;
-use crate::peer::shunned::SHUN_SILENT;
 use find::Found;
 
 /// Clients that are served at once; further ones wait to be let in.
@@ -148,10 +147,8 @@ async fn found(node: &Arc<Node>, uri: &Uri) -> Response<Body> {
         Asked::Blob(digest) => {
             return match find::blob(node, digest).await {
                 None => unknown("BLOB_UNKNOWN"),
-                Some(Found { size_bytes, pieces, from }) => {
-                    let node = node.clone();
-                    let blame = move || node.shunned.add(&from, SHUN_SILENT);
-                    let pieces = verified(pieces, digest, blame);
+                Some(Found { size_bytes, pieces }) => {
+                    let pieces = verified(pieces, digest);
                     let frames = pieces.map(|piece| piece.map(Frame::data));
                     let body = StreamBody::new(frames).boxed_unsync();
                     with_content(body, "application/octet-stream", size_bytes, Some(digest))
@@ -209,26 +206,24 @@ fn refusal(status: StatusCode, code: &str, message: &str) -> Response<Body> {
     response
 }
 
-/// The same pieces, each behind the next one. If they are not what `digest` names there is an error instead of the last,
-/// and `blame` is called.
+/// The same pieces, each behind the next one, and an error instead of the last if they are not what `digest` names: what
+/// lies on a disk may have changed there.
 fn verified(
     pieces: impl Stream<Item = io::Result<Bytes>> + Send + Unpin,
     digest: Digest,
-    blame: impl FnOnce() + Send,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    let begin = Some((pieces, Sha256::new(), Bytes::new(), blame));
+    let begin = Some((pieces, Sha256::new(), Bytes::new()));
     futures::stream::unfold(begin, move |rest| async move {
-        let (mut pieces, mut hash, held, blame) = rest?;
+        let (mut pieces, mut hash, held) = rest?;
         match pieces.next().await {
             Some(Ok(piece)) => {
                 hash.update(&piece);
-                Some((Ok(held), Some((pieces, hash, piece, blame))))
+                Some((Ok(held), Some((pieces, hash, piece))))
             }
             Some(Err(error)) => Some((Err(error), None)),
             None if Digest::from_bytes(hash.finalize().into()) == digest => Some((Ok(held), None)),
             None => {
-                tracing::warn!(%digest, "other bytes came than were asked for");
-                blame();
+                tracing::warn!(%digest, "blob is damaged");
                 Some((Err(io::ErrorKind::InvalidData.into()), None))
             }
         }
@@ -279,7 +274,7 @@ mod tests {
                 pieces.push(Err(io::ErrorKind::TimedOut.into()));
             }
             let pieces = futures::stream::iter(pieces);
-            verified(pieces, Digest::of(b"one two"), || ()).collect::<Vec<_>>()
+            verified(pieces, Digest::of(b"one two")).collect::<Vec<_>>()
         };
         let good: Vec<_> = of(&["one", " ", "two"], false).await;
         let bytes: Vec<u8> = good.into_iter().flat_map(|piece| piece.unwrap().to_vec()).collect();
