@@ -13,7 +13,8 @@ mod names;
 
 pub use digest::{Digest, ParseDigestError};
 pub use names::{
-    ContainerRef, MigrateFrom, ParseNameError, ServiceRef, Subject, VolumeId, VolumeSource, is_name,
+    ContainerRef, FileSystem, MigrateFrom, ParseNameError, ServiceRef, Subject, VolumeId,
+    VolumeSource, is_name,
 };
 
 /// Annotations that Godwit reads from a container's OCI specification.
@@ -41,6 +42,9 @@ pub mod path {
     /// One file per released container, `NAMESPACE/ID`: a shim refuses to create what is named here.
     /// The file's text says where the container went: "moved to NODE, epoch N".
     pub const FENCES: &str = "/var/lib/godwit/fences";
+    /// Where the file systems of block volumes are mounted for containers, `NAMESPACE/CONTAINER/VOLUME`. Not in a
+    /// bundle nor in the daemon's run directory: containerd and systemd remove those with all that lies below.
+    pub const MOUNTS: &str = "/run/godwit-volumes";
     /// File in a bundle that holds the shim's ttrpc address.
     pub const SHIM_ADDRESS_FILE: &str = "godwit-address";
 }

@@ -11,7 +11,7 @@
 //! Read next: [`crate::launch`] for create, start and restore, [`crate::dump`] for checkpoints.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -35,6 +35,7 @@ use crate::reap::{Exit, Reaper, Waiter};
 use crate::rootfs;
 use crate::runc::{Launch, Runc};
 use crate::spec;
+use crate::volumes::{self, VolumeError};
 use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
 /// How long the init's exit waits for the other processes' ends, and a delete for the init's.
@@ -446,9 +447,26 @@ impl Container {
         Ok(())
     }
 
+    /// Does something about the block volumes, of which there may be none.
+    pub(crate) async fn on_volumes(
+        &self,
+        act: fn(&Path) -> Result<(), VolumeError>,
+    ) -> Result<(), TaskError> {
+        let directory = volumes::directory(&self.name);
+        if !directory.exists() {
+            return Ok(());
+        }
+        Ok(volumes::blocking(move || act(&directory)).await?)
+    }
+
     /// Freezes every process. Errors: the container does not run.
     pub(crate) async fn pause(&self) -> Result<(), TaskError> {
         let _operation = self.operation.lock().await;
+        self.stop_tasks().await
+    }
+
+    /// [`Container::pause`] for whoever holds the operation.
+    pub(crate) async fn stop_tasks(&self) -> Result<(), TaskError> {
         if self.init.phase() != Phase::Running {
             return Err(self.phase_error("a running container can be paused only"));
         }
@@ -543,6 +561,7 @@ impl Container {
         if !self.rootfs.is_empty() {
             rootfs::unmount(&self.bundle.join("rootfs"))?;
         }
+        self.on_volumes(volumes::release).await?;
         let exit = self.init.exit().unwrap_or(never_ran());
         self.shared.publisher.publish(TaskDelete {
             container_id: self.name.id().to_owned(),

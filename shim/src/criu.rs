@@ -47,6 +47,8 @@ pub(crate) struct Config<'a> {
     /// A file whose lines come first: the user's own.
     pub(crate) user_file: Option<&'a Path>,
     pub(crate) version: Option<(u32, u32)>,
+    /// Whether a link that CRIU made beside a removed file could be one that it waits for until a thaw.
+    pub(crate) files_are_frozen: bool,
 }
 
 impl Config<'_> {
@@ -55,7 +57,11 @@ impl Config<'_> {
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
         }
-        text.push_str("file-locks\nlink-remap\nghost-limit 64M\nskip-in-flight\n");
+        text.push_str("file-locks\n");
+        if !self.files_are_frozen {
+            text.push_str("link-remap\n");
+        }
+        text.push_str("ghost-limit 64M\nskip-in-flight\n");
         match self.connections {
             Connections::Refuse => {}
             Connections::Keep => text.push_str("tcp-established\n"),
@@ -135,13 +141,18 @@ mod tests {
             action_script: None,
             user_file: None,
             version: Some((4, 1)),
+            files_are_frozen: false,
         };
         assert_eq!(dump.text(""), format!("{BASE}tcp-established\n"));
+        let frozen = Config { files_are_frozen: true, ..dump };
+        let without_links = BASE.replace("link-remap\n", "");
+        assert_eq!(frozen.text(""), format!("{without_links}tcp-established\n"));
         let restore = Config {
             connections: Connections::Close,
             action_script: Some("/proc/7/exe"),
             user_file: None,
             version: Some((4, 2)),
+            files_are_frozen: false,
         };
         let expected = format!(
             "log-level 4\n{BASE}tcp-close\nnetwork-lock nftables\naction-script /proc/7/exe\n"

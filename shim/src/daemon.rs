@@ -10,7 +10,7 @@ use godwit_protos::control::{
     AcquireRequest, AcquireResponse, ClaimRequest, ClaimResponse, Container, ControlClient,
     ResolveVolumesRequest, SettleRequest, VolumeMount,
 };
-use godwit_protos::{ContainerRef, path};
+use godwit_protos::{ContainerRef, FileSystem, ParseNameError, path};
 use ttrpc::asynchronous::Client;
 use ttrpc::context;
 
@@ -76,22 +76,31 @@ impl Daemon {
         Some(self.container.clone()).into()
     }
 
-    /// Host paths of `mounts`, in their order.
+    /// Host paths of `mounts`, in their order, each with what it holds if it is the image of a block volume.
     pub(crate) async fn resolve_volumes(
         &self,
         mounts: Vec<VolumeMount>,
-    ) -> Result<Vec<String>, DaemonError> {
+    ) -> Result<Vec<(String, Option<FileSystem>)>, DaemonError> {
         let wanted = mounts.len();
         let request =
             ResolveVolumesRequest { container: self.container(), mounts, ..Default::default() };
         let context = context::with_duration(RESOLVE_TIME_MAX);
-        let paths =
-            self.client.resolve_volumes(context, &request).await.map_err(DaemonError::of)?.paths;
-        if paths.len() == wanted {
-            Ok(paths)
-        } else {
-            Err(DaemonError::Answer(format!("{} paths for {wanted} volumes", paths.len())))
+        let answer = self.client.resolve_volumes(context, &request).await;
+        let mut answer = answer.map_err(DaemonError::of)?;
+        // A daemon from before there were block volumes names none.
+        answer.file_systems.resize(answer.paths.len(), String::new());
+        if answer.paths.len() != wanted {
+            let text = format!("{} paths for {wanted} volumes", answer.paths.len());
+            return Err(DaemonError::Answer(text));
         }
+        let kind = |text: String| match text.as_str() {
+            "" => Ok(None),
+            named => named.parse().map(Some),
+        };
+        let kinds: Result<Vec<_>, ParseNameError> =
+            answer.file_systems.into_iter().map(kind).collect();
+        let kinds = kinds.map_err(|error| DaemonError::Answer(error.to_string()))?;
+        Ok(answer.paths.into_iter().zip(kinds).collect())
     }
 
     /// Brings the container's state here and freezes it at its source.

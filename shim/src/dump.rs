@@ -21,6 +21,7 @@ use crate::criu::{self, Connections};
 use crate::error::{TaskError, chain};
 use crate::process::Phase;
 use crate::runc::RuncError;
+use crate::volumes;
 
 /// How long a dump may take before the watchdog thaws the container ...
 const DUMP_TIME_MAX: Duration = Duration::from_secs(120);
@@ -146,6 +147,9 @@ impl Container {
         limit: Duration,
     ) -> Result<(), TaskError> {
         tracing::error!("the dump of {} hangs: thawing the container", self.name);
+        if let Err(error) = self.on_volumes(volumes::thaw).await {
+            tracing::error!("thawing the volumes of {}: {}", self.name, chain(&error));
+        }
         if let Err(error) = cgroup.thaw() {
             tracing::error!("thawing {}: {error}", self.name);
         }
@@ -166,23 +170,31 @@ impl Container {
         TaskError::Dump { container: self.name.to_string(), reason, log }
     }
 
-    /// Stops every process where it is; a frozen container stays so. Returns how long it took.
+    /// Stops every process where it is, and then has the block volumes' images be whole; a frozen container stays so.
+    /// Returns how long it took.
     ///
     /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to run it.
     pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
-        let begun = Instant::now();
+        let _operation = self.operation.lock().await;
         self.check_runtime()?;
+        // While it runs: what is written now need not be written while it stands still.
+        self.on_volumes(volumes::flush).await?;
+        let begun = Instant::now();
         self.is_handed_off.store(true, Ordering::SeqCst);
         if self.init.phase() != Phase::Paused {
             // What would block the dump costs no downtime when it is found here.
             let paused = match self.cgroup().and_then(|cgroup| self.check_stopped(&cgroup)) {
-                Ok(()) => self.pause().await,
+                Ok(()) => self.stop_tasks().await,
                 Err(error) => Err(error),
             };
             if let Err(error) = paused {
                 self.is_handed_off.store(false, Ordering::SeqCst);
                 return Err(error);
             }
+        }
+        if let Err(error) = self.on_volumes(volumes::freeze).await {
+            self.thaw_tasks()?;
+            return Err(error);
         }
         Ok(begun.elapsed())
     }
@@ -191,13 +203,19 @@ impl Container {
     pub(crate) async fn thaw(&self) -> Result<Duration, TaskError> {
         let begun = Instant::now();
         let _operation = self.operation.lock().await;
+        self.on_volumes(volumes::thaw).await?;
+        self.thaw_tasks()?;
+        Ok(begun.elapsed())
+    }
+
+    fn thaw_tasks(&self) -> Result<(), TaskError> {
         // Whatever the phase says: a freeze that was broken off may have got half way.
         self.cgroup()?.thaw().map_err(TaskError::io("thawing the container"))?;
         self.is_handed_off.store(false, Ordering::SeqCst);
         if self.init.phase() == Phase::Paused {
             self.note_resumed();
         }
-        Ok(begun.elapsed())
+        Ok(())
     }
 
     /// Ends every process of a frozen container that runs elsewhere now. None of them runs another
@@ -208,7 +226,10 @@ impl Container {
         let begun = Instant::now();
         let _operation = self.operation.lock().await;
         match self.init.phase() {
-            Phase::Stopped(_) => return Ok(begun.elapsed()),
+            Phase::Stopped(_) => {
+                self.on_volumes(volumes::release).await?;
+                return Ok(begun.elapsed());
+            }
             Phase::Paused => {}
             Phase::Created | Phase::Running => {
                 return Err(self.phase_error("a frozen container can be let go of only"));
@@ -228,11 +249,14 @@ impl Container {
                 }
             }
         }
+        // A process whose files are frozen cannot end. What still reaches the images belongs to nobody.
+        self.on_volumes(volumes::thaw).await?;
         cgroup.thaw().map_err(TaskError::io("thawing the killed container"))?;
-        match tokio::time::timeout(END_TIME_MAX, self.init.stopped()).await {
-            Ok(_) => Ok(begun.elapsed()),
-            Err(_) => Err(self.phase_error("its processes do not end although they were killed")),
+        if tokio::time::timeout(END_TIME_MAX, self.init.stopped()).await.is_err() {
+            return Err(self.phase_error("its processes do not end although they were killed"));
         }
+        self.on_volumes(volumes::release).await?;
+        Ok(begun.elapsed())
     }
 }
 

@@ -11,6 +11,7 @@ use crate::options::OptionsError;
 use crate::rootfs::RootfsError;
 use crate::runc::RuncError;
 use crate::spec::SpecError;
+use crate::volumes::VolumeError;
 use crate::wiring::WiringError;
 
 /// A failed call.
@@ -42,6 +43,8 @@ pub(crate) enum TaskError {
     Spec(#[from] SpecError),
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     #[error(transparent)]
     Runc(#[from] RuncError),
     #[error(transparent)]
@@ -96,6 +99,7 @@ impl TaskError {
             Self::Runc(error) if error.is_gone() => Code::NOT_FOUND,
             Self::Spec(_)
             | Self::Rootfs(_)
+            | Self::Volume(_)
             | Self::Runc(_)
             | Self::Wiring(_)
             | Self::Daemon(DaemonError::Answer(_))

@@ -14,11 +14,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use containerd_shim::protos::events::task::TaskStart;
-use godwit_protos::control::{AcquireRequest, AcquireResponse, SettleRequest};
-use godwit_protos::{ContainerRef, path};
+use godwit_protos::control::{AcquireRequest, AcquireResponse, SettleRequest, VolumeMount};
+use godwit_protos::{ContainerRef, FileSystem, path};
 
 use crate::container::{Container, Origin, read_pid};
 use crate::criu::{self, Connections};
@@ -30,6 +31,7 @@ use crate::process::Phase;
 use crate::reap::{Mark, Waiter};
 use crate::rootfs;
 use crate::spec::{CRIU_CONFIG, Spec};
+use crate::volumes;
 use crate::wiring::Unasked;
 
 /// How long CRIU is given to get from the grant to the resume when the runtime around it has failed.
@@ -55,14 +57,35 @@ pub(crate) fn check_fence(fences: &Path, name: &ContainerRef) -> Result<(), Task
     }
 }
 
-/// Turns volume mounts into bind mounts; without any the daemon is not asked.
+/// Turns volume mounts into bind mounts, and mounts what block volumes hold; without any the daemon is not asked.
+///
+/// Errors: none is mounted then.
 pub(crate) async fn bind_volumes(spec: &mut Spec, name: &ContainerRef) -> Result<bool, TaskError> {
     let volumes = spec.volumes()?;
     if volumes.is_empty() {
         return Ok(false);
     }
-    let paths = Daemon::connect(name).await?.resolve_volumes(volumes).await?;
-    spec.bind_volumes(&paths)?;
+    let directory = volumes::directory(name);
+    let resolved = Daemon::connect(name).await?.resolve_volumes(volumes.clone()).await?;
+    let mount = move || {
+        // What lies there is of an earlier container of this name, whose shim and containerd died together.
+        volumes::release(&directory)?;
+        let one = |(volume, (path, kind)): (&VolumeMount, (String, Option<FileSystem>))| match kind
+        {
+            None => Ok(path),
+            Some(kind) => {
+                let image = Path::new(&path);
+                let mounted = volumes::mount_image(&directory, &volume.volume, image, kind)?;
+                Ok(mounted.display().to_string())
+            }
+        };
+        let paths: Result<Vec<String>, _> = volumes.iter().zip(resolved).map(one).collect();
+        if paths.is_err() {
+            volumes::release(&directory)?;
+        }
+        paths
+    };
+    spec.bind_volumes(&volumes::blocking(mount).await?)?;
     Ok(true)
 }
 
@@ -104,7 +127,7 @@ impl Container {
             }
             Err(error) => {
                 self.undo(&self.bundle.join("work")).await;
-                self.unmount_rootfs();
+                self.unmount().await;
                 Err(error)
             }
         }
@@ -228,7 +251,7 @@ impl Container {
                     }
                     error => self.restore_failed(Path::new(&acquired.work_path), &error).await,
                 };
-                self.unmount_rootfs();
+                self.unmount().await;
                 report.reason = chain(&error);
                 report.may_have_run = may_have_run;
                 Err(error)
@@ -359,11 +382,14 @@ impl Container {
         self.init.rewire().abort(&self.shared.reaper).await;
     }
 
-    fn unmount_rootfs(&self) {
+    async fn unmount(&self) {
         if !self.rootfs.is_empty()
             && let Err(error) = rootfs::unmount(&self.bundle.join("rootfs"))
         {
             tracing::error!("unmounting the root of {}: {}", self.name, chain(&error));
+        }
+        if let Err(error) = self.on_volumes(volumes::release).await {
+            tracing::error!("unmounting the volumes of {}: {}", self.name, chain(&error));
         }
     }
 
@@ -374,9 +400,12 @@ impl Container {
         connections: Connections,
         action_script: Option<&str>,
     ) -> Result<(), TaskError> {
+        let files_are_frozen = self.is_handed_off.load(Ordering::SeqCst)
+            && !rootfs::mounts_below(&volumes::directory(&self.name))?.is_empty();
         let config = criu::Config {
             connections,
             action_script,
+            files_are_frozen,
             user_file: self.user_criu_config.as_deref(),
             version: criu::version(&self.shared.reaper).await,
         };

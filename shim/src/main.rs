@@ -37,6 +37,7 @@ mod spec;
 mod stats;
 mod sys;
 mod task;
+mod volumes;
 mod wiring;
 
 use std::path::Path;

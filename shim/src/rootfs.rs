@@ -71,10 +71,8 @@ pub(crate) async fn mount(mounts: &[Mount], bundle: &Path) -> Result<(), RootfsE
 ///
 /// Errors: the first failure; the rest is still tried. Not mounted is success.
 pub(crate) fn unmount(dir: &Path) -> Result<(), RootfsError> {
-    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|source| RootfsError::Directory { path: dir.to_owned(), source })?;
     let mut outcome = Ok(());
-    for path in below(&mountinfo, dir) {
+    for path in mounts_below(dir)? {
         let undone = match umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
             Err(Errno::EBUSY) => umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW),
             undone => undone,
@@ -88,6 +86,13 @@ pub(crate) fn unmount(dir: &Path) -> Result<(), RootfsError> {
 }
 
 /// Mount points at and below `dir`, the last mounted first.
+pub(crate) fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>, RootfsError> {
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|source| RootfsError::Directory { path: dir.to_owned(), source })?;
+    Ok(below(&mountinfo, dir))
+}
+
+/// Of the text of `/proc/self/mountinfo`.
 fn below(mountinfo: &str, dir: &Path) -> Vec<PathBuf> {
     let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped);
     let mut found: Vec<PathBuf> =

@@ -20,6 +20,7 @@ use containerd_shim::protos::shim_async::create_task;
 use containerd_shim::protos::ttrpc::r#async::transport::Listener;
 use containerd_shim::protos::ttrpc::r#async::{Server, Service};
 use containerd_shim::{Flags, StartOpts};
+use godwit_protos::ContainerRef;
 use godwit_protos::shim::create_shim;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -34,6 +35,7 @@ use crate::rootfs;
 use crate::runc::Runc;
 use crate::spec::Spec;
 use crate::task::{Containers, TaskService};
+use crate::volumes;
 
 /// containerd's ttrpc address, told to the server.
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
@@ -113,6 +115,10 @@ pub(crate) async fn delete(flags: &Flags) -> Result<(), ServeError> {
         Err(_) => Options::new(),
     };
     let runc = Runc::new(&options, &flags.namespace, &flags.id, &bundle, reaper);
+    let name = ContainerRef::new(&flags.namespace, &flags.id).ok();
+    let mounted = name.map(|name| volumes::directory(&name));
+    // Processes that write to a frozen file system cannot end.
+    let thawed = mounted.as_deref().map_or(Ok(()), volumes::thaw);
     let undone = rootfs::unmount_leftovers(&runc.state_dir(), &bundle.join("work"));
     if undone.is_ok()
         && let Err(error) = runc.delete(true).await
@@ -121,6 +127,10 @@ pub(crate) async fn delete(flags: &Flags) -> Result<(), ServeError> {
         eprintln!("removing {} from {}: {error}", flags.id, runc.binary());
     }
     if let Err(error) = undone.and_then(|()| rootfs::unmount(&bundle.join("rootfs"))) {
+        eprintln!("{}", crate::error::chain(&error));
+    }
+    let released = mounted.as_deref().map_or(Ok(()), volumes::release);
+    if let Err(error) = thawed.and(released) {
         eprintln!("{}", crate::error::chain(&error));
     }
     if let Ok(address) = std::fs::read_to_string(bundle.join(ADDRESS_FILE)) {

@@ -78,3 +78,104 @@ pub(crate) fn raise_loopback() -> io::Result<()> {
     }
     Ok(())
 }
+
+/// `struct loop_info64` of the kernel's `linux/loop.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LoopInfo {
+    _device: u64,
+    _inode: u64,
+    _rdevice: u64,
+    _offset: u64,
+    _sizelimit: u64,
+    _number: u32,
+    _encrypt_type: u32,
+    _encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    _crypt_name: [u8; 64],
+    _encrypt_key: [u8; 32],
+    _init: [u64; 2],
+}
+
+impl LoopInfo {
+    /// Name that whoever configured the device gave it, up to its first NUL.
+    pub(crate) fn name(&self) -> &[u8] {
+        self.file_name.split(|byte| *byte == 0).next().unwrap_or_default()
+    }
+}
+
+/// `struct loop_config` of the kernel's `linux/loop.h`.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo,
+    _reserved: [u64; 8],
+}
+
+/// The device goes when nobody has it open or mounted any more (`LO_FLAGS_AUTOCLEAR`).
+const LOOP_AUTOCLEAR: u32 = 4;
+/// Reads and writes go past the page cache of the image (`LO_FLAGS_DIRECT_IO`).
+const LOOP_DIRECT_IO: u32 = 16;
+
+/// What the kernel knows of a loop device. Errors: `ENXIO` when it has no image.
+#[expect(unsafe_code, reason = "no safe wrapper for this ioctl")]
+pub(crate) fn loop_status(device: impl AsFd) -> io::Result<LoopInfo> {
+    const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
+    // SAFETY: `LoopInfo` is plain integers, for which all zeroes is a value.
+    let mut info: LoopInfo = unsafe { std::mem::zeroed() };
+    let fd = device.as_fd().as_raw_fd();
+    // SAFETY: the descriptor is borrowed for the call, and the kernel fills in `info`, which has its layout.
+    let done = unsafe { libc::ioctl(fd, LOOP_GET_STATUS64, &raw mut info) };
+    if done == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Number of a loop device that is free, which another process may take first.
+#[expect(unsafe_code, reason = "no safe wrapper for this ioctl")]
+pub(crate) fn free_loop(control: impl AsFd) -> io::Result<u32> {
+    const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4c82;
+    // SAFETY: the descriptor is borrowed for the call, which takes no other argument.
+    let number = unsafe { libc::ioctl(control.as_fd().as_raw_fd(), LOOP_CTL_GET_FREE) };
+    u32::try_from(number).map_err(|_cause| io::Error::last_os_error())
+}
+
+/// Makes a free loop device show `image`, in sectors of 4096 bytes, under a name of at most 63 bytes.
+///
+/// Errors: the kernel's, `EBUSY` when it is not free.
+#[expect(unsafe_code, reason = "no safe wrapper for this ioctl")]
+pub(crate) fn configure_loop(
+    device: impl AsFd,
+    image: impl AsFd,
+    name: &str,
+    direct: bool,
+) -> io::Result<()> {
+    const LOOP_CONFIGURE: libc::c_ulong = 0x4c0a;
+    // SAFETY: `LoopConfig` is plain integers, for which all zeroes is a value.
+    let mut config: LoopConfig = unsafe { std::mem::zeroed() };
+    config.fd = image.as_fd().as_raw_fd().cast_unsigned();
+    config.block_size = 4096;
+    config.info.flags = LOOP_AUTOCLEAR | if direct { LOOP_DIRECT_IO } else { 0 };
+    for (to, from) in config.info.file_name[..63].iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    let fd = device.as_fd().as_raw_fd();
+    // SAFETY: both descriptors are borrowed for the call, and the kernel only reads `config`, which has its layout.
+    let done = unsafe { libc::ioctl(fd, LOOP_CONFIGURE, &raw const config) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has a file system write everything to its device and hold all further writes back (`FIFREEZE`), or lets them go
+/// on (`FITHAW`).
+///
+/// Errors: the kernel's, `EBUSY` when it is frozen already and `EINVAL` when it is not.
+#[expect(unsafe_code, reason = "no safe wrapper for these ioctls")]
+pub(crate) fn freeze_file_system(directory: impl AsFd, freeze: bool) -> Result<(), Errno> {
+    const FIFREEZE: libc::c_ulong = 0xc004_5877;
+    const FITHAW: libc::c_ulong = 0xc004_5878;
+    let request = if freeze { FIFREEZE } else { FITHAW };
+    let unused: libc::c_int = 0;
+    // SAFETY: the descriptor is borrowed for the call; the kernel ignores the argument.
+    let done = unsafe { libc::ioctl(directory.as_fd().as_raw_fd(), request, &raw const unused) };
+    Errno::result(done).map(drop)
+}

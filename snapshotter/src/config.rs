@@ -7,6 +7,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use godwit_protos::FileSystem;
 use serde::Deserialize;
 
 use crate::policy::retain::Rules;
@@ -256,10 +257,12 @@ pub struct Admit {
     pub bind_sources: Vec<PathBuf>,
     /// Capabilities that a container may hold.
     pub capabilities: Vec<String>,
+    /// File systems of block volumes that this node mounts although their images come from other nodes.
+    pub file_systems: Vec<FileSystem>,
 }
 
 impl Default for Admit {
-    /// No host paths, and the capabilities that containerd gives an unprivileged container.
+    /// No host paths, no images of file systems, and the capabilities that containerd gives an unprivileged container.
     fn default() -> Self {
         let capabilities = [
             "CAP_CHOWN",
@@ -277,7 +280,11 @@ impl Default for Admit {
             "CAP_KILL",
             "CAP_AUDIT_WRITE",
         ];
-        Self { bind_sources: Vec::new(), capabilities: capabilities.map(str::to_owned).to_vec() }
+        Self {
+            bind_sources: Vec::new(),
+            capabilities: capabilities.map(str::to_owned).to_vec(),
+            file_systems: Vec::new(),
+        }
     }
 }
 

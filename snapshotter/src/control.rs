@@ -17,7 +17,7 @@ use godwit_protos::control::{
     RemoveVolumeRequest, ResolveVolumesRequest, ResolveVolumesResponse, RestoreSnapshotRequest,
     SettleRequest, Snapshot, StatusResponse, SweepResponse, VerifyVolumeRequest, Volume,
 };
-use godwit_protos::{ContainerRef, MigrateFrom, Subject, VolumeSource, annotation, peer};
+use godwit_protos::{ContainerRef, FileSystem, MigrateFrom, Subject, VolumeSource, peer};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
@@ -28,7 +28,7 @@ use crate::node::{Node, unix_ms};
 use crate::peer::server::Wanted;
 use crate::peer::{Connection, server};
 use crate::store::{SnapshotId, StoreError, Thrift};
-use crate::volumes::VolumeError;
+use crate::volumes::{Shape, VolumeError};
 
 /// How long a peer has to answer `godwit peers`.
 const PEER_MAX: Duration = Duration::from_secs(2);
@@ -72,6 +72,27 @@ impl Service {
         Ok((asked.to, message))
     }
 
+    async fn refuse_in_use(&self, volume: &VolumeSource) -> ttrpc::Result<()> {
+        let user = describe::volume_user(&self.node, volume, None).await;
+        match user.map_err(|error| migration_error(&error))? {
+            None => Ok(()),
+            Some(user) => {
+                let text = format!("volume {volume} is in use by container {user}");
+                Err(rpc(Code::FAILED_PRECONDITION, text))
+            }
+        }
+    }
+
+    /// A volume that can be read whole: the image of a mounted file system is not all there is.
+    async fn at_rest(&self, id: &str) -> ttrpc::Result<VolumeSource> {
+        let volume = id.parse().map_err(invalid)?;
+        let file_system = self.node.volumes.file_system(&volume);
+        if file_system.map_err(|error| volume_error(&error))?.is_some() {
+            self.refuse_in_use(&volume).await?;
+        }
+        Ok(volume)
+    }
+
     /// A connection to another node's daemon.
     async fn at(&self, node: &str) -> ttrpc::Result<Connection> {
         let opened = Connection::open(&self.node.config, node, PEER_MAX).await;
@@ -104,9 +125,14 @@ fn volume_error(error: &VolumeError) -> Error {
         | VolumeError::Nowhere(_)
         | VolumeError::Store(StoreError::UnknownSnapshot(_)) => Code::NOT_FOUND,
         VolumeError::Exists(_) | VolumeError::NotEmpty(_) => Code::ALREADY_EXISTS,
+        VolumeError::Size(_) | VolumeError::NotVerifiable(_) => Code::INVALID_ARGUMENT,
         VolumeError::Damaged { .. } => Code::DATA_LOSS,
-        VolumeError::Moved { .. } | VolumeError::ReadOnly(_) => Code::FAILED_PRECONDITION,
-        VolumeError::Journal(_)
+        VolumeError::Moved { .. }
+        | VolumeError::ReadOnly(_)
+        | VolumeError::NoProgram { .. }
+        | VolumeError::NotAdmitted { .. } => Code::FAILED_PRECONDITION,
+        VolumeError::Format { .. }
+        | VolumeError::Journal(_)
         | VolumeError::Content(_)
         | VolumeError::Store(_)
         | VolumeError::Sweep(_) => Code::INTERNAL,
@@ -129,34 +155,6 @@ fn container(asked: &Container) -> ttrpc::Result<ContainerRef> {
     ContainerRef::new(&asked.namespace, &asked.id).map_err(invalid)
 }
 
-/// The settings of a migration from the annotations of the container's own specification.
-fn settings(bundle: &Path) -> Result<Settings, String> {
-    let path = bundle.join("config.json");
-    let spec = oci_spec::runtime::Spec::load(&path)
-        .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-    let annotations = spec.annotations().clone().unwrap_or_default();
-    let bad = |key: &str, value: &str| format!("annotation {key} cannot be {value:?}");
-    let mut settings = Settings::default();
-    if let Some(value) = annotations.get(annotation::MODE) {
-        settings.cooperative = match value.as_str() {
-            "cooperative" => true,
-            "traditional" => false,
-            other => return Err(bad(annotation::MODE, other)),
-        };
-    }
-    if let Some(value) = annotations.get(annotation::MAX_ROUNDS) {
-        settings.max_rounds = value.parse().map_err(|_cause| bad(annotation::MAX_ROUNDS, value))?;
-    }
-    if let Some(value) = annotations.get(annotation::WRITABLE_LAYER) {
-        settings.writable_layer = match value.as_str() {
-            "yes" => true,
-            "no" => false,
-            other => return Err(bad(annotation::WRITABLE_LAYER, other)),
-        };
-    }
-    Ok(settings)
-}
-
 #[async_trait]
 impl Control for Service {
     async fn resolve_volumes(
@@ -176,17 +174,16 @@ impl Control for Service {
                 brought.map_err(|error| migration_error(&error))?;
             }
         }
-        let paths = self
-            .blocking(move |node| {
-                let path = |(source, read_only): &(VolumeSource, bool)| {
-                    node.volumes.path(source, *read_only)
-                };
-                mounts.iter().map(path).collect::<Result<Vec<PathBuf>, _>>()
-            })
-            .await?;
-        let mut answer = ResolveVolumesResponse::new();
-        answer.paths = paths.iter().map(|path| path.to_string_lossy().into_owned()).collect();
-        Ok(answer)
+        self.blocking(move |node| {
+            let mut answer = ResolveVolumesResponse::new();
+            for (source, read_only) in &mounts {
+                let path = node.volumes.path(source, *read_only)?;
+                answer.paths.push(path.to_string_lossy().into_owned());
+                answer.file_systems.push(text(node.volumes.file_system(source)?));
+            }
+            Ok(answer)
+        })
+        .await
     }
 
     async fn acquire(
@@ -209,7 +206,7 @@ impl Control for Service {
             cut,
             upper_dir: upper,
             volumes: volumes.collect::<Result<_, _>>().map_err(invalid)?,
-            settings: settings(Path::new(&asked.bundle)).map_err(invalid)?,
+            settings: Settings::of_bundle(Path::new(&asked.bundle)).map_err(invalid)?,
         };
         let mut answer = AcquireResponse::new();
         match destination::acquire(&self.node, wanted).await {
@@ -436,9 +433,14 @@ impl Control for Service {
         asked: CreateVolumeRequest,
     ) -> ttrpc::Result<Volume> {
         let id: godwit_protos::VolumeId = asked.id.parse().map_err(invalid)?;
-        let path = self.blocking(move |node| node.volumes.create(&id)).await?;
+        let mut shape = Shape::Tree;
+        if !asked.file_system.is_empty() {
+            shape = Shape::Block(asked.file_system.parse().map_err(invalid)?, asked.size_bytes);
+        }
+        let path = self.blocking(move |node| node.volumes.create(&id, shape)).await?;
         let mut answer = Volume::new();
         answer.id = asked.id;
+        (answer.file_system, answer.size_bytes) = (asked.file_system, asked.size_bytes);
         answer.path = path.to_string_lossy().into_owned();
         Ok(answer)
     }
@@ -468,7 +470,7 @@ impl Control for Service {
         _context: &TtrpcContext,
         asked: ExportVolumeRequest,
     ) -> ttrpc::Result<Empty> {
-        let wanted: VolumeSource = asked.id.parse().map_err(invalid)?;
+        let wanted = self.at_rest(&asked.id).await?;
         let directory = absolute(asked.directory)?;
         self.blocking(move |node| node.volumes.export(&wanted, &directory)).await?;
         Ok(Empty::new())
@@ -479,7 +481,7 @@ impl Control for Service {
         _context: &TtrpcContext,
         asked: VerifyVolumeRequest,
     ) -> ttrpc::Result<Empty> {
-        let wanted: godwit_protos::Digest = asked.id.parse().map_err(invalid)?;
+        let wanted = self.at_rest(&asked.id).await?;
         self.blocking(move |node| node.volumes.verify(&wanted)).await?;
         Ok(Empty::new())
     }
@@ -498,6 +500,8 @@ impl Control for Service {
                 line.id = listed.name;
                 line.path = listed.path.to_string_lossy().into_owned();
                 line.read_only = listed.read_only;
+                line.file_system = text(listed.image.map(|(file_system, _)| file_system));
+                line.size_bytes = listed.image.map_or(0, |(_, bytes)| bytes);
                 line
             })
             .collect();
@@ -510,13 +514,7 @@ impl Control for Service {
         asked: RemoveVolumeRequest,
     ) -> ttrpc::Result<Empty> {
         let wanted: VolumeSource = asked.id.parse().map_err(invalid)?;
-        if let Some(user) = describe::volume_user(&self.node, &wanted, None)
-            .await
-            .map_err(|error| migration_error(&error))?
-        {
-            let text = format!("volume {wanted} is in use by container {user}");
-            return Err(rpc(Code::FAILED_PRECONDITION, text));
-        }
+        self.refuse_in_use(&wanted).await?;
         self.blocking(move |node| {
             // One that moved away lives on elsewhere.
             let was_here = node.volumes.path(&wanted, false).is_ok();
@@ -539,6 +537,11 @@ impl Control for Service {
         answer.kept_objects = report.objects_kept;
         Ok(answer)
     }
+}
+
+/// As messages have it: empty for a tree.
+fn text(file_system: Option<FileSystem>) -> String {
+    file_system.map_or_else(String::new, |one| one.to_string())
 }
 
 fn absolute(path: String) -> ttrpc::Result<PathBuf> {

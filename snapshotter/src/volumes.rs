@@ -1,13 +1,17 @@
 //! Volumes: writable ones by identity, read-only ones by the digest of their content.
 //!
 //! ```text
-//! STATE/volumes/ID/data        a writable volume; the journal says whether it is here or has moved
+//! STATE/volumes/ID/data        a writable volume: a directory, or the image of a block volume; the journal says which,
+//!                              and whether it is here or has moved
 //! STATE/content/HEX            the tree sha256:HEX laid out, for read-only mounts; never written to again
 //! STATE/trash/N                what is being removed
 //! ```
 //!
 //! A directory appears at its final path by a rename, complete, or not at all; it disappears by a rename into
-//! `trash`. On open: what lies in `trash` is removed, and a laid-out tree without its final name is too.
+//! `trash`. On open: what lies in `trash` is removed, and a laid-out tree without its final name is too. Who mounts the
+//! image of a block volume is the shim (docs/adr/0010): here it is a file.
+
+mod format;
 
 use std::collections::HashSet;
 use std::fs;
@@ -16,9 +20,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use godwit_protos::{ContainerRef, Digest, VolumeId, VolumeSource};
+use godwit_protos::{ContainerRef, Digest, FileSystem, VolumeId, VolumeSource};
 
 use crate::content::capture::{Unchanged, capture};
+use crate::content::image::{capture_image, write_image};
 use crate::content::materialize::materialize;
 use crate::content::{ContentError, on};
 use crate::migrate::journal::{Journal, JournalError, VolumeEntry};
@@ -57,6 +62,39 @@ pub enum VolumeError {
     /// A writable volume mounted by digest, or read-only content mounted for writing.
     #[error("volume {0} is named by its content and can only be mounted read-only")]
     ReadOnly(Digest),
+    /// A size that no block volume has.
+    #[error(
+        "a block volume cannot have {0} bytes: they are a multiple of 4096, at least 16 MiB and at \
+         most 1 TiB"
+    )]
+    Size(u64),
+    /// What makes a file system is not installed.
+    #[error("{program} is not on this node; install the package {package}")]
+    NoProgram {
+        /// The program.
+        program: &'static str,
+        /// Debian's package of it.
+        package: &'static str,
+    },
+    /// No file system was made, or the one that is there is damaged.
+    #[error("{program} failed: {words}")]
+    Format {
+        /// The program.
+        program: &'static str,
+        /// What it said.
+        words: String,
+    },
+    /// A block volume from elsewhere that the configuration does not allow.
+    #[error(
+        "volume {id} comes as an image of {file_system}, which this node does not mount from others; \
+         allow it by `admit.file_systems = [\"{file_system}\"]`"
+    )]
+    NotAdmitted {
+        /// The volume.
+        id: VolumeId,
+        /// What its image holds.
+        file_system: FileSystem,
+    },
     /// An export would mix with what is there.
     #[error("{} is not an empty or new directory", .0.display())]
     NotEmpty(PathBuf),
@@ -73,6 +111,9 @@ pub enum VolumeError {
     /// The journal failed.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// There is nothing that it could be compared with.
+    #[error("volume {0} is a writable tree: any content is as good as any other")]
+    NotVerifiable(VolumeId),
     /// Laying out or reading the content failed.
     #[error(transparent)]
     Content(#[from] ContentError),
@@ -101,6 +142,17 @@ pub struct Listed {
     pub path: PathBuf,
     /// Whether it is read-only content.
     pub read_only: bool,
+    /// What the image of a block volume holds, and its size in bytes.
+    pub image: Option<(FileSystem, u64)>,
+}
+
+/// What is to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// A directory.
+    Tree,
+    /// A file with a file system in it, of so many bytes.
+    Block(FileSystem, u64),
 }
 
 impl Volumes {
@@ -143,11 +195,21 @@ impl Volumes {
         }
     }
 
+    /// What the image of a writable volume holds; `None` for a tree.
+    pub fn file_system(&self, source: &VolumeSource) -> Result<Option<FileSystem>, VolumeError> {
+        match source {
+            VolumeSource::Writable(id) => {
+                Ok(self.journal.volume(id)?.and_then(|entry| entry.file_system))
+            }
+            VolumeSource::Content(_) => Ok(None),
+        }
+    }
+
     /// Whether a migration may bring a volume of this name here. Errors: [`VolumeError::Exists`].
     pub fn may_receive(&self, id: &VolumeId) -> Result<(), VolumeError> {
         match self.journal.volume(id)? {
             // One that was arriving with a container that never ran here is replaced.
-            Some(VolumeEntry { moved_to: None, arriving: None }) => {
+            Some(VolumeEntry { moved_to: None, arriving: None, .. }) => {
                 Err(VolumeError::Exists(id.clone()))
             }
             _ => Ok(()),
@@ -156,8 +218,10 @@ impl Volumes {
 
     /// Makes an empty writable volume.
     ///
-    /// 1. remove a directory that no entry names, 2. make it, 3. journal the volume.
-    pub fn create(&self, id: &VolumeId) -> Result<PathBuf, VolumeError> {
+    /// 1. remove what no entry names, 2. make directory or image, 3. journal the volume.
+    ///
+    /// Errors: [`VolumeError`]; there is no such volume then.
+    pub fn create(&self, id: &VolumeId, shape: Shape) -> Result<PathBuf, VolumeError> {
         match self.writable(id) {
             Err(VolumeError::Unknown(_)) => {}
             Ok(_) => return Err(VolumeError::Exists(id.clone())),
@@ -165,20 +229,34 @@ impl Volumes {
         }
         let path = self.data_path(id);
         self.discard(&path)?;
-        fs::create_dir_all(&path).map_err(on("make directory", &path))?;
-        self.journal.set_volume(id, Some(&VolumeEntry { moved_to: None, arriving: None }))?;
+        let parent = path.parent().unwrap_or(&path);
+        fs::create_dir_all(parent).map_err(on("make directory", parent))?;
+        let file_system = match shape {
+            Shape::Tree => {
+                fs::create_dir(&path).map_err(on("make directory", &path))?;
+                None
+            }
+            Shape::Block(file_system, bytes) => {
+                format::make(&path, file_system, bytes).inspect_err(|_| {
+                    let _ = fs::remove_file(&path);
+                })?;
+                Some(file_system)
+            }
+        };
+        let entry = VolumeEntry { file_system, ..VolumeEntry::default() };
+        self.journal.set_volume(id, Some(&entry))?;
         Ok(path)
     }
 
-    /// Makes the directory `staged` the writable volume `id`; it must lie on the same file system. It counts as
-    /// arriving with `container` until [`Volumes::arrived`].
+    /// Makes the directory, or the image of a `file_system`, at `staged` the writable volume `id`; it must lie on the same
+    /// file system. It counts as arriving with `container` until [`Volumes::arrived`].
     ///
     /// 1. move what is left of the volume to the trash, 2. rename, 3. journal. Repeating it after a crash is safe
     ///    as long as `staged` is still there; before 3. the volume counts as not here.
     pub fn install(
         &self,
         id: &VolumeId,
-        staged: &Path,
+        (staged, file_system): (&Path, Option<FileSystem>),
         container: &ContainerRef,
     ) -> Result<(), VolumeError> {
         self.may_receive(id)?;
@@ -189,13 +267,15 @@ impl Volumes {
         }
         fs::rename(staged, &path).map_err(on("move into place", &path))?;
         let arriving = Some(container.to_string());
-        Ok(self.journal.set_volume(id, Some(&VolumeEntry { moved_to: None, arriving }))?)
+        let entry = VolumeEntry { moved_to: None, arriving, file_system };
+        Ok(self.journal.set_volume(id, Some(&entry))?)
     }
 
     /// The container that volumes came with has run here: they are this node's.
     pub fn arrived(&self, container: &ContainerRef) -> Result<(), VolumeError> {
         for id in self.arriving_with(container)? {
-            self.journal.set_volume(&id, Some(&VolumeEntry { moved_to: None, arriving: None }))?;
+            let entry = self.journal.volume(&id)?.unwrap_or_default();
+            self.journal.set_volume(&id, Some(&VolumeEntry { arriving: None, ..entry }))?;
         }
         Ok(())
     }
@@ -229,7 +309,7 @@ impl Volumes {
     ///
     /// 1. journal, 2. move to the trash. Repeating it is safe.
     pub fn give_away(&self, id: &VolumeId, node: &str) -> Result<(), VolumeError> {
-        let entry = VolumeEntry { moved_to: Some(node.to_owned()), arriving: None };
+        let entry = VolumeEntry { moved_to: Some(node.to_owned()), ..VolumeEntry::default() };
         self.journal.set_volume(id, Some(&entry))?;
         self.discard(&self.data_path(id))
     }
@@ -263,7 +343,8 @@ impl Volumes {
         Ok(tree)
     }
 
-    /// Writes a copy of a volume into the directory, which must be new or empty: of a writable one as it is now.
+    /// Writes a copy of a volume into the directory, which must be new or empty: of a writable one as it is now. Of a
+    /// block volume it is the file `ID.img`; nothing may have it mounted.
     ///
     /// Errors: the copy may then be incomplete; the volume is as it was.
     pub fn export(&self, source: &VolumeSource, directory: &Path) -> Result<(), VolumeError> {
@@ -273,14 +354,34 @@ impl Volumes {
             return Err(VolumeError::NotEmpty(directory.to_owned()));
         }
         let lease = self.store.lease("volume export", IMPORT_LEASE);
-        let tree = self.capture(&self.path(source, true)?, &lease)?;
-        Ok(materialize(&self.store, &tree, None, directory)?)
+        let path = self.path(source, true)?;
+        let Some(file_system) = self.file_system(source)? else {
+            let tree = self.capture(&path, &lease)?;
+            return Ok(materialize(&self.store, &tree, None, directory)?);
+        };
+        let mut writer = self.store.writer(&lease);
+        let image = capture_image(&path, file_system, &mut writer)?.tree;
+        writer.flush()?;
+        Ok(write_image(&self.store, &image, None, &directory.join(format!("{source}.img")))?)
     }
 
-    /// Reads what is laid out of `digest` and compares. Errors: [`VolumeError::Damaged`].
-    pub fn verify(&self, digest: &Digest) -> Result<(), VolumeError> {
+    /// Reads what is laid out of read-only content and compares; has the file system of a block volume checked, which
+    /// nothing may have mounted.
+    ///
+    /// Errors: [`VolumeError::Damaged`], [`VolumeError::Format`]; nothing is repaired.
+    pub fn verify(&self, source: &VolumeSource) -> Result<(), VolumeError> {
+        let path = self.path(source, true)?;
+        let digest = match (source, self.file_system(source)?) {
+            (VolumeSource::Content(digest), _) => digest,
+            (VolumeSource::Writable(_), Some(file_system)) => {
+                return format::check(&path, file_system);
+            }
+            (VolumeSource::Writable(id), None) => {
+                return Err(VolumeError::NotVerifiable(id.clone()));
+            }
+        };
         let lease = self.store.lease("volume verify", IMPORT_LEASE);
-        let found = self.capture(&self.path(&VolumeSource::Content(*digest), true)?, &lease)?;
+        let found = self.capture(&path, &lease)?;
         if found == *digest { Ok(()) } else { Err(VolumeError::Damaged { digest: *digest, found }) }
     }
 
@@ -340,16 +441,18 @@ impl Volumes {
         let writable = self.journal.volumes()?.into_iter();
         let mut listed: Vec<Listed> = writable
             .filter(|(_, entry)| entry.moved_to.is_none())
-            .map(|(id, _)| Listed {
-                name: id.to_string(),
-                path: self.data_path(&id),
-                read_only: false,
+            .map(|(id, entry)| {
+                let path = self.data_path(&id);
+                let size = || fs::metadata(&path).map_or(0, |image| image.len());
+                let image = entry.file_system.map(|file_system| (file_system, size()));
+                Listed { name: id.to_string(), path, read_only: false, image }
             })
             .collect();
         listed.extend(self.contents()?.into_iter().map(|digest| Listed {
             name: digest.to_string(),
             path: self.content_path(&digest),
             read_only: true,
+            image: None,
         }));
         Ok(listed)
     }
@@ -369,7 +472,7 @@ impl Volumes {
         Ok(names.filter_map(|entry| entry.file_name().into_string().ok()).collect())
     }
 
-    /// Removes a directory in two steps, so that it is never half there under its name.
+    /// Removes a directory or image in two steps, so that it is never half there under its name.
     fn discard(&self, path: &Path) -> Result<(), VolumeError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -377,25 +480,29 @@ impl Volumes {
         match fs::rename(path, &trash) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(on("remove", path)(error).into()),
-            Ok(()) => {
-                fs::remove_dir_all(&trash).map_err(on("remove", &trash))?;
-                Ok(())
-            }
+            Ok(()) => Ok(remove(&trash)?),
         }
     }
 
     fn empty_trash(&self) -> Result<(), VolumeError> {
         for name in self.names("trash")? {
-            let path = self.state_dir.join("trash").join(name);
-            fs::remove_dir_all(&path).map_err(on("remove", &path))?;
+            remove(&self.state_dir.join("trash").join(name))?;
         }
         Ok(())
     }
 }
 
+/// Removes a directory or file that nobody knows any more.
+fn remove(path: &Path) -> Result<(), ContentError> {
+    let kind = fs::symlink_metadata(path).map_err(on("stat", path))?;
+    let removed = if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    removed.map_err(on("remove", path))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt as _;
 
     fn open(dir: &Path) -> Volumes {
         let journal = Journal::open(&dir.join("node.redb"), &dir.join("fences")).unwrap();
@@ -412,18 +519,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let volumes = open(dir.path());
         let id: VolumeId = "data".parse().unwrap();
-        let path = volumes.create(&id).unwrap();
+        let path = volumes.create(&id, Shape::Tree).unwrap();
         fs::write(path.join("f"), b"x").unwrap();
-        assert!(matches!(volumes.create(&id), Err(VolumeError::Exists(_))));
+        assert!(matches!(volumes.create(&id, Shape::Tree), Err(VolumeError::Exists(_))));
         volumes.give_away(&id, "edge-b").unwrap();
         assert!(!path.exists());
         let error = volumes.path(&named("data"), false).unwrap_err();
         assert!(error.to_string().contains("edge-b"), "{error}");
-        assert!(matches!(volumes.create(&id), Err(VolumeError::Moved { .. })));
+        assert!(matches!(volumes.create(&id, Shape::Tree), Err(VolumeError::Moved { .. })));
         let staged = dir.path().join("staged");
         fs::create_dir(&staged).unwrap();
         let container = ContainerRef::new("default", "cache").unwrap();
-        volumes.install(&id, &staged, &container).unwrap();
+        volumes.install(&id, (&staged, None), &container).unwrap();
         volumes.may_receive(&id).expect("what never ran here is replaced");
         volumes.arrived(&container).unwrap();
         assert_eq!(volumes.path(&named("data"), false).unwrap(), path);
@@ -442,15 +549,78 @@ mod tests {
         let path = volumes.path(&source, true).unwrap();
         assert_eq!(fs::read(path.join("f")).unwrap(), b"content");
         assert!(matches!(volumes.path(&source, false), Err(VolumeError::ReadOnly(_))));
-        volumes.verify(&digest).unwrap();
+        volumes.verify(&source).unwrap();
         let copy = dir.path().join("copy");
         volumes.export(&source, &copy).unwrap();
         assert_eq!(fs::read(copy.join("f")).unwrap(), b"content");
         assert!(matches!(volumes.export(&source, &copy), Err(VolumeError::NotEmpty(_))));
         fs::write(path.join("f"), b"changed").unwrap();
-        assert!(matches!(volumes.verify(&digest), Err(VolumeError::Damaged { .. })));
+        assert!(matches!(volumes.verify(&source), Err(VolumeError::Damaged { .. })));
         volumes.remove(&source).unwrap();
         assert!(matches!(volumes.path(&source, true), Err(VolumeError::NoContent(_))));
+    }
+
+    #[test]
+    fn a_block_volume_is_made_checked_copied_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = open(dir.path());
+        let (id, source): (VolumeId, _) = ("data".parse().unwrap(), named("data"));
+        let shape = Shape::Block(FileSystem::Ext4, 64 << 20);
+        let path = volumes.create(&id, shape).unwrap();
+        assert!(matches!(volumes.create(&id, Shape::Tree), Err(VolumeError::Exists(_))));
+        assert_eq!(volumes.path(&source, false).unwrap(), path);
+        assert_eq!(volumes.file_system(&source).unwrap(), Some(FileSystem::Ext4));
+        let image = fs::metadata(&path).unwrap();
+        assert_eq!((image.len(), image.mode() & 0o777), (64 << 20, 0o600));
+        assert!(image.blocks() * 512 < 8 << 20, "{} blocks of a new file system", image.blocks());
+        assert_eq!(volumes.list().unwrap()[0].image, Some((FileSystem::Ext4, 64 << 20)));
+        volumes.verify(&source).unwrap();
+        let copy = dir.path().join("copy");
+        volumes.export(&source, &copy).unwrap();
+        assert!(fs::read(copy.join("data.img")).unwrap() == fs::read(&path).unwrap());
+        // The root directory's inode is not where the file system says.
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 4096], 4096).unwrap();
+        let error = volumes.verify(&source).unwrap_err();
+        assert!(matches!(error, VolumeError::Format { program: "e2fsck", .. }), "{error}");
+        volumes.remove(&source).unwrap();
+        assert!(!path.exists());
+        assert!(matches!(volumes.path(&source, false), Err(VolumeError::Unknown(_))));
+    }
+
+    #[test]
+    fn what_is_no_size_makes_no_volume_and_a_tree_cannot_be_verified() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = open(dir.path());
+        let id: VolumeId = "data".parse().unwrap();
+        for bytes in [0, 4096, (64 << 20) + 1, (1 << 40) + 4096, u64::MAX] {
+            let error = volumes.create(&id, Shape::Block(FileSystem::Ext4, bytes)).unwrap_err();
+            assert!(matches!(error, VolumeError::Size(_)), "{error}");
+            assert_eq!(volumes.list().unwrap().len(), 0);
+        }
+        volumes.create(&id, Shape::Tree).unwrap();
+        let error = volumes.verify(&named("data")).unwrap_err();
+        assert!(matches!(error, VolumeError::NotVerifiable(_)), "{error}");
+    }
+
+    #[test]
+    fn an_image_that_came_is_a_block_volume_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = open(dir.path());
+        let id: VolumeId = "data".parse().unwrap();
+        let container = ContainerRef::new("default", "cache").unwrap();
+        for name in ["first", "second"] {
+            // The second replaces the first, which never came to run here.
+            let staged = dir.path().join(name);
+            fs::write(&staged, name).unwrap();
+            volumes.install(&id, (&staged, Some(FileSystem::Xfs)), &container).unwrap();
+        }
+        volumes.arrived(&container).unwrap();
+        assert_eq!(volumes.file_system(&named("data")).unwrap(), Some(FileSystem::Xfs));
+        assert_eq!(fs::read(volumes.path(&named("data"), false).unwrap()).unwrap(), b"second");
+        volumes.give_away(&id, "edge-b").unwrap();
+        assert_eq!(volumes.list().unwrap().len(), 0);
+        assert_eq!(fs::read_dir(dir.path().join("trash")).unwrap().count(), 0);
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub enum Image {
     Memhog,
     /// PostgreSQL, which makes a cluster in `/data` and runs there as a user of its own (`images/postgresql.sh`).
     Postgresql,
+    /// The `sqlite3` program, to be run by a shell of busybox.
+    Sqlite,
     /// A JVM with the program `images/Ledger.java`.
     Jvm,
     /// What holds a pod's namespaces, and reaps what lost its parent. One layer, busybox's.
@@ -65,6 +67,7 @@ impl Image {
             Self::Redis => "docker.io/library/redis:test",
             Self::Memhog => "docker.io/library/memhog:test",
             Self::Postgresql => "docker.io/library/postgres:test",
+            Self::Sqlite => "docker.io/library/sqlite:test",
             Self::Jvm => "docker.io/library/ledger:test",
             Self::Pause => "localhost/pause:test",
             Self::Bulk => "docker.io/library/bulk:test",
@@ -78,6 +81,7 @@ impl Image {
             Self::Redis => "redis",
             Self::Memhog => "memhog",
             Self::Postgresql => "postgres",
+            Self::Sqlite => "sqlite",
             Self::Jvm => "ledger",
             Self::Pause => "pause",
             Self::Bulk => "bulk",
@@ -87,7 +91,7 @@ impl Image {
 
     fn configuration(self) -> Configuration<'static> {
         let (command, working_directory): (&[&str], _) = match self {
-            Self::Busybox | Self::Bulk | Self::Files => (&["/bin/sh"], "/"),
+            Self::Busybox | Self::Sqlite | Self::Bulk | Self::Files => (&["/bin/sh"], "/"),
             Self::Redis => (
                 &["redis-server", "--protected-mode", "no", "--save", "", "--dir", "/data"],
                 "/data",
@@ -160,7 +164,7 @@ fn key(image: Image, root: &Root) -> Result<String> {
     let root = root.path().file_name().unwrap_or_default().display();
     let mut text = format!("{RECIPE} {root}").into_bytes();
     match image {
-        Image::Busybox | Image::Redis | Image::Bulk | Image::Files => {}
+        Image::Busybox | Image::Redis | Image::Sqlite | Image::Bulk | Image::Files => {}
         Image::Memhog => {
             need::binaries(&["memhog"])?;
             text.extend(fs::read(place::binary("memhog"))?);
@@ -195,6 +199,11 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
             vec!["/usr/bin/redis-server".to_owned()]
         }
         Image::Redis => stage_redis(root, &own)?,
+        Image::Sqlite => {
+            let programs = ["/usr/bin/sqlite3"].map(str::to_owned);
+            copy_from(root, &programs, &own)?;
+            programs.to_vec()
+        }
         Image::Postgresql => stage_postgresql(root, &own)?,
         Image::Jvm => stage_jvm(root, &own, &tree("app"))?,
     };

@@ -25,6 +25,7 @@
 pub mod bed;
 mod cgroups;
 pub mod command;
+pub mod criu;
 pub mod deploy;
 pub mod images;
 pub mod load;

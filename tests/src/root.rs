@@ -57,6 +57,7 @@ pub const PACKAGES: &[&str] = &[
     "sqlite3",
     "strace",
     "tini",
+    "xfsprogs",
 ];
 /// Docker, and what only images are made of: unpacked, but not installed, as that would start servers and take long.
 pub const UNPACKED: &[&str] = &[

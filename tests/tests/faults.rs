@@ -9,7 +9,7 @@ use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::redis::Client;
 use godwit_tests::workload::{self, Container, memhog};
-use godwit_tests::{Bed, BedOptions, Node};
+use godwit_tests::{Bed, BedOptions, Node, criu};
 
 /// The nodes that all tests share; torn down at exit.
 static BED: LazyLock<Bed> = LazyLock::new(|| {
@@ -270,24 +270,9 @@ fn a_full_disk_at_the_destination_leaves_the_source_running() -> Result<()> {
     to.sh("umount /var/lib/godwit").map(drop)
 }
 
-/// CRIU at a node takes `seconds` longer for everything.
-fn slow_criu(node: &Node, seconds: u32) -> Result<()> {
-    node.sh(&format!(
-        "[ -e /usr/local/bin/criu ] && [ ! -e /usr/local/bin/criu.real ] && mv /usr/local/bin/criu /usr/local/bin/criu.real
-         real=/usr/local/bin/criu.real; [ -e $real ] || real=/usr/sbin/criu
-         printf '#!/bin/sh\\n[ \"$1\" = swrk ] && sleep {seconds}\\nexec %s \"$@\"\\n' $real > /usr/local/bin/criu
-         chmod 755 /usr/local/bin/criu"
-    ))
-    .map(drop)
-}
-
-fn normal_criu(node: &Node) -> Result<()> {
-    node.sh("rm /usr/local/bin/criu; [ ! -e /usr/local/bin/criu.real ] || mv /usr/local/bin/criu.real /usr/local/bin/criu").map(drop)
-}
-
 /// Starts a migration in the background and waits until the source is frozen, while the destination restores slowly.
 fn frozen(name: &'static str) -> Result<godwit_tests::Background> {
-    slow_criu(destination(), 6)?;
+    criu::slow(destination(), 6)?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
     let running = source().spawn(&words, &format!("migrate-{name}"))?;
     wait_until("the source is frozen", SOON, || {
@@ -306,7 +291,7 @@ fn a_destination_that_dies_while_it_restores_leaves_the_source_running() -> Resu
     destination().kill_daemon()?;
     runs_on(name, address)?;
     destination().start_daemon()?;
-    normal_criu(destination())?;
+    criu::normal(destination())?;
     let _ = running.wait(SOON)?;
     // The restore that is still held there asks the new daemon, and is refused.
     wait_until("the destination's task is gone", Duration::from_secs(60), || {
@@ -329,7 +314,7 @@ fn a_source_whose_daemon_dies_while_frozen_runs_on_after_its_restart() -> Result
     source().start_daemon()?;
     runs_on(name, address)?;
     let _ = running.wait(Duration::from_secs(120))?;
-    normal_criu(destination())?;
+    criu::normal(destination())?;
     nothing_is_left(name)?;
     runs_on(name, address)?;
     remove(name)
@@ -344,7 +329,7 @@ fn a_link_that_is_cut_while_frozen_thaws_the_source() -> Result<()> {
     runs_on(name, address)?;
     destination().mend_link()?;
     let _ = running.wait(Duration::from_secs(120))?;
-    normal_criu(destination())?;
+    criu::normal(destination())?;
     nothing_is_left(name)?;
     runs_on(name, address)?;
     remove(name)

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use godwit_protos::FileSystem;
 use godwit_protos::control::{
     Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest,
     Empty, ExportVolumeRequest, ImportVolumeRequest, MigrateRequest, PinSnapshotRequest, Progress,
@@ -158,6 +159,15 @@ enum VolumeCommand {
     Create {
         /// Its id: letters, digits, '_', '.' and '-'.
         id: String,
+        /// A directory, or a file with a file system of its own, in which files keep their inode numbers when they move.
+        #[arg(long, value_enum, default_value_t = VolumeKind::Tree)]
+        kind: VolumeKind,
+        /// Size of a block volume, for example 512M or 10G; only what is written takes room on the disk.
+        #[arg(long, value_parser = size, required_if_eq("kind", "block"))]
+        size: Option<u64>,
+        /// File system of a block volume: ext4 (the default) or xfs.
+        #[arg(long)]
+        fs: Option<FileSystem>,
     },
     /// Read a directory and print the digest by which it can be mounted read-only, here or anywhere.
     Import {
@@ -171,9 +181,9 @@ enum VolumeCommand {
         /// The directory.
         directory: PathBuf,
     },
-    /// Check that read-only content is what its name says.
+    /// Check that read-only content is what its name says, or that the file system of a block volume is sound.
     Verify {
-        /// sha256:...
+        /// sha256:..., or the id of a block volume that no container uses.
         id: String,
     },
     /// List volumes.
@@ -184,6 +194,28 @@ enum VolumeCommand {
         /// A volume id or sha256:...
         id: String,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum VolumeKind {
+    Tree,
+    Block,
+}
+
+/// Bytes, or a number of them with K, M, G or T behind it for powers of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let end = text.find(|one: char| !one.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(end);
+    let power = match unit {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("a number, with K, M, G or T behind it".to_owned()),
+    };
+    let number: u64 = digits.parse().map_err(|error| format!("{error}"))?;
+    number.checked_mul(1 << power).ok_or_else(|| "more than there can be".to_owned())
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -377,11 +409,25 @@ fn snapshot_line(one: &Snapshot) -> serde_json::Value {
 }
 
 async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> anyhow::Result<()> {
-    let line = |one: &Volume| json!({"id": one.id, "path": one.path, "read_only": one.read_only});
+    let line = |one: &Volume| {
+        let kind = if one.file_system.is_empty() { "tree" } else { "block" };
+        json!({"id": one.id, "kind": kind, "file_system": one.file_system, "size_bytes": one.size_bytes,
+            "read_only": one.read_only, "path": one.path})
+    };
     match command {
-        VolumeCommand::Create { id } => {
+        VolumeCommand::Create { id, kind, size, fs } => {
             let mut request = CreateVolumeRequest::new();
             request.id = id;
+            match kind {
+                VolumeKind::Tree if size.is_some() || fs.is_some() => {
+                    bail!("--size and --fs are for --kind block");
+                }
+                VolumeKind::Tree => {}
+                VolumeKind::Block => {
+                    request.file_system = fs.unwrap_or(FileSystem::Ext4).to_string();
+                    request.size_bytes = size.unwrap_or_default();
+                }
+            }
             let made = client.create_volume(deadline(), &request).await?;
             out.object(&line(&made), &made.id)
         }
@@ -407,7 +453,7 @@ async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> an
         VolumeCommand::Ls => {
             let listed = client.list_volumes(deadline(), &Empty::new()).await?;
             let lines: Vec<_> = listed.volumes.iter().map(line).collect();
-            out.table(&lines, &["id", "read_only", "path"])
+            out.table(&lines, &["id", "kind", "read_only", "path"])
         }
         VolumeCommand::Rm { id } => {
             let mut request = RemoveVolumeRequest::new();

@@ -17,8 +17,9 @@ use tokio::sync::mpsc;
 
 use super::retention::{admitted, free_bytes, has_room, note_removed, record};
 use crate::config::mib;
+use crate::content::object::Kind;
 use crate::directory::SEQUENCE_MAX;
-use crate::migrate::destination::kind_of;
+use crate::migrate::destination::kind_told;
 use crate::migrate::{MigrationError, blocking};
 use crate::node::{Node, unix_ms};
 use crate::peer::Connection;
@@ -187,6 +188,7 @@ async fn ask_to_keep(
         size_bytes: one.size_bytes,
         age_ms: u64::try_from(one.age(unix_ms()).as_millis()).unwrap_or(u64::MAX),
         node: one.node.clone(),
+        kind: one.root_kind.into(),
     };
     let snapshots = snapshots.iter().map(kept).collect();
     let asked = KeepRequest { node: node.config.node.clone(), snapshots };
@@ -240,8 +242,11 @@ fn parse(asked: &KeepRequest) -> Result<Vec<Snapshot>, String> {
         if !is_name(&one.node) {
             return Err(format!("{subject}: {:?} is not a node's name", one.node));
         }
+        let kind = kind_told(&subject, one.kind);
+        let kind =
+            kind.ok_or_else(|| format!("{subject}: it has no object of kind {}", one.kind))?;
         Ok(Snapshot {
-            root_kind: kind_of(&subject) as u8,
+            root_kind: kind as u8,
             subject,
             sequence: one.sequence,
             taken_at_unix_ms: unix_ms().saturating_sub_unsigned(one.age_ms),
@@ -263,7 +268,8 @@ async fn fetch_copies(
     let source = Arc::new(Connection::open(&node.config, from, HELLO_MAX).await?);
     let peers = Peers { neighbours: Vec::new(), source: source.clone(), standings: Arc::default() };
     let lease = Arc::new(node.store.lease("copy", KEEP_MAX));
-    let roots: Vec<_> = snapshots.iter().map(|one| (kind_of(&one.subject), one.root)).collect();
+    let root = |one: &Snapshot| Some((Kind::try_from(one.root_kind).ok()?, one.root));
+    let roots: Vec<_> = snapshots.iter().filter_map(root).collect();
     tokio::select! {
         fetched = fetch(&node.store, &lease, &peers, &roots, Depth::Content) => { fetched?; }
         why = too_much(node, &source, size) => return Err(MigrationError::Protocol(why)),
@@ -331,6 +337,7 @@ mod tests {
             size_bytes: 10,
             age_ms: 5000,
             node: "edge-a".to_owned(),
+            kind: 0,
         }
     }
 
@@ -354,6 +361,7 @@ mod tests {
             (KeptSnapshot { manifest: vec![7; 31].into(), ..kept() }, "digest"),
             (KeptSnapshot { node: "a\nb".to_owned(), ..kept() }, "node's name"),
             (KeptSnapshot { subject: layer, ..kept() }, "image"),
+            (KeptSnapshot { kind: Kind::Memory as u32, ..kept() }, "kind 5"),
         ] {
             let refused = parse(&wanted(wrong)).unwrap_err();
             assert!(refused.contains(word), "{refused} does not say {word}");

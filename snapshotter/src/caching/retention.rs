@@ -33,7 +33,8 @@ pub fn record(node: &Node, snapshots: &[Snapshot]) -> Result<Vec<SnapshotId>, St
 /// Of snapshots that arise by themselves, those that this node keeps: none of memory if it is told so.
 pub fn admitted(node: &Node, mut snapshots: Vec<Snapshot>) -> Vec<Snapshot> {
     if node.config.cache.memory == CacheMemory::Off {
-        snapshots.retain(|one| one.root_kind == Kind::Tree as u8);
+        let plain = [Kind::Tree as u8, Kind::Image as u8];
+        snapshots.retain(|one| plain.contains(&one.root_kind));
     }
     snapshots
 }

@@ -61,9 +61,9 @@ struct Seen {
 /// A finished capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Captured {
-    /// The [`Tree`] object.
+    /// The [`Tree`] object; of a block volume, the [`super::object::Image`].
     pub tree: Digest,
-    /// Sum of the sizes of the regular files, in bytes.
+    /// Sum of the sizes of the regular files, in bytes; of a block volume, of its chunks.
     pub bytes: u64,
 }
 

@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 
 use godwit_protos::Digest;
 
-use super::object::{self, Content, Kind, Memory, Node, Pages, Tree};
+use super::object::{self, Content, Image, Kind, Memory, Node, Pages, Tree};
 use super::{ContentError, Source};
 
 /// An object of the newer version, and what stood in its place in the older one.
@@ -66,6 +66,7 @@ impl<S: Source> Walk<'_, S> {
             }
             Kind::Pages => self.pages(new, base),
             Kind::Memory => self.memory(new, base),
+            Kind::Image => self.image(new, base),
         }
     }
 
@@ -194,6 +195,16 @@ impl<S: Source> Walk<'_, S> {
         };
         for (slot, page) in new.slots.iter().zip(new.pages) {
             self.object(Kind::Chunk, page, before.get(slot).copied())?;
+        }
+        Ok(())
+    }
+
+    fn image(&mut self, new: Digest, base: Option<Digest>) -> Result<(), ContentError> {
+        let new: Image = self.source.decode(&new)?;
+        let base = base.map(|base| self.source.decode::<Image>(&base)).transpose()?;
+        let before = base.map(|base| base.blocks).unwrap_or_default();
+        for (index, block) in new.blocks.iter().enumerate() {
+            self.object(Kind::Pieces, *block, before.get(index).copied())?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //!
 //! On failure the directory is neither the old tree nor the new one: throw it away.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -27,7 +28,7 @@ use nix::unistd::{
     Gid, Uid, UnlinkatFlags, fchownat, ftruncate, linkat, mkfifoat, symlinkat, unlinkat,
 };
 
-use super::object::{Attributes, Content, Entry, Node, Tree};
+use super::object::{Attributes, Content, Entry, Kind, Node, ObjectError, Piece, Tree};
 use super::{ContentError, Source, capture::DEPTH_MAX, on};
 
 /// Makes the existing directory `target` equal to the tree `new`.
@@ -191,36 +192,14 @@ impl<S: Source> Writer<'_, S> {
         let file =
             openat(at, name, flags, Mode::from_bits_truncate(0o600)).map_err(on("open", path))?;
         let file = File::from(file);
-        let mut before = base.map(|base| self.source.pieces(base)).transpose()?.unwrap_or_default();
-        let mut sum = 0;
-        let before: std::collections::HashMap<u64, super::object::Piece> = before
-            .drain(..)
-            .map(|piece| {
-                let offset = sum;
-                sum += piece.bytes;
-                (offset, piece)
-            })
-            .collect();
-        let mut offset = 0;
-        for piece in self.source.pieces(content)? {
-            let end = offset + piece.bytes;
-            if end > bytes {
-                break;
-            }
-            if before.get(&offset) != Some(&piece) {
-                match piece.chunk {
-                    Some(chunk) => {
-                        let data = self.source.object(&chunk)?;
-                        file.write_all_at(&data, offset).map_err(on("write to", path))?;
-                    }
-                    None if base.is_some() => {
-                        punch(&file, offset, piece.bytes).map_err(on("punch a hole in", path))?;
-                    }
-                    None => {}
-                }
-            }
-            offset = end;
-        }
+        let before = base.map(|base| self.source.pieces(base)).transpose()?;
+        let mut pieces = self.source.pieces(content)?;
+        let mut sum = 0u64;
+        pieces.retain(|piece| {
+            sum = sum.saturating_add(piece.bytes);
+            sum <= bytes
+        });
+        write_pieces(self.source, (&file, path), 0, &pieces, before.as_deref())?;
         let length = i64::try_from(bytes).map_err(|_cause| on("size", path)(Errno::EFBIG))?;
         ftruncate(&file, length).map_err(on("set the length of", path))
     }
@@ -293,6 +272,46 @@ impl<S: Source> Writer<'_, S> {
         utimensat(at, name, &TimeSpec::UTIME_OMIT, &modified, UtimensatFlags::NoFollowSymlink)
             .map_err(on("set the times of", path))
     }
+}
+
+/// Writes the pieces of a file from `start` on that are not in their place already, as `before` tells what is there.
+pub(super) fn write_pieces<S: Source>(
+    source: &S,
+    (file, path): (&File, &Path),
+    start: u64,
+    pieces: &[Piece],
+    before: Option<&[Piece]>,
+) -> Result<(), ContentError> {
+    let placed = |pieces: &[Piece]| {
+        let place = |offset: &mut u64, piece: &Piece| {
+            let at = *offset;
+            *offset = offset.saturating_add(piece.bytes);
+            Some((at, *piece))
+        };
+        pieces.iter().scan(start, place).collect::<Vec<_>>()
+    };
+    let known: HashMap<u64, Piece> = placed(before.unwrap_or_default()).into_iter().collect();
+    for (offset, piece) in placed(pieces) {
+        if known.get(&offset) == Some(&piece) {
+            continue;
+        }
+        match piece.chunk {
+            Some(chunk) => {
+                let data = source.object(&chunk)?;
+                if data.len() as u64 != piece.bytes {
+                    let rule = "a chunk is as long as its piece";
+                    let source = ObjectError::Rule { kind: Kind::Chunk, rule };
+                    return Err(ContentError::Object { digest: chunk, source });
+                }
+                file.write_all_at(&data, offset).map_err(on("write to", path))?;
+            }
+            None if before.is_some() => {
+                punch(file, offset, piece.bytes).map_err(on("punch a hole in", path))?;
+            }
+            None => {}
+        }
+    }
+    Ok(())
 }
 
 fn punch(file: &File, offset: u64, bytes: u64) -> Result<(), Errno> {

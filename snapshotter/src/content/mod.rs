@@ -1,12 +1,12 @@
 //! How a file tree or a memory image becomes objects of the store, and back.
 //!
-//! 1. [`capture`] reads a directory into a [`object::Tree`]; [`memory`] reads a running process or CRIU's
-//!    image directory into a [`object::Memory`].
+//! 1. [`capture`] reads a directory into a [`object::Tree`]; [`image`] reads a block volume into an [`object::Image`];
+//!    [`memory`] reads a running process or CRIU's image directory into a [`object::Memory`].
 //! 2. [`difference`] walks two versions side by side and names what the newer one has beyond the older, each
 //!    object with the one that stood in its place: what the stop-and-copy sends.
 //! 3. [`materialize`] makes a directory equal to a tree, touching only what differs from the tree it was equal
-//!    to before; [`memory`] does the same for CRIU's image directories. So what is written after the freeze
-//!    grows with the change, not with the size.
+//!    to before; [`image`] and [`memory`] do the same for block volumes and CRIU's image directories. So what is
+//!    written after the freeze grows with the change, not with the size.
 //!
 //! On failure: capturing leaves objects that nothing refers to, which the sweep takes; materialising leaves a
 //! directory that is to be thrown away. Neither changes what it reads. Read next: [`object`] for the types.
@@ -16,6 +16,7 @@ pub mod capture;
 pub mod chunks;
 pub mod difference;
 pub mod encoding;
+pub mod image;
 pub mod layer;
 pub mod materialize;
 pub mod memory;

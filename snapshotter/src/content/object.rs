@@ -5,7 +5,8 @@
 //!                    ├─ Chunk ...                         └─ Pages ─┬─ Chunk   one page, 4 KiB
 //!                    └─ Pieces ── Chunk ...                         └─ ...     256 pages, 1 MiB
 //! Cut ─┬─ Memory                             Layer ─┬─ Pieces ── Chunk ...
-//!      └─ Tree ...                                  └─ Chunk ...
+//!      ├─ Tree ...                                  └─ Chunk ...
+//!      └─ Image ...                          Image ── Pieces ── Chunk      a block volume
 //! ```
 //!
 //! Every box is an object of the store, named by the SHA-256 of its bytes, so a tree is a Merkle tree: two
@@ -16,7 +17,7 @@
 
 use std::borrow::Cow;
 
-use godwit_protos::Digest;
+use godwit_protos::{Digest, FileSystem};
 use serde::{Deserialize, Serialize};
 
 use super::alias::{Aliases, Area};
@@ -33,6 +34,12 @@ pub const PAGE_BYTES: usize = 4096;
 /// Pages per [`Pages`] object.
 pub const PAGES_PER_BLOCK: usize = 256;
 
+/// Bytes of a block volume that one [`Pieces`] object describes.
+pub const IMAGE_BLOCK_BYTES: u64 = 16 << 20;
+
+/// Largest block volume, in bytes: its list of blocks is half as long as an object may be.
+pub const IMAGE_BYTES_MAX: u64 = 1 << 40;
+
 /// Largest object, in bytes. The store and the peer protocol refuse more.
 pub const OBJECT_BYTES_MAX: usize = 4 << 20;
 
@@ -45,7 +52,7 @@ const NAME_BYTES_MAX: usize = 255;
 pub enum Kind {
     /// A run of bytes: part of a file, or a page.
     Chunk = 0,
-    /// A list of [`Piece`]s: part of a large file.
+    /// A list of [`Piece`]s: part of a large file or of a block volume.
     Pieces = 1,
     /// A [`Directory`].
     Directory = 2,
@@ -59,6 +66,8 @@ pub enum Kind {
     Cut = 6,
     /// A [`Layer`].
     Layer = 7,
+    /// An [`Image`].
+    Image = 8,
 }
 
 impl Kind {
@@ -72,8 +81,8 @@ impl TryFrom<u8> for Kind {
     type Error = ObjectError;
 
     fn try_from(byte: u8) -> Result<Self, ObjectError> {
-        use Kind::{Chunk, Cut, Directory, Layer, Memory, Pages, Pieces, Tree};
-        let all = [Chunk, Pieces, Directory, Tree, Pages, Memory, Cut, Layer];
+        use Kind::{Chunk, Cut, Directory, Image, Layer, Memory, Pages, Pieces, Tree};
+        let all = [Chunk, Pieces, Directory, Tree, Pages, Memory, Cut, Layer, Image];
         all.into_iter().find(|kind| *kind as u8 == byte).ok_or(ObjectError::Kind(byte))
     }
 }
@@ -196,6 +205,18 @@ pub struct Tree {
     pub bytes: u64,
 }
 
+/// A block volume: the image of a file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// What is to be mounted.
+    pub file_system: FileSystem,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// The [`Kind::Pieces`] objects of each [`IMAGE_BLOCK_BYTES`], in order; the last may be shorter.
+    #[serde(with = "digests")]
+    pub blocks: Vec<Digest>,
+}
+
 /// 256 pages of one address space, aligned to their size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pages {
@@ -246,7 +267,7 @@ impl Memory {
 pub struct Part {
     /// What it is of, in the text form of [`godwit_protos::Subject`].
     pub subject: String,
-    /// The kind of its root: [`Kind::Tree`] or [`Kind::Memory`].
+    /// The kind of its root: [`Kind::Tree`], [`Kind::Image`] or [`Kind::Memory`].
     pub kind: u8,
     /// Its manifest.
     #[serde(with = "digest")]
@@ -353,6 +374,18 @@ impl Object for Tree {
     }
 }
 
+impl Object for Image {
+    const KIND: Kind = Kind::Image;
+
+    fn check(&self) -> Result<(), &'static str> {
+        if self.bytes == 0 || self.bytes > IMAGE_BYTES_MAX {
+            return Err("an image has 1 byte to 1 TiB");
+        }
+        let blocks = usize::try_from(self.bytes.div_ceil(IMAGE_BLOCK_BYTES));
+        if blocks == Ok(self.blocks.len()) { Ok(()) } else { Err("one block for every 16 MiB") }
+    }
+}
+
 impl Object for Pages {
     const KIND: Kind = Kind::Pages;
 
@@ -417,8 +450,9 @@ impl Object for Cut {
             return Err("parts ascend by subject and none comes twice");
         }
         let of = |kind: Kind| self.parts.iter().filter(|part| part.kind == kind as u8).count();
-        if of(Kind::Memory) != 1 || of(Kind::Memory) + of(Kind::Tree) != self.parts.len() {
-            return Err("one memory, and trees");
+        let all = of(Kind::Memory) + of(Kind::Tree) + of(Kind::Image);
+        if of(Kind::Memory) != 1 || all != self.parts.len() {
+            return Err("one memory, trees and images");
         }
         Ok(())
     }
@@ -503,6 +537,7 @@ pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectE
         Kind::Pieces => chunks(&Pieces::decode(bytes)?.0),
         Kind::Pages => all(Kind::Chunk, Pages::decode(bytes)?.pages),
         Kind::Tree => vec![(Kind::Directory, Tree::decode(bytes)?.root)],
+        Kind::Image => all(Kind::Pieces, Image::decode(bytes)?.blocks),
         Kind::Directory => match Directory::decode(bytes)? {
             Directory::Parts(parts) => all(Kind::Directory, parts),
             Directory::Entries(entries) => entries
@@ -654,6 +689,30 @@ mod tests {
         assert!(Directory::decode(&Directory::Entries(vec![entry]).encode()).is_err());
     }
 
+    #[test]
+    fn the_bytes_of_an_image_are_these_and_it_has_a_block_for_every_16_mib() {
+        let blocks = vec![Digest::from_bytes([9; 32]); 2];
+        let image = Image { file_system: FileSystem::Xfs, bytes: IMAGE_BLOCK_BYTES + 1, blocks };
+        let mut expected = vec![1, 1, 0x81, 0x80, 0x80, 8, 64];
+        expected.extend([9; 64]);
+        assert_eq!(image.encode(), expected);
+        assert_eq!(Image::decode(&expected).unwrap(), image);
+        let block = (Kind::Pieces, Digest::from_bytes([9; 32]));
+        assert_eq!(children(Kind::Image, &expected).unwrap(), [block, block]);
+        for bytes in [0, IMAGE_BLOCK_BYTES, 2 * IMAGE_BLOCK_BYTES + 1, IMAGE_BYTES_MAX + 1] {
+            let wrong = Image { bytes, ..image.clone() };
+            assert!(matches!(Image::decode(&wrong.encode()), Err(ObjectError::Rule { .. })));
+        }
+    }
+
+    #[test]
+    fn the_list_of_the_largest_image_is_an_object() {
+        let count = usize::try_from(IMAGE_BYTES_MAX / IMAGE_BLOCK_BYTES).unwrap();
+        let blocks = vec![Digest::from_bytes([9; 32]); count];
+        let image = Image { file_system: FileSystem::Ext4, bytes: IMAGE_BYTES_MAX, blocks };
+        assert!(image.encode().len() < OBJECT_BYTES_MAX);
+    }
+
     fn cut(parts: &[(&str, Kind)]) -> Cut {
         let part = |(subject, kind): &(&str, Kind)| Part {
             subject: (*subject).to_owned(),
@@ -681,7 +740,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_has_one_memory_and_otherwise_trees() {
+    fn a_cut_has_one_memory_and_otherwise_trees_and_images() {
         let memory = ("memory|d|s|u", Kind::Memory);
         for wrong in [
             &[][..],
@@ -692,7 +751,8 @@ mod tests {
         ] {
             assert!(Cut::decode(&cut(wrong).encode()).is_err(), "{wrong:?}");
         }
-        assert!(Cut::decode(&cut(&[memory, ("volume|v", Kind::Tree)]).encode()).is_ok());
+        let parts = [memory, ("volume|v", Kind::Tree), ("volume|w", Kind::Image)];
+        assert!(Cut::decode(&cut(&parts).encode()).is_ok());
     }
 
     #[test]
@@ -703,7 +763,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bytes_of_a_peer_never_panic(bytes: Vec<u8>, kind in 0u8..7) {
+        fn bytes_of_a_peer_never_panic(bytes: Vec<u8>, kind in 0u8..8) {
             let mut bytes = bytes;
             bytes.insert(0, VERSION);
             let _ = children(Kind::try_from(kind).unwrap(), &bytes);

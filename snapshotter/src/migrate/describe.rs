@@ -1,10 +1,10 @@
 //! What a container consists of: the source's answer to "what would I have to bring?".
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use godwit_protos::peer::{Blob, DescribeResponse, VolumeMount};
-use godwit_protos::{ContainerRef, Subject, VolumeId, VolumeSource, annotation};
+use godwit_protos::{ContainerRef, FileSystem, Subject, VolumeId, VolumeSource, annotation, path};
 use oci_spec::runtime::Spec;
 
 use super::MigrationError;
@@ -28,8 +28,8 @@ pub struct Described {
     pub spec_json: String,
     /// All volumes that it mounts.
     pub volumes: Vec<VolumeMount>,
-    /// The writable ones, with the directories they lie in.
-    pub writable_volumes: Vec<(VolumeId, PathBuf)>,
+    /// The writable ones.
+    pub writable_volumes: Vec<WritableVolume>,
     /// Its memory as a subject.
     pub memory: Subject,
     /// Directory of its writable layer, if its root file system has one of its own.
@@ -43,6 +43,17 @@ pub struct Described {
     /// What will not come along, in words for the user.
     pub warnings: Vec<String>,
     pids: Vec<u32>,
+}
+
+/// A writable volume of a container.
+#[derive(Debug)]
+pub struct WritableVolume {
+    /// Its name.
+    pub id: VolumeId,
+    /// The directory, or the image of a block volume.
+    pub path: PathBuf,
+    /// What the image holds.
+    pub file_system: Option<FileSystem>,
 }
 
 /// Looks a container up in containerd and at its shim.
@@ -116,7 +127,7 @@ fn memory_subject(container: &ContainerRef, image: &str, spec: &Spec) -> Subject
     }
 }
 
-type Volumes = (Vec<VolumeMount>, Vec<(VolumeId, PathBuf)>);
+type Volumes = (Vec<VolumeMount>, Vec<WritableVolume>);
 
 fn volumes(node: &Node, spec: &Spec) -> Result<Volumes, MigrationError> {
     let (mut all, mut writable) = (Vec::new(), Vec::new());
@@ -129,13 +140,15 @@ fn volumes(node: &Node, spec: &Spec) -> Result<Volumes, MigrationError> {
         let options = mount.options().as_deref().unwrap_or_default();
         let read_only = options.iter().any(|option| option == "ro");
         let path = node.volumes.path(&volume, read_only)?;
+        let file_system = node.volumes.file_system(&volume)?;
         all.push(VolumeMount {
             volume: volume.to_string(),
             destination: mount.destination().to_string_lossy().into_owned(),
             read_only,
+            file_system: file_system.map_or_else(String::new, |one| one.to_string()),
         });
         if let VolumeSource::Writable(id) = volume {
-            writable.push((id, path));
+            writable.push(WritableVolume { id, path, file_system });
         }
     }
     Ok((all, writable))
@@ -175,13 +188,18 @@ impl Described {
         {
             return Err(MigrationError::Busy { container: container.clone(), to });
         }
-        for (id, _) in &self.writable_volumes {
+        for WritableVolume { id, .. } in &self.writable_volumes {
             let volume = VolumeSource::Writable(id.clone());
             if let Some(other) = volume_user(node, &volume, Some(container)).await? {
                 return Err(MigrationError::SharedVolume { volume: id.clone(), other });
             }
         }
         Ok(())
+    }
+
+    /// Where its shim mounts block volumes, each by its name.
+    pub fn mounts(&self) -> PathBuf {
+        Path::new(path::MOUNTS).join(self.container.namespace()).join(self.container.id())
     }
 
     /// The answer to a peer.

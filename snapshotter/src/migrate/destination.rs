@@ -11,11 +11,13 @@
 //! gone, because the daemon restarted, is answered from the journal and the source's word. Read next: [`super::session`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use godwit_protos::{ContainerRef, Digest, MigrateFrom, ServiceRef, Subject, VolumeSource};
+use godwit_protos::{
+    ContainerRef, Digest, MigrateFrom, ServiceRef, Subject, VolumeSource, annotation,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -55,6 +57,37 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self { cooperative: true, max_rounds: 0, writable_layer: true }
+    }
+}
+
+impl Settings {
+    /// Those that the annotations of a container's own specification ask for. Errors: in words.
+    pub fn of_bundle(bundle: &Path) -> Result<Self, String> {
+        let path = bundle.join("config.json");
+        let spec = oci_spec::runtime::Spec::load(&path)
+            .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+        let annotations = spec.annotations().clone().unwrap_or_default();
+        let bad = |key: &str, value: &str| format!("annotation {key} cannot be {value:?}");
+        let mut settings = Self::default();
+        if let Some(value) = annotations.get(annotation::MODE) {
+            settings.cooperative = match value.as_str() {
+                "cooperative" => true,
+                "traditional" => false,
+                other => return Err(bad(annotation::MODE, other)),
+            };
+        }
+        if let Some(value) = annotations.get(annotation::MAX_ROUNDS) {
+            settings.max_rounds =
+                value.parse().map_err(|_cause| bad(annotation::MAX_ROUNDS, value))?;
+        }
+        if let Some(value) = annotations.get(annotation::WRITABLE_LAYER) {
+            settings.writable_layer = match value.as_str() {
+                "yes" => true,
+                "no" => false,
+                other => return Err(bad(annotation::WRITABLE_LAYER, other)),
+            };
+        }
+        Ok(settings)
     }
 }
 
@@ -466,12 +499,34 @@ pub fn mode_word(settings: &Settings) -> &'static str {
     if settings.cooperative { "cooperative" } else { "traditional" }
 }
 
-/// The kind of object that a subject's manifest is.
-pub fn kind_of(subject: &Subject) -> Kind {
-    match subject {
+/// The kind of object that a subject's manifest is, as its node told it; `None` if such a subject has no such manifest.
+pub fn kind_told(subject: &Subject, told: u32) -> Option<Kind> {
+    let usual = match subject {
         Subject::Volume(_) | Subject::Layer(_) => Kind::Tree,
         Subject::Memory { .. } => Kind::Memory,
         Subject::Container(_) => Kind::Cut,
         Subject::ImageLayer(_) => Kind::Layer,
+    };
+    let is_block = matches!(subject, Subject::Volume(_)) && told == Kind::Image as u32;
+    // Who knows of no block volumes tells nothing.
+    if is_block { Some(Kind::Image) } else { [0, usual as u32].contains(&told).then_some(usual) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_volume_may_be_an_image_and_silence_is_no_image() {
+        let volume: Subject = "volume|data".parse().unwrap();
+        let layer: Subject = "layer|default|cache".parse().unwrap();
+        let memory: Subject = "memory|default|redis|cache".parse().unwrap();
+        let (tree, image) = (Kind::Tree as u32, Kind::Image as u32);
+        assert_eq!(
+            [0, tree, image, 99].map(|told| kind_told(&volume, told)),
+            [Some(Kind::Tree), Some(Kind::Tree), Some(Kind::Image), None]
+        );
+        assert_eq!(kind_told(&layer, image), None);
+        assert_eq!([0, tree].map(|told| kind_told(&memory, told)), [Some(Kind::Memory), None]);
     }
 }

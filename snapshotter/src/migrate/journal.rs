@@ -12,7 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use godwit_protos::{ContainerRef, VolumeId};
+use godwit_protos::{ContainerRef, FileSystem, VolumeId};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
@@ -50,13 +50,16 @@ pub struct Entry {
 }
 
 /// What is journalled of a writable volume.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeEntry {
     /// The node that it moved to, if it did; its data are then gone from here.
     pub moved_to: Option<String>,
     /// The container that it comes here with, `NAMESPACE/ID`, until that has run here.
     #[serde(default)]
     pub arriving: Option<String>,
+    /// What its image holds, if it is a block volume.
+    #[serde(default)]
+    pub file_system: Option<FileSystem>,
 }
 
 /// Why the journal could not be read or written. The daemon must not act on what it wanted to journal.
@@ -409,6 +412,16 @@ mod tests {
         journal.forget(&container()).unwrap();
         assert!(!fence.exists());
         assert_eq!(journal.container(&container()).unwrap(), None);
+    }
+
+    #[test]
+    fn a_volumes_entry_is_this_text_and_those_from_before_block_volumes_are_trees() {
+        let block = r#"{"moved_to":null,"arriving":"d/c","file_system":"ext4"}"#;
+        let entry: VolumeEntry = serde_json::from_str(block).unwrap();
+        assert_eq!(entry.file_system, Some(FileSystem::Ext4));
+        assert_eq!(serde_json::to_string(&entry).unwrap(), block);
+        let tree: VolumeEntry = serde_json::from_str(r#"{"moved_to":null}"#).unwrap();
+        assert_eq!(tree, VolumeEntry::default());
     }
 
     #[test]

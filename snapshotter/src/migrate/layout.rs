@@ -1,7 +1,7 @@
 //! What a restore needs, laid out as plain files at the destination.
 //!
 //! ```text
-//! STATE/stage/SESSION/volume-ID     a volume, patched each round, then renamed into place
+//! STATE/stage/SESSION/volume-ID     a volume, directory or image, patched each round, then renamed into place
 //! STATE/stage/SESSION/base          the memory as of the last round, in the form of a CRIU parent image
 //! STATE/stage/SESSION/images        CRIU's images of the cut; pages that are in base are not written again
 //! STATE/stage/SESSION/work          CRIU's logs
@@ -15,16 +15,26 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 
 use godwit_protos::peer::ObjectBatch;
-use godwit_protos::{ContainerRef, Digest, Subject, VolumeId};
+use godwit_protos::{ContainerRef, Digest, FileSystem, Subject, VolumeId};
 
 use super::MigrationError;
 use super::session::Parsed;
 use crate::content::encoding::Codec;
+use crate::content::image::write_image;
 use crate::content::materialize::materialize;
+use crate::content::object::{Image, Kind};
 use crate::content::{Source as _, memory, on};
 use crate::node::Node;
 use crate::store::{Lease, Store};
-use crate::volumes::Volumes;
+use crate::volumes::{VolumeError, Volumes};
+
+/// A staged volume: its version, and what it holds if that is an image.
+#[derive(Clone, Debug)]
+struct Staged {
+    id: VolumeId,
+    root: Digest,
+    file_system: Option<FileSystem>,
+}
 
 /// The staged state of one session.
 #[derive(Clone, Debug)]
@@ -32,7 +42,9 @@ pub struct Layout {
     store: Store,
     directory: PathBuf,
     upper_dir: Option<PathBuf>,
-    volumes: Vec<(VolumeId, Digest)>,
+    volumes: Vec<Staged>,
+    /// File systems whose images may come here.
+    admitted: Vec<FileSystem>,
     layer: Option<Digest>,
     memory: Option<Digest>,
     installed: Vec<VolumeId>,
@@ -58,6 +70,7 @@ impl Layout {
             directory,
             upper_dir,
             volumes: Vec::new(),
+            admitted: node.config.admit.file_systems.clone(),
             layer: None,
             memory: None,
             installed: Vec::new(),
@@ -80,7 +93,7 @@ impl Layout {
 
     /// Brings volumes and writable layer to these versions; of memory it notes the version.
     pub fn stage(&mut self, manifests: &Parsed) -> Result<(), MigrationError> {
-        for (subject, root, _) in manifests {
+        for (subject, (kind, root), _) in manifests {
             match subject {
                 Subject::Memory { .. } => self.memory = Some(*root),
                 // Whoever has a cut names its parts; images come another way.
@@ -90,21 +103,46 @@ impl Layout {
                     materialize(&self.store, root, self.layer.as_ref(), upper)?;
                     self.layer = Some(*root);
                 }
-                Subject::Volume(id) => {
-                    let path = self.directory.join(format!("volume-{id}"));
-                    let known = self.volumes.iter().position(|(known, _)| known == id);
-                    if known.is_none() {
-                        fs::create_dir(&path).map_err(on("make directory", &path))?;
-                    }
-                    let base = known.map(|index| self.volumes[index].1);
-                    materialize(&self.store, root, base.as_ref(), &path)?;
-                    match known {
-                        Some(index) => self.volumes[index].1 = *root,
-                        None => self.volumes.push((id.clone(), *root)),
-                    }
-                }
+                Subject::Volume(id) => self.stage_volume(id, (*kind, root))?,
             }
         }
+        Ok(())
+    }
+
+    fn staged(&self, id: &VolumeId) -> PathBuf {
+        self.directory.join(format!("volume-{id}"))
+    }
+
+    fn stage_volume(
+        &mut self,
+        id: &VolumeId,
+        (kind, root): (Kind, &Digest),
+    ) -> Result<(), MigrationError> {
+        let path = self.staged(id);
+        let known = self.volumes.iter().position(|known| known.id == *id);
+        let base = known.map(|index| self.volumes.swap_remove(index));
+        let mut file_system = None;
+        if kind == Kind::Image {
+            let named = self.store.decode::<Image>(root)?.file_system;
+            if !self.admitted.contains(&named) {
+                let id = id.clone();
+                return Err(VolumeError::NotAdmitted { id, file_system: named }.into());
+            }
+            file_system = Some(named);
+        }
+        if base.as_ref().is_some_and(|base| base.file_system != file_system) {
+            return Err(MigrationError::Protocol("a volume that changes its kind"));
+        }
+        let before = base.as_ref().map(|base| &base.root);
+        if file_system.is_some() {
+            write_image(&self.store, root, before, &path)?;
+        } else {
+            if before.is_none() {
+                fs::create_dir(&path).map_err(on("make directory", &path))?;
+            }
+            materialize(&self.store, root, before, &path)?;
+        }
+        self.volumes.push(Staged { id: id.clone(), root: *root, file_system });
         Ok(())
     }
 
@@ -125,12 +163,11 @@ impl Layout {
     ) -> Result<(), MigrationError> {
         let base = self.memory;
         let cut = manifests.iter().find(|(subject, ..)| matches!(subject, Subject::Memory { .. }));
-        let (_, cut, _) = cut.ok_or(MigrationError::Protocol("the cut has no memory"))?;
+        let (_, (_, cut), _) = cut.ok_or(MigrationError::Protocol("the cut has no memory"))?;
         memory::stage_images(&self.store, cut, base.as_ref(), &self.base(), &self.images())?;
         self.stage(manifests)?;
-        for (id, _) in &self.volumes {
-            let staged = self.directory.join(format!("volume-{id}"));
-            volumes.install(id, &staged, container)?;
+        for Staged { id, file_system, .. } in &self.volumes {
+            volumes.install(id, (&self.staged(id), *file_system), container)?;
             self.installed.push(id.clone());
         }
         Ok(())

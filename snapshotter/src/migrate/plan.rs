@@ -19,7 +19,7 @@ use godwit_protos::peer::{Begin, DescribeResponse, LocateRequest, LocateResponse
 use godwit_protos::{Digest, ServiceRef, Subject, VolumeSource};
 use serde::{Deserialize, Serialize};
 
-use super::destination::{Connections, connect, kind_of, mode_word};
+use super::destination::{Connections, connect, kind_told, mode_word};
 use super::line::{Line, Subjects, named};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use super::request::{Request, describe_at, pre_flight, record};
@@ -247,7 +247,10 @@ impl Survey<'_> {
         let mut surveyed = Vec::new();
         for manifest in &round.manifests {
             let subject: Subject = manifest.subject.parse()?;
-            let root = (kind_of(&subject), Digest::try_from(&manifest.digest[..])?);
+            let kind = kind_told(&subject, manifest.kind);
+            let kind =
+                kind.ok_or(MigrationError::Protocol("a kind that the subject cannot have"))?;
+            let root = (kind, Digest::try_from(&manifest.digest[..])?);
             let is_of = |entry: &&Entry| {
                 entry.subject.as_ref().is_some_and(|other| {
                     *other == subject || (ServiceRef::of(other).is_some() && root.0 == Kind::Memory)

@@ -232,6 +232,12 @@ pub(super) fn pre_flight(
             std::env::consts::ARCH
         )));
     }
+    for mount in described.volumes.iter().filter(|mount| !mount.file_system.is_empty()) {
+        let (id, file_system) = (mount.volume.parse()?, mount.file_system.parse()?);
+        if !node.config.admit.file_systems.contains(&file_system) {
+            return Err(VolumeError::NotAdmitted { id, file_system }.into());
+        }
+    }
     let parse = |text: &str| text.parse::<criu_wrapper::version::Version>().ok();
     let (there, here) = (parse(&described.criu_version), parse(&node.criu_version));
     match (there, here) {

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_protos::peer::{DescribeResponse, HelloResponse};
-use godwit_protos::{ContainerRef, Digest, MigrateFrom, annotation};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject, annotation};
 use prost::Message as _;
 
-use super::destination::{Acquired, Command, NEIGHBOUR_MAX, Settings, State};
+use super::destination::{Acquired, Command, NEIGHBOUR_MAX, Settings, State, kind_told};
 use super::layout::Layout;
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Share};
@@ -218,11 +218,15 @@ impl Work {
             return Err(MigrationError::Protocol("a cut of another container"));
         }
         let parse = |part: &crate::content::object::Part| -> Result<_, MigrationError> {
-            Ok((part.subject.parse()?, part.root, 0))
+            let subject: Subject = part.subject.parse()?;
+            let kind = kind_told(&subject, part.kind.into());
+            let kind =
+                kind.ok_or(MigrationError::Protocol("a kind that the subject cannot have"))?;
+            Ok((subject, (kind, part.root), 0))
         };
         let parts = cut.parts.iter().map(parse).collect::<Result<Parsed, _>>()?;
         for (subject, ..) in &parts {
-            let godwit_protos::Subject::Volume(id) = subject else { continue };
+            let Subject::Volume(id) = subject else { continue };
             let mounted = godwit_protos::VolumeSource::Writable(id.clone());
             if !self.asked.volumes.contains(&mounted) {
                 return Err(MigrationError::Protocol("a volume that is not the container's"));

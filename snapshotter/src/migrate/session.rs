@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::destination::{
     Acquire, Acquired, Command, Prepared, Session, Settlement, State, ask_again, connect,
-    give_back, kind_of, mode_word,
+    give_back, kind_told, mode_word,
 };
 use super::layout::Layout;
 use super::line::{Line, Subjects, named};
@@ -169,7 +169,11 @@ impl Work {
             if !self.is_asked(&subject) || manifest.sequence > SEQUENCE_MAX {
                 return Err(MigrationError::Protocol("a subject that is not the container's"));
             }
-            Ok((subject, Digest::try_from(&manifest.digest[..])?, manifest.sequence))
+            let kind = kind_told(&subject, manifest.kind);
+            let kind =
+                kind.ok_or(MigrationError::Protocol("a kind that the subject cannot have"))?;
+            let root = (kind, Digest::try_from(&manifest.digest[..])?);
+            Ok((subject, root, manifest.sequence))
         };
         let parsed = manifests.iter().map(parse).collect::<Result<Parsed, _>>()?;
         let memories =
@@ -341,8 +345,7 @@ impl Work {
                 peers =
                     self.worth_asking(prepared, (&found, subjects), &done.manifests, &manifests);
             }
-            let roots: Vec<_> =
-                manifests.iter().map(|(subject, root, _)| (kind_of(subject), *root)).collect();
+            let roots: Vec<_> = manifests.iter().map(|(_, root, _)| *root).collect();
             let brought = fetch(&self.node.store, lease, &peers, &roots, Depth::Content).await?;
             for ((subject, ..), brought) in manifests.iter().zip(&brought) {
                 shares.add(&subject.to_string(), brought);
@@ -547,12 +550,12 @@ impl Work {
         let Ok(manifests) = self.parse_manifests(&stopped.manifests) else { return };
         let sizes = stopped.manifests.iter().map(|manifest| manifest.size_bytes);
         let name = &self.node.config.node;
-        let snapshots =
-            manifests.into_iter().zip(sizes).map(|((subject, root, sequence), size_bytes)| {
-                let kind = kind_of(&subject);
+        let snapshots = manifests.into_iter().zip(sizes).map(
+            |((subject, (kind, root), sequence), size_bytes)| {
                 Version { subject, kind, root, size_bytes, changed_bytes: 0 }
                     .snapshot(sequence, name)
-            });
+            },
+        );
         let snapshots: Vec<_> = snapshots.collect();
         let node = self.node.clone();
         let (lease, layout) = (lease.clone(), layout.clone());
@@ -569,7 +572,7 @@ impl Work {
 }
 
 /// Subject, root and sequence of each manifest.
-pub(super) type Parsed = Vec<(Subject, Digest, u64)>;
+pub(super) type Parsed = Vec<(Subject, (Kind, Digest), u64)>;
 
 /// Makes everything on the file system of `path` durable.
 fn sync_file_system(path: &std::path::Path) -> Result<(), MigrationError> {

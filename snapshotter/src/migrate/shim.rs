@@ -13,6 +13,9 @@ use crate::config::Config;
 /// Deadline of calls that take milliseconds.
 const SHORT: Duration = Duration::from_secs(15);
 
+/// Deadline of a freeze, which has block volumes write what they hold back.
+const FREEZE: Duration = Duration::from_secs(120);
+
 /// Deadline of a dump: the shim's own watchdog, which grows with the memory, ends it earlier.
 const DUMP: Duration = Duration::from_secs(3600);
 
@@ -74,10 +77,10 @@ impl Shim {
         answer.map_err(|error| self.failed("describe the container", &error))
     }
 
-    /// Stops every task where it is.
+    /// Stops every task where it is, and freezes the file systems of block volumes.
     pub async fn freeze(&self, id: &str) -> Result<(), MigrationError> {
         let client = self.client().await?;
-        let answer = client.freeze(deadline(SHORT), &request(id)).await;
+        let answer = client.freeze(deadline(FREEZE), &request(id)).await;
         answer.map(drop).map_err(|error| self.failed("freeze the container", &error))
     }
 

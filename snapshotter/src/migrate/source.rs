@@ -239,7 +239,7 @@ impl Session {
         let container = self.container.clone();
         let offer = Event::Offer(self.offered_as.to_string(), self.known_epoch);
         let volumes =
-            self.described.writable_volumes.iter().map(|(id, _)| id.to_string()).collect();
+            self.described.writable_volumes.iter().map(|one| one.id.to_string()).collect();
         let remove_source = self.remove_source;
         let offered = self.node.journal.apply(&container, &offer, |entry| {
             entry.volumes = volumes;
@@ -295,7 +295,7 @@ impl Session {
 
     /// What is to be done once the container runs elsewhere.
     fn remembered(&self) -> Remembered {
-        let volumes = self.described.writable_volumes.iter().map(|(id, _)| id.clone());
+        let volumes = self.described.writable_volumes.iter().map(|one| one.id.clone());
         Remembered {
             container: self.container.clone(),
             destination: self.destination.clone(),

@@ -4,17 +4,19 @@
 //! stores only what did. Nothing here stops the container; [`super::cut`] does.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protos::peer::Manifest;
-use godwit_protos::{ContainerRef, Digest, Subject};
+use godwit_protos::{ContainerRef, Digest, FileSystem, Subject};
 
 use super::describe::{Described, describe, mapped_inodes};
 use super::{MigrationError, blocking};
 use crate::caching::retention::record;
 use crate::content::capture::{Captured, Unchanged, capture};
+use crate::content::image::capture_image;
 use crate::content::memory::{self, Previous};
 use crate::content::object::Kind;
 use crate::content::{ContentError, Source as _, difference::difference};
@@ -48,6 +50,7 @@ impl Version {
             size_bytes: self.size_bytes,
             changed_bytes: self.changed_bytes,
             sequence,
+            kind: self.kind as u32,
         }
     }
 
@@ -69,13 +72,27 @@ impl Version {
 /// What was captured, and as what it was recorded.
 pub type Taken = (Vec<Version>, Vec<(SnapshotId, Snapshot)>);
 
-/// A file tree, with what its captures remember.
+/// A file tree or block volume, with what its captures remember.
 struct TreeSubject {
     subject: Subject,
     path: PathBuf,
+    image: Option<Image>,
     unchanged: Unchanged,
     last: Option<Captured>,
     changed_bytes: u64,
+}
+
+/// What a block volume is besides its image.
+struct Image {
+    file_system: FileSystem,
+    /// Where the shim has it mounted.
+    mounted: PathBuf,
+}
+
+impl TreeSubject {
+    fn kind(&self) -> Kind {
+        if self.image.is_some() { Kind::Image } else { Kind::Tree }
+    }
 }
 
 /// The subjects of one container. What captures store is protected by the lease that is passed to them; what an earlier
@@ -90,18 +107,23 @@ pub struct Subjects {
 impl Subjects {
     /// The subjects of a described container.
     pub fn of(node: &Node, described: &Described, writable_layer: bool) -> Self {
-        let tree = |subject, path: &PathBuf| TreeSubject {
+        let tree = |subject, path: &PathBuf, image| TreeSubject {
             subject,
             path: path.clone(),
+            image,
             unchanged: Unchanged::default(),
             last: None,
             changed_bytes: 0,
         };
-        let volumes = described.writable_volumes.iter();
-        let mut trees: Vec<_> =
-            volumes.map(|(id, path)| tree(Subject::Volume(id.clone()), path)).collect();
+        let mounts = described.mounts();
+        let volumes = described.writable_volumes.iter().map(|volume| {
+            let mounted = mounts.join(volume.id.as_str());
+            let image = volume.file_system.map(|file_system| Image { file_system, mounted });
+            tree(Subject::Volume(volume.id.clone()), &volume.path, image)
+        });
+        let mut trees: Vec<_> = volumes.collect();
         if let Some(upper) = described.upper_dir.as_ref().filter(|_| writable_layer) {
-            trees.push(tree(Subject::Layer(described.container.clone()), upper));
+            trees.push(tree(Subject::Layer(described.container.clone()), upper, None));
         }
         let memory = described.memory.clone();
         Self { store: node.store.clone(), memory, memory_last: None, trees }
@@ -117,7 +139,7 @@ impl Subjects {
         let tree = |tree: &TreeSubject| {
             tree.last.map(|last| Version {
                 subject: tree.subject.clone(),
-                kind: Kind::Tree,
+                kind: tree.kind(),
                 root: last.tree,
                 size_bytes: last.bytes,
                 changed_bytes: tree.changed_bytes,
@@ -142,10 +164,15 @@ impl Subjects {
     ) -> Result<(), MigrationError> {
         let before: Vec<_> =
             self.trees.iter().map(|tree| tree.last.map(|last| last.tree)).collect();
+        for tree in self.trees.iter().filter(|tree| wanted(&tree.subject)) {
+            if let Some(image) = &tree.image {
+                flush(&image.mounted);
+            }
+        }
         self.capture_trees(lease, &mapped_inodes(pids), wanted)?;
         for (tree, before) in self.trees.iter_mut().zip(before) {
             if let Some(last) = tree.last.filter(|_| wanted(&tree.subject)) {
-                tree.changed_bytes = changed_bytes(&self.store, last.tree, before)?;
+                tree.changed_bytes = changed_bytes(&self.store, tree.kind(), last.tree, before)?;
             }
         }
         if wanted(&self.memory) {
@@ -170,7 +197,10 @@ impl Subjects {
                 // A mapping of an overlay's file need not show the inode of its upper file.
                 tree.unchanged = Unchanged::default();
             }
-            tree.last = Some(capture(&tree.path, &mut writer, &mut tree.unchanged, mapped)?);
+            tree.last = Some(match &tree.image {
+                Some(image) => capture_image(&tree.path, image.file_system, &mut writer)?,
+                None => capture(&tree.path, &mut writer, &mut tree.unchanged, mapped)?,
+            });
         }
         Ok(writer.flush()?)
     }
@@ -202,9 +232,23 @@ impl Subjects {
     }
 }
 
-fn changed_bytes(store: &Store, new: Digest, before: Option<Digest>) -> Result<u64, ContentError> {
+/// Has a mounted file system write to its image what it holds back, so that less is left for after the freeze.
+fn flush(mounted: &Path) {
+    let flushed = File::open(mounted).map(|directory| nix::unistd::syncfs(directory));
+    if !matches!(flushed, Ok(Ok(()))) {
+        // It is only slower without: the freeze flushes too.
+        tracing::info!(path = %mounted.display(), "cannot flush a block volume");
+    }
+}
+
+fn changed_bytes(
+    store: &Store,
+    kind: Kind,
+    new: Digest,
+    before: Option<Digest>,
+) -> Result<u64, ContentError> {
     let mut bytes = 0;
-    difference(store, Kind::Tree, new, before, &mut |changed| {
+    difference(store, kind, new, before, &mut |changed| {
         bytes += store.object(&changed.digest)?.len() as u64;
         Ok(())
     })?;
