@@ -423,3 +423,24 @@ fn a_node_that_admits_no_images_refuses_a_block_volume() -> Result<()> {
     goes_on(node(0), name, 10)?;
     remove(node(0), name)
 }
+
+#[test]
+fn a_database_that_minds_the_move_of_a_tree_is_warned_of() -> Result<()> {
+    let name = "warned";
+    node(0).ok(&["godwit", "volume", "create", name])?;
+    let at = format!("/var/lib/godwit/volumes/{name}/data");
+    writer(name, "delete").start(node(0))?;
+    wait_until("it writes", SOON, || {
+        Ok(node(0).run(&["test", "-s", &format!("{at}/last")])?.succeeded())
+    })?;
+    let words = ["godwit", "--output", "json", "plan", name, "--from", "edge-a", "--to", "edge-b"];
+    let plan: Value = serde_json::from_str(&node(0).ok(&words)?)?;
+    let warning = "SQLite database /data/db is open on volume warned";
+    ensure!(plan["warnings"].to_string().contains(warning), "{plan}");
+    let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
+    let done = node(0).run(&words)?;
+    ensure!(format!("{}{}", done.stdout, done.stderr).contains(warning), "{done:?}");
+    node(1).run(&["ctr", "tasks", "rm", "-f", name])?;
+    node(1).ok(&["ctr", "containers", "rm", name])?;
+    node(1).ok(&["godwit", "volume", "rm", name]).map(drop)
+}

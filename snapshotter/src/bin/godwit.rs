@@ -348,6 +348,7 @@ async fn follow(
                 bar.finish_and_clear();
                 bail!("{name}: {}", event.text);
             }
+            "warning" => bar.suspend(|| eprintln!("godwit: warning: {}", event.text)),
             step => bar.set_message(format!("{step}: {}", event.text)),
         }
     }

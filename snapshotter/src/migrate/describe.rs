@@ -8,6 +8,7 @@ use godwit_protos::{ContainerRef, FileSystem, Subject, VolumeId, VolumeSource, a
 use oci_spec::runtime::Spec;
 
 use super::MigrationError;
+use super::databases;
 use super::ownership::Ownership;
 use super::shim::Shim;
 use crate::containerd::{Container, Descriptor, TaskStatus, upper_dir};
@@ -54,6 +55,8 @@ pub struct WritableVolume {
     pub path: PathBuf,
     /// What the image holds.
     pub file_system: Option<FileSystem>,
+    /// Where the container has it.
+    pub destination: PathBuf,
 }
 
 /// Looks a container up in containerd and at its shim.
@@ -88,6 +91,7 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         let execs = at_shim.execs.join(", ");
         warnings.push(format!("processes added by exec do not move: {execs}"));
     }
+    warnings.extend(databases::warnings(&pids, &writable_volumes));
     Ok(Described {
         container: container.clone(),
         image_blobs: image_blobs(node, namespace, target.as_ref()).await,
@@ -148,7 +152,8 @@ fn volumes(node: &Node, spec: &Spec) -> Result<Volumes, MigrationError> {
             file_system: file_system.map_or_else(String::new, |one| one.to_string()),
         });
         if let VolumeSource::Writable(id) = volume {
-            writable.push(WritableVolume { id, path, file_system });
+            let destination = mount.destination().clone();
+            writable.push(WritableVolume { id, path, file_system, destination });
         }
     }
     Ok((all, writable))

@@ -11,6 +11,7 @@
 
 pub mod choice;
 pub mod cut;
+mod databases;
 pub mod describe;
 pub mod destination;
 pub mod image;

@@ -61,7 +61,7 @@ pub async fn migrate(
     let described = describe_at(&connections.source, container).await?;
     pre_flight(node, &connections.source.hello, &described)?;
     for warning in &described.warnings {
-        node.events.step(migration, "request", warning);
+        node.events.step(migration, "warning", warning);
     }
 
     node.events.step(migration, "pre-copy", "image");

@@ -1,0 +1,109 @@
+//! Databases in a container's volumes that mind how the volume moves.
+//!
+//! A tree is copied file by file, and each file gets another inode number. SQLite compares the number with the one that
+//! it saw when it opened the database, and with a rollback journal then refuses to write. A block volume keeps the
+//! numbers. With a write-ahead log SQLite holds a lock on a file that it has mapped, and CRIU restores no lock on such a
+//! file, whatever volume it is on. What is looked for is what is open now: a database that is closed between two uses does
+//! not mind.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use super::describe::WritableVolume;
+
+/// First bytes of a SQLite database, and the length of its header up to the version of its format for writing
+/// (<https://sqlite.org/fileformat.html>, section 1.3).
+const MAGIC: &[u8; 16] = b"SQLite format 3\0";
+const HEADER_BYTES: usize = 19;
+
+/// Open files of one process that are looked at.
+const FILES_MAX: usize = 4096;
+
+/// A warning for each SQLite database that one of these processes has open on a volume where it minds.
+pub(super) fn warnings(pids: &[u32], volumes: &[WritableVolume]) -> Vec<String> {
+    let mut found = BTreeMap::new();
+    for pid in pids {
+        // A process that has ended has nothing open.
+        let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        for file in files.take(FILES_MAX).map(|entry| entry.path()) {
+            // As the container has it: its root is another one.
+            let Ok(path) = fs::read_link(&file) else { continue };
+            let holds = volumes.iter().filter(|volume| path.starts_with(&volume.destination));
+            // Volumes may lie in each other.
+            let Some(volume) = holds.max_by_key(|volume| volume.destination.as_os_str().len())
+            else {
+                continue;
+            };
+            let effect = match (format_for_writing(&file), volume.file_system) {
+                (Some(1), None) => {
+                    "whose files get new inode numbers: with its rollback journal it will refuse to \
+                     write after the move; keep it on a block volume (`godwit volume create --kind block`)"
+                }
+                (Some(2), _) => {
+                    "and the lock of its write-ahead log is not restored: after the move no other process \
+                     may open it while this one has it open, or this one may die"
+                }
+                _ => continue,
+            };
+            let (file, id) = (path.display(), &volume.id);
+            let text = format!("SQLite database {file} is open on volume {id}, {effect}");
+            found.insert(path, text);
+        }
+    }
+    found.into_values().collect()
+}
+
+/// The version of a SQLite database's format for writing: 1 with a rollback journal, 2 with a write-ahead log.
+fn format_for_writing(file: &Path) -> Option<u8> {
+    // What is no regular file might block, or do something when it is opened.
+    fs::metadata(file).ok().filter(fs::Metadata::is_file)?;
+    let file = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(file).ok()?;
+    let mut header = Vec::new();
+    file.take(HEADER_BYTES as u64).read_to_end(&mut header).ok()?;
+    header.strip_prefix(MAGIC).and_then(|rest| rest.get(2)).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use godwit_protos::FileSystem;
+    use std::path::PathBuf;
+
+    /// Method: this process has the files open.
+    #[test]
+    fn an_open_sqlite_database_that_minds_is_named_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = |id: &str, file_system| WritableVolume {
+            id: id.parse().unwrap(),
+            path: PathBuf::from("/nowhere"),
+            file_system,
+            destination: dir.path().join(id),
+        };
+        let volumes = [volume("tree", None), volume("block", Some(FileSystem::Ext4))];
+        let open = |name: &str, bytes: &[u8]| {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, bytes).unwrap();
+            File::open(&path).unwrap()
+        };
+        let header = |version: u8| [&MAGIC[..], &[0x10, 0, version, version]].concat();
+        let _open = [
+            open("tree/rollback.db", &header(1)),
+            open("tree/wal.db", &header(2)),
+            open("tree/short.db", &MAGIC[..]),
+            open("tree/text", b"SQLite"),
+            open("block/rollback.db", &header(1)),
+            open("block/wal.db", &header(2)),
+            open("elsewhere/a.db", &header(1)),
+        ];
+        let found = warnings(&[std::process::id()], &volumes);
+        assert_eq!(found.len(), 3, "{found:#?}");
+        assert!(found[0].contains("block/wal.db") && found[0].contains("lock"), "{}", found[0]);
+        assert!(found[1].contains("tree/rollback.db") && found[1].contains("refuse to write"));
+        assert!(found[2].contains("tree/wal.db") && found[2].contains("lock"));
+        assert_eq!(warnings(&[u32::MAX], &volumes), [""; 0]);
+    }
+}
