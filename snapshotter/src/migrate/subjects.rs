@@ -234,7 +234,7 @@ impl Subjects {
 
 /// Has a mounted file system write to its image what it holds back, so that less is left for after the freeze.
 fn flush(mounted: &Path) {
-    let flushed = File::open(mounted).map(|directory| nix::unistd::syncfs(directory));
+    let flushed = File::open(mounted).map(nix::unistd::syncfs);
     if !matches!(flushed, Ok(Ok(()))) {
         // It is only slower without: the freeze flushes too.
         tracing::info!(path = %mounted.display(), "cannot flush a block volume");
