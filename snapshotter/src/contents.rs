@@ -20,7 +20,7 @@ use crate::store::Lease;
 use crate::volumes::VolumeError;
 
 /// How long a neighbour has to answer a hello.
-const HELLO_MAX: Duration = Duration::from_millis(500);
+pub(crate) const HELLO_MAX: Duration = Duration::from_millis(500);
 
 /// How long what arrives is protected until it is laid out.
 const BRING_MAX: Duration = Duration::from_secs(3600);

@@ -10,23 +10,26 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use godwit_protos::control::{
-    AcquireRequest, AcquireResponse, ClaimRequest, ClaimResponse, Container, Control,
-    CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty, ExportVolumeRequest,
-    ImportVolumeRequest, ListPeersResponse, ListSnapshotsResponse, ListVolumesResponse,
-    MigrateRequest, OwnershipEntry, Peer, PinSnapshotRequest, PlanResponse, Progress,
-    RemoveVolumeRequest, ResolveVolumesRequest, ResolveVolumesResponse, RestoreSnapshotRequest,
-    SettleRequest, Snapshot, StatusResponse, SweepResponse, VerifyVolumeRequest, Volume,
+    AcquireRequest, AcquireResponse, CheckRequest, CheckResponse, ClaimRequest, ClaimResponse,
+    Container, Control, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty,
+    ExportVolumeRequest, ImportVolumeRequest, ListPeersResponse, ListSnapshotsResponse,
+    ListVolumesResponse, MigrateRequest, OwnershipEntry, Peer, PinSnapshotRequest, PlanResponse,
+    Progress, RemoveVolumeRequest, ResolveVolumesRequest, ResolveVolumesResponse,
+    RestoreSnapshotRequest, SettleRequest, Snapshot, StatusResponse, SweepResponse,
+    VerifyVolumeRequest, Volume,
 };
 use godwit_protos::{ContainerRef, FileSystem, MigrateFrom, Subject, VolumeSource, peer};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
+use crate::check;
 use crate::contents;
 use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
 use crate::migrate::{MigrationError, Next, chain, cut, describe, plan, restore, subjects};
 use crate::node::{Node, unix_ms};
 use crate::peer::server::Wanted;
 use crate::peer::{Connection, server};
+use crate::snapshots::Snapshots;
 use crate::store::{SnapshotId, StoreError, Thrift};
 use crate::volumes::{Shape, VolumeError};
 
@@ -37,12 +40,13 @@ const PEER_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Service {
     node: Arc<Node>,
+    snapshots: Arc<Snapshots>,
 }
 
 impl Service {
     /// The service, to be registered with `godwit_protos::control::create_control`.
-    pub fn new(node: Arc<Node>) -> Self {
-        Self { node }
+    pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
+        Self { node, snapshots }
     }
 
     /// Where a migration goes, and what is asked of that node.
@@ -528,6 +532,20 @@ impl Control for Service {
         })
         .await?;
         Ok(Empty::new())
+    }
+
+    async fn check(
+        &self,
+        _context: &TtrpcContext,
+        asked: CheckRequest,
+    ) -> ttrpc::Result<CheckResponse> {
+        let kept = check::Kept::of(&self.node, self.snapshots.clone());
+        let report = check::online(&self.node, kept, asked.repair).await;
+        let report = report.map_err(|error| rpc(Code::INTERNAL, chain(&error)))?;
+        let json = serde_json::to_string(&report);
+        let mut answer = CheckResponse::new();
+        answer.report_json = json.map_err(|error| rpc(Code::INTERNAL, error.to_string()))?;
+        Ok(answer)
     }
 
     async fn sweep(&self, _context: &TtrpcContext, _asked: Empty) -> ttrpc::Result<SweepResponse> {

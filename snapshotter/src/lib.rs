@@ -12,9 +12,11 @@
 //! - [`directory`]: who holds what, asked of the neighbours or of etcd.
 //! - [`migrate`]: the procedure itself, both sides, and the journal of who may run a container.
 //! - [`policy`]: when to capture, where to put copies, what to give up, whom to ask: pure rules.
+//! - [`check`]: whether all of it is what it should be.
 //! - [`control`]: the socket for shims and for `godwit`; [`config`]: the daemon's file.
 
 pub mod caching;
+pub mod check;
 pub mod config;
 pub mod containerd;
 pub mod content;

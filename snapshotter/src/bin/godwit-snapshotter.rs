@@ -58,7 +58,7 @@ async fn run() -> anyhow::Result<()> {
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
     fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700))?;
     let snapshotter_socket = listen(&run_dir.join("snapshotter.sock"))?;
-    let mut control_server = serve_control(&node)?;
+    let mut control_server = serve_control(&node, &snapshots)?;
     control_server.start().await.context("cannot serve the control socket")?;
 
     tokio::spawn(node.clone().follow_containerd());
@@ -123,12 +123,15 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-fn serve_control(node: &Arc<Node>) -> anyhow::Result<ttrpc::asynchronous::Server> {
+fn serve_control(
+    node: &Arc<Node>,
+    snapshots: &Arc<snapshots::Snapshots>,
+) -> anyhow::Result<ttrpc::asynchronous::Server> {
     let path = node.config.run_dir.join("control.sock");
     if path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot replace {}", path.display()))?;
     }
-    let service = Arc::new(control::Service::new(node.clone()));
+    let service = Arc::new(control::Service::new(node.clone(), snapshots.clone()));
     let server = ttrpc::asynchronous::Server::new()
         .bind(&format!("unix://{}", path.display()))
         .with_context(|| format!("cannot listen on {}", path.display()))?

@@ -9,10 +9,13 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use godwit_protos::FileSystem;
 use godwit_protos::control::{
-    Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest,
-    Empty, ExportVolumeRequest, ImportVolumeRequest, MigrateRequest, PinSnapshotRequest, Progress,
-    RemoveVolumeRequest, RestoreSnapshotRequest, Snapshot, VerifyVolumeRequest, Volume,
+    CheckRequest, Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest,
+    DeleteSnapshotRequest, Empty, ExportVolumeRequest, ImportVolumeRequest, MigrateRequest,
+    PinSnapshotRequest, Progress, RemoveVolumeRequest, RestoreSnapshotRequest, Snapshot,
+    VerifyVolumeRequest, Volume,
 };
+use godwit_snapshotter::check;
+use godwit_snapshotter::config::{self, Config};
 use godwit_snapshotter::migrate::plan::Plan;
 use serde_json::json;
 use ttrpc::asynchronous::{Client, ClientStreamReceiver};
@@ -66,7 +69,27 @@ enum Command {
     Watch,
     /// Free what no snapshot, volume or migration needs any more.
     Sweep,
+    /// Read all that is kept here and tell what is damaged: exit code 0 if nothing is, 3 if something is.
+    Check(Check),
 }
+
+#[derive(Args)]
+struct Check {
+    /// Take what is damaged out of the store, and fetch it again from peers.
+    #[arg(long)]
+    repair: bool,
+    /// The daemon's configuration, which says where the state is while no daemon runs.
+    #[arg(long, default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+/// Exit code when damage was found, and is left.
+const DAMAGED: u8 = 3;
+
+/// Damage was found and has been told.
+#[derive(Debug, thiserror::Error)]
+#[error("damage was found")]
+struct DamageFound;
 
 #[derive(Args)]
 struct Migrate {
@@ -228,6 +251,9 @@ async fn main() -> ExitCode {
             if broken == Some(std::io::ErrorKind::BrokenPipe) {
                 return ExitCode::SUCCESS;
             }
+            if error.is::<DamageFound>() {
+                return ExitCode::from(DAMAGED);
+            }
             eprintln!("godwit: {}", words(&error));
             ExitCode::FAILURE
         }
@@ -252,12 +278,23 @@ fn deadline() -> Context {
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let socket = arguments.socket.display();
-    let client = Client::connect(&format!("unix://{socket}")).await.with_context(|| {
+    let client = Client::connect(&format!("unix://{socket}")).await;
+    let out = Out { json: arguments.output == Output::Json };
+    if let (Err(_), Command::Check(asked)) = (&client, &arguments.command) {
+        let config = Config::read(&asked.config)?;
+        return checked(&check::offline(&config, asked.repair)?, &out);
+    }
+    let client = client.with_context(|| {
         format!("no daemon at {socket}; is godwit-snapshotter running, and are you root?")
     })?;
     let client = ControlClient::new(client);
-    let out = Out { json: arguments.output == Output::Json };
     match arguments.command {
+        Command::Check(asked) => {
+            let mut request = CheckRequest::new();
+            request.repair = asked.repair;
+            let json = client.check(deadline(), &request).await?.report_json;
+            checked(&serde_json::from_str(&json).context("the report cannot be read")?, &out)
+        }
         Command::Migrate(asked) => migrate(&client, &arguments.namespace, asked, &out).await,
         Command::Plan(asked) => plan(&client, &arguments.namespace, asked, &out).await,
         Command::Snapshot(command) => snapshot(&client, &arguments.namespace, command, &out).await,
@@ -280,6 +317,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             )
         }
     }
+}
+
+fn checked(report: &check::Report, out: &Out) -> anyhow::Result<()> {
+    out.raw(&serde_json::to_string(report)?, &report.to_string())?;
+    if report.is_whole() { Ok(()) } else { Err(DamageFound.into()) }
 }
 
 fn container(namespace: &str, id: String) -> Container {

@@ -7,6 +7,7 @@
 //! nothing was released. Whatever else happens is journalled first, and the fence removed then. On open: a fence is written for
 //! each `Released` entry and removed where there is none, so a crash between the two heals.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -65,8 +66,21 @@ pub struct VolumeEntry {
 /// Why the journal could not be read or written. The daemon must not act on what it wanted to journal.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
+    /// There is none, or an empty one, beside what only a journal explains.
+    #[error(
+        "journal {} is missing or empty, but there is {}: restore the journal. Without it nobody knows which containers \
+         and volumes belong to other nodes", path.display(), beside.display()
+    )]
+    Missing {
+        /// Where it should be.
+        path: PathBuf,
+        /// A fence, or a volume.
+        beside: PathBuf,
+    },
     /// The database refused.
-    #[error("journal {} failed; check the disk, the file is not touched", path.display())]
+    #[error(
+        "journal {} failed; check the disk, and restore the journal if it is damaged: nothing was touched", path.display()
+    )]
     Database {
         /// The file.
         path: PathBuf,
@@ -115,12 +129,22 @@ pub struct Journal {
 impl Journal {
     /// Opens or creates the journal at `path`, with the fences below `fences`.
     ///
+    /// On open: a journal that is missing or empty while there are fences or volumes is an error, as an empty one would
+    /// undo the fences of containers that run elsewhere. Each released container gets its fence, and no other has one.
+    ///
     /// Errors: [`JournalError`], also when another daemon has it open.
     pub fn open(path: &Path, fences: &Path) -> Result<Self, JournalError> {
         let failed = |source: redb::Error| JournalError::Database {
             path: path.to_owned(),
             source: Box::new(source),
         };
+        if fs::metadata(path).map_or(true, |found| found.len() == 0) {
+            let volumes = path.with_file_name("volumes");
+            let mut beside = files_below(fences).into_iter().chain(files_below(&volumes));
+            if let Some(beside) = beside.next() {
+                return Err(JournalError::Missing { path: path.to_owned(), beside });
+            }
+        }
         let database = Database::create(path).map_err(|error| failed(error.into()))?;
         let journal =
             Self { database: Arc::new(database), path: path.to_owned(), fences: fences.to_owned() };
@@ -336,17 +360,16 @@ impl Journal {
             move |source| JournalError::Fence { path, source }
         };
         fs::create_dir_all(&self.fences).map_err(failed(&self.fences))?;
-        for namespace in fs::read_dir(&self.fences).map_err(failed(&self.fences))? {
-            let namespace = namespace.map_err(failed(&self.fences))?.path();
-            for fence in fs::read_dir(&namespace).map_err(failed(&namespace))? {
-                let fence = fence.map_err(failed(&namespace))?.path();
-                fs::remove_file(&fence).map_err(failed(&fence))?;
-            }
-        }
+        // At no moment is a released container without its fence: its shim looks whether we run or not.
+        let mut wanted = HashSet::new();
         for (container, entry) in self.containers()? {
             if matches!(entry.ownership, Ownership::Released(..)) {
                 self.set_fence(&container, &entry.ownership)?;
+                wanted.insert(self.fence(&container));
             }
+        }
+        for other in files_below(&self.fences).into_iter().filter(|path| !wanted.contains(path)) {
+            fs::remove_file(&other).map_err(failed(&other))?;
         }
         Ok(())
     }
@@ -364,6 +387,15 @@ impl Entry {
     pub fn epoch(&self) -> Epoch {
         self.ownership.epoch()
     }
+}
+
+/// What lies in the directories of `directory`; nothing if it cannot be listed.
+fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let list = |path: &Path| {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    list(directory).iter().flat_map(|inner| list(inner)).collect()
 }
 
 fn parse<T: serde::de::DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, JournalError> {
@@ -447,6 +479,32 @@ mod tests {
         assert!(!entry.has_spent(from));
         journal.mark_resumed(&container()).unwrap();
         assert!(journal.container(&container()).unwrap().unwrap().has_spent(from));
+    }
+
+    /// Method: the file is deleted, or emptied, beside a fence, and beside a volume.
+    #[test]
+    fn a_journal_that_is_gone_undoes_no_fence_and_forgets_no_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = |beside: &Path| {
+            for is_empty in [false, true] {
+                let path = dir.path().join("node.redb");
+                if is_empty {
+                    fs::write(&path, "").unwrap();
+                }
+                let opened = Journal::open(&path, &dir.path().join("fences"));
+                let found = matches!(opened, Err(JournalError::Missing { beside: found, .. }) if found == beside);
+                assert!(found && beside.exists(), "{}", beside.display());
+                let _ = fs::remove_file(path);
+            }
+        };
+        for beside in ["fences/default/cache", "volumes/data/data"] {
+            let beside = dir.path().join(beside);
+            fs::create_dir_all(beside.parent().unwrap()).unwrap();
+            fs::write(&beside, "moved to b, epoch 1").unwrap();
+            refused(&beside);
+            fs::remove_file(&beside).unwrap();
+        }
+        open(dir.path());
     }
 
     #[test]

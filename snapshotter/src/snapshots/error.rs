@@ -18,7 +18,10 @@ pub enum OpenError {
     #[error("snapshots exist, but their database {0} does not: restore it or remove them")]
     MetadataMissing(PathBuf),
     /// The database cannot be read; it is never emptied.
-    #[error("database of snapshots {path} cannot be opened")]
+    #[error(
+        "database of snapshots {path} cannot be opened and was left as it is; check the disk, and if the file is damaged, \
+         restore it, or remove its directory with all layers and then their containers and images, and pull again"
+    )]
     Database {
         /// The file.
         path: PathBuf,

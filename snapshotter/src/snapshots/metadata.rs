@@ -15,7 +15,7 @@
 //! of another format, and a missing one beside snapshots that exist are errors and nothing is
 //! touched: the directories hold containers' data.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use std::{fs, io};
@@ -200,6 +200,11 @@ fn chain_in(
     Ok(Chain { row, parents })
 }
 
+/// Every parent with every child.
+fn links(rows: &BTreeMap<String, Row>) -> BTreeSet<(String, String)> {
+    rows.iter().filter_map(|(name, row)| Some((row.parent.clone()?, name.clone()))).collect()
+}
+
 impl Change {
     fn get(&self, key: &str) -> Result<Option<Row>, SnapshotError> {
         let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
@@ -347,6 +352,54 @@ impl Change {
         Ok(numbers)
     }
 
+    /// How many snapshots there are, and in what the tables contradict themselves, each in words.
+    pub(super) fn contradictions(&self) -> Result<(u64, Vec<String>), SnapshotError> {
+        let mut rows = BTreeMap::new();
+        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        let mut found = Vec::new();
+        for entry in table.iter().map_err(database)? {
+            let (name, row) = entry.map_err(database)?;
+            match decode(name.value(), row.value()) {
+                Ok(row) => drop(rows.insert(name.value().to_owned(), row)),
+                Err(error) => found.push(error.to_string()),
+            }
+        }
+        for (name, row) in &rows {
+            let Some(parent) = &row.parent else { continue };
+            match rows.get(parent) {
+                Some(above) if above.kind == Kind::Committed && above.number < row.number => {}
+                Some(_) => found.push(format!("snapshot {name:?} cannot have parent {parent:?}")),
+                None => found.push(format!("snapshot {name:?} has lost its parent {parent:?}")),
+            }
+        }
+        let children = self.txn.open_table(CHILDREN).map_err(database)?;
+        let mut linked = BTreeSet::new();
+        for entry in children.iter().map_err(database)? {
+            let (key, _nothing) = entry.map_err(database)?;
+            let (parent, child) = key.value();
+            linked.insert((parent.to_owned(), child.to_owned()));
+        }
+        if linked != links(&rows) {
+            found.push("the table of children is not that of the snapshots".to_owned());
+        }
+        Ok((rows.len() as u64, found))
+    }
+
+    /// Makes the table of children anew from the snapshots.
+    pub(super) fn relink(&self) -> Result<(), SnapshotError> {
+        let mut rows = BTreeMap::new();
+        for entry in self.txn.open_table(SNAPSHOTS).map_err(database)?.iter().map_err(database)? {
+            let (name, row) = entry.map_err(database)?;
+            rows.insert(name.value().to_owned(), decode(name.value(), row.value())?);
+        }
+        let mut children = self.txn.open_table(CHILDREN).map_err(database)?;
+        children.retain(|_, ()| false).map_err(database)?;
+        for (parent, child) in links(&rows) {
+            children.insert((parent.as_str(), child.as_str()), ()).map_err(database)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn commit(self) -> Result<(), SnapshotError> {
         self.txn.commit().map_err(database)
     }
@@ -397,6 +450,33 @@ mod tests {
         change.add(Kind::View, "child", Some("ab"), BTreeMap::new(), 0).unwrap();
         assert!(matches!(change.remove("ab"), Err(SnapshotError::HasChildren(_))));
         change.remove("a").unwrap();
+    }
+
+    #[test]
+    fn contradictions_are_found_and_children_linked_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let metadata = Metadata::open(&path_in(dir.path()), true).unwrap();
+        let change = metadata.begin().unwrap();
+        let base = change.add(Kind::Active, "work", None, BTreeMap::new(), 0).unwrap();
+        let active = ("work", base.row.number);
+        change.commit_active("base", active, BTreeMap::new(), Usage::default()).unwrap();
+        let row = change.add(Kind::View, "view", Some("base"), BTreeMap::new(), 0).unwrap().row;
+        assert_eq!(change.contradictions().unwrap(), (2, vec![]));
+
+        change.txn.open_table(CHILDREN).unwrap().remove(("base", "view")).unwrap();
+        let (_, found) = change.contradictions().unwrap();
+        assert_eq!(found, ["the table of children is not that of the snapshots"]);
+        change.relink().unwrap();
+        assert_eq!(change.contradictions().unwrap(), (2, vec![]));
+
+        let lost = Row { parent: Some("gone".to_owned()), ..row.clone() };
+        change.put("lost", &lost).unwrap();
+        change.put("odd", &Row { parent: Some("view".to_owned()), ..row }).unwrap();
+        change.txn.open_table(SNAPSHOTS).unwrap().insert("bad", b"{".as_slice()).unwrap();
+        change.link(Some("gone"), "lost").unwrap();
+        change.link(Some("view"), "odd").unwrap();
+        let (count, found) = change.contradictions().unwrap();
+        assert_eq!((count, found.len()), (4, 3), "{found:?}");
     }
 
     #[test]

@@ -363,6 +363,32 @@ impl Snapshots {
         Ok(())
     }
 
+    /// How many snapshots there are, and what is wrong with them, each in words that say what to do. Changes nothing.
+    pub fn check(&self) -> Result<(u64, Vec<String>), SnapshotError> {
+        // Inside a change no snapshot is half added.
+        let change = self.metadata.begin()?;
+        let (count, mut found) = change.contradictions()?;
+        // Rows that cannot be read were found above.
+        for number in change.numbers().unwrap_or_default() {
+            let upper = self.upper(number);
+            if !upper.is_dir() {
+                found.push(format!(
+                    "directory {} of a snapshot is missing: remove the containers and images that use it, and pull again",
+                    upper.display()
+                ));
+            }
+        }
+        Ok((count, found))
+    }
+
+    /// Mends of [`Self::check`] what can be mended without losing anything.
+    pub fn mend(&self) -> Result<(), SnapshotError> {
+        let change = self.metadata.begin()?;
+        change.relink()?;
+        change.commit()?;
+        self.cleanup()
+    }
+
     fn orphans(&self, change: &Change) -> Result<Vec<PathBuf>, SnapshotError> {
         let named: HashSet<u64> = change.numbers()?.into_iter().collect();
         let found = tree_names(&self.trees).map_err(|source| SnapshotError::Io {

@@ -93,7 +93,10 @@ pub enum OpenError {
     )]
     IndexMissing(PathBuf),
     /// The index cannot be opened.
-    #[error("open index {path}")]
+    #[error(
+        "index {path} of the store cannot be opened and was left as it is; check the disk, and if the file is damaged, \
+         restore it, or remove the directory: it holds cached snapshots and copies of volumes, no volume itself"
+    )]
     Index {
         /// Path of `index.redb`.
         path: PathBuf,

@@ -22,7 +22,7 @@
 //! one of another version, are not opened at all.
 //!
 //! **Reading.** A record says what it is, so a wrong pointer is noticed at once; content is hashed
-//! by [`Store::verify`]. What turns out damaged is quarantined: it leaves the index, so that a
+//! by [`Store::verify`], and of all objects by [`Store::examine`]. What turns out damaged is quarantined: it leaves the index, so that a
 //! neighbour's copy can be stored in its place.
 //!
 //! **Forgetting.** [`Store::sweep`] marks from the snapshots and removes the rest, but only while
@@ -32,6 +32,7 @@
 
 mod encoding;
 mod error;
+mod examine;
 mod index;
 mod lease;
 mod pack;
@@ -57,6 +58,7 @@ use tokio::sync::watch;
 use encoding::Decoder;
 pub use encoding::{Encoding, decode};
 pub use error::{Mismatch, OpenError, StoreError};
+pub use examine::{Damaged, Examined};
 use index::{Index, Location};
 pub use lease::Lease;
 use lease::Leases;

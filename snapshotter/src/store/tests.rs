@@ -455,6 +455,44 @@ fn a_damaged_object_is_quarantined_and_can_be_stored_again() {
     assert!(all_whole(&store, &digests));
 }
 
+/// Method: content, an entry that points elsewhere, one that makes no sense, and a pack that is gone.
+#[test]
+fn examining_finds_every_damage_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let digests = put_all(&store, &[page(1), page(2), page(3), page(4)]);
+    let whole = store.examine().unwrap();
+    assert_eq!((whole.objects, whole.damaged.len()), (4, 0));
+    assert_eq!(whole.bytes, 4 * (4096 + pack::RECORD_BYTES as u64));
+
+    damage_object(&store, dir.path(), &digests[0]);
+    let write = store.inner.index.begin_write().unwrap();
+    {
+        let mut objects = write.open_table(index::OBJECTS).unwrap();
+        let other = *objects.get(digests[3].as_bytes()).unwrap().unwrap().value();
+        objects.insert(digests[1].as_bytes(), &other).unwrap();
+        objects.insert(digests[2].as_bytes(), &[0xff; 17]).unwrap();
+    }
+    index::commit_visible(write).unwrap();
+    let found = store.examine().unwrap();
+    let whys: HashMap<Digest, Mismatch> =
+        found.damaged.iter().map(|one| (one.digest, one.why)).collect();
+    let expected = [Mismatch::Content, Mismatch::Header, Mismatch::Entry];
+    assert_eq!(whys, digests.iter().copied().zip(expected).collect());
+    assert_eq!(store.examine().unwrap(), found);
+    assert!(store.quarantined().unwrap().is_empty());
+
+    store.sync().unwrap();
+    let copy = copy_dir(dir.path());
+    let gone = open(copy.path());
+    std::fs::remove_file(copy.path().join(PACKS_DIR).join("1.pack")).unwrap();
+    assert!(gone.examine().unwrap().damaged.iter().any(|one| one.why == Mismatch::Gone));
+    for damaged in &found.damaged {
+        assert!(matches!(store.verify(&damaged.digest), Err(StoreError::Corrupt { .. })));
+    }
+    assert_eq!(store.examine().unwrap().damaged, []);
+}
+
 #[test]
 fn an_index_entry_that_points_elsewhere_is_noticed_without_hashing() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,191 @@
+//! `godwit check`: damage is found, whether the daemon runs or not, and repaired from a neighbour that has what is lost.
+
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use godwit_tests::command::wait_until;
+use godwit_tests::images::{self, Image};
+use godwit_tests::workload::{self, memhog};
+use godwit_tests::{Bed, BedOptions, Node};
+use serde_json::Value;
+
+const STATE: &str = "/var/lib/godwit";
+const SOON: Duration = Duration::from_secs(20);
+/// Of a pack and of a record (docs/formats.md, "The store").
+const PACK_HEADER: u64 = 24;
+const RECORD_HEADER: u64 = 44;
+
+/// Exit code and report.
+fn check(node: &Node, words: &[&str]) -> Result<(i32, Value)> {
+    let done = node.run(&[&["godwit", "--output", "json", "check"], words].concat())?;
+    let report = serde_json::from_str(&done.stdout).with_context(|| done.to_string())?;
+    Ok((done.code, report))
+}
+
+fn len(report: &Value, field: &str) -> usize {
+    report[field].as_array().map_or(usize::MAX, Vec::len)
+}
+
+/// Flips one bit of an object that something hangs on, in the first pack. Returns what checking then says.
+fn flip_a_byte(node: &Node) -> Result<Value> {
+    let packs = node.path(STATE).join("store/packs");
+    let mut names: Vec<_> = fs::read_dir(&packs)?.collect::<Result<_, _>>()?;
+    names.sort_by_key(fs::DirEntry::file_name);
+    for pack in names {
+        let file = fs::File::options().read(true).write(true).open(pack.path())?;
+        let mut at = PACK_HEADER;
+        let mut header = [0; 4];
+        // Tens of records, of thousands.
+        for _ in 0..64 {
+            if file.read_exact_at(&mut header, at).is_err() {
+                break;
+            }
+            let end = at + RECORD_HEADER + u64::from(u32::from_le_bytes(header));
+            flip(&file, end - 1)?;
+            let (code, report) = check(node, &[])?;
+            if len(&report, "lost") > 0 {
+                ensure!(code == 3, "exit code {code}: {report}");
+                return Ok(report);
+            }
+            // Nothing needs it any more.
+            flip(&file, end - 1)?;
+            at = end;
+        }
+    }
+    anyhow::bail!("no object is in use")
+}
+
+fn flip(file: &fs::File, at: u64) -> Result<()> {
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at)?;
+    Ok(file.write_all_at(&[byte[0] ^ 1], at)?)
+}
+
+/// Method: a container moves, so that both nodes keep the same snapshots of it; then bytes of one node's packs change.
+#[test]
+fn what_is_damaged_is_found_and_fetched_again_from_a_neighbour() -> Result<()> {
+    let name = "checked";
+    let bed = Bed::start(&BedOptions::nodes(2))?;
+    let [a, b] = [0, 1].map(|index| bed.node(index));
+    images::import(a, Image::Memhog, "godwit")?;
+    workload::networks(&bed, name, 0)?;
+    a.ok(&["godwit", "volume", "create", name])?;
+    memhog(name, name, 8, 1).start(a)?;
+    workload::migrated(b, name, a, b, &[])?;
+    wait_until("both keep what moved", SOON, || {
+        let keeps = |node: &Node| {
+            Ok::<_, anyhow::Error>(node.ok(&["godwit", "snapshot", "list"])?.contains("memory|"))
+        };
+        Ok(keeps(a)? && keeps(b)?)
+    })?;
+    let (code, report) = check(b, &[])?;
+    ensure!(code == 0 && report["objects"].as_u64() > Some(100), "exit code {code}: {report}");
+    ensure!(report["layers"].as_u64() > Some(0), "{report}");
+
+    a_flipped_byte_is_found_and_mended(b)?;
+    without_a_neighbour_it_is_told_what_is_lost(a, b)?;
+    a_laid_out_volume_mends_the_store(a, b)?;
+    a_damaged_database_is_told_and_left_alone(b)?;
+    ensure!(check(b, &[])?.0 == 0);
+    workload_goes_on(b, name)
+}
+
+fn a_flipped_byte_is_found_and_mended(node: &Node) -> Result<()> {
+    let found = flip_a_byte(node)?;
+    ensure!(len(&found, "damaged") == 1 && len(&found, "findings") == 0, "{found}");
+    ensure!(check(node, &[])?.1 == found, "looking has changed something");
+    node.stop_daemon()?;
+    let offline = check(node, &[]);
+    node.start_daemon()?;
+    let (code, offline) = offline?;
+    ensure!(code == 3 && offline["damaged"] == found["damaged"], "{code}: {offline}");
+    ensure!(offline["lost"] == found["lost"], "{offline}");
+
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0 && report["quarantined"] == 1, "{code}: {report}");
+    ensure!(report["fetched"].as_u64() >= Some(1), "{report}");
+    let (code, report) = check(node, &[])?;
+    ensure!(code == 0 && report["objects"] == found["objects"], "{code}: {report}");
+    Ok(())
+}
+
+fn without_a_neighbour_it_is_told_what_is_lost(neighbour: &Node, node: &Node) -> Result<()> {
+    neighbour.stop_daemon()?;
+    flip_a_byte(node)?;
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 3 && report["quarantined"] == 1 && report["fetched"] == 0, "{code}: {report}");
+    ensure!(len(&report, "damaged") == 0 && len(&report, "lost") > 0, "{report}");
+    let lost = &report["lost"][0];
+    ensure!(lost["name"].as_str().is_some_and(|name| name.contains(" of ")), "{report}");
+    ensure!(lost["advice"].as_str().is_some_and(|text| text.contains("snapshot delete")), "{lost}");
+    let said = node.run(&["godwit", "check"])?;
+    ensure!(said.code == 3 && said.stdout.contains("lost: "), "{said}");
+    // It is not given up: once a neighbour is there, it comes back.
+    neighbour.start_daemon()?;
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0 && report["fetched"].as_u64() >= Some(1), "{code}: {report}");
+    Ok(())
+}
+
+/// Method: only the volume's chunk is damaged, and nobody else has it.
+fn a_laid_out_volume_mends_the_store(neighbour: &Node, node: &Node) -> Result<()> {
+    neighbour.stop_daemon()?;
+    node.sh("mkdir /tmp/content; head -c 300000 /dev/urandom > /tmp/content/file")?;
+    let digest = node.ok(&["godwit", "volume", "import", "/tmp/content"])?;
+    let text = fs::read(node.path("/tmp/content/file"))?;
+    let packs = node.path(STATE).join("store/packs");
+    for pack in fs::read_dir(packs)? {
+        let path = pack?.path();
+        let bytes = fs::read(&path)?;
+        let Some(at) = bytes.windows(64).position(|some| some == &text[..64]) else { continue };
+        flip(&fs::File::options().read(true).write(true).open(&path)?, at as u64)?;
+    }
+    let (code, report) = check(node, &[])?;
+    ensure!(code == 3 && len(&report, "damaged") == 1 && len(&report, "lost") == 1, "{report}");
+    ensure!(report["lost"][0]["name"] == format!("volume {}", digest.trim()), "{report}");
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0 && report["quarantined"] == 1 && report["fetched"] == 0, "{code}: {report}");
+    // What is laid out changes, and the store is whole.
+    let laid_out =
+        Path::new(STATE).join("content").join(digest.trim().trim_start_matches("sha256:"));
+    fs::write(node.path(laid_out.join("file")), "other")?;
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 3 && len(&report, "findings") == 1, "{code}: {report}");
+    node.ok(&["godwit", "volume", "rm", digest.trim()])?;
+    neighbour.start_daemon()
+}
+
+fn a_damaged_database_is_told_and_left_alone(node: &Node) -> Result<()> {
+    node.stop_daemon()?;
+    for database in ["snapshots/metadata.redb", "store/index.redb", "node.redb"] {
+        let path = node.path(STATE).join(database);
+        let whole = fs::read(&path)?;
+        // Nothing at all, which must not be taken for a state that was never used; and noise.
+        let mut noise = whole.clone();
+        noise[..4096].fill(0x5a);
+        for damaged in [&b""[..], &noise] {
+            fs::write(&path, damaged)?;
+            let (code, report) = check(node, &[])?;
+            let finding = report["findings"][0].as_str().unwrap_or_default();
+            ensure!(code == 3 && finding.contains(STATE), "{database}: {code}: {report}");
+            ensure!(finding.contains("restore"), "what to do is not said: {finding}");
+            let refused = node.run(&["godwit-snapshotter"])?;
+            ensure!(!refused.succeeded() && refused.stderr.contains("restore"), "{refused}");
+            ensure!(fs::read(&path)? == damaged, "{database} was changed");
+        }
+        fs::write(&path, whole)?;
+    }
+    node.start_daemon()
+}
+
+fn workload_goes_on(node: &Node, name: &str) -> Result<()> {
+    let tasks = node.ok(&["ctr", "task", "ls"])?;
+    ensure!(
+        tasks.lines().any(|line| line.starts_with(name) && line.contains("RUNNING")),
+        "{tasks}"
+    );
+    Ok(())
+}
