@@ -33,6 +33,8 @@ pub mod annotation {
     pub const SERVICE: &str = "godwit.io/service";
     /// Name of the user for looking up cached memory; the container's id by default.
     pub const USER: &str = "godwit.io/user";
+    /// What the settings of CRIU begin with; docs/shim.md lists them.
+    pub const CRIU_PREFIX: &str = "godwit.io/criu.";
 }
 
 /// Paths that shim, daemon and command line must agree on without asking each other.

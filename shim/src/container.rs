@@ -28,6 +28,7 @@ use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::criu::Settings;
 use crate::error::TaskError;
 use crate::process::{Phase, Process};
 use crate::publisher::Publisher;
@@ -84,6 +85,7 @@ pub(crate) struct Container {
     pub(crate) own_pid_namespace: bool,
     /// The user's own CRIU configuration file.
     pub(crate) user_criu_config: Option<PathBuf>,
+    pub(crate) criu_settings: Settings,
     pub(crate) init: Arc<Process>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) operation: tokio::sync::Mutex<()>,
@@ -111,6 +113,7 @@ pub(crate) struct Parts {
     pub(crate) origin: Origin,
     pub(crate) own_pid_namespace: bool,
     pub(crate) user_criu_config: Option<PathBuf>,
+    pub(crate) criu_settings: Settings,
     pub(crate) stdio: Stdio,
 }
 
@@ -128,6 +131,7 @@ impl Container {
             origin: parts.origin,
             own_pid_namespace: parts.own_pid_namespace,
             user_criu_config: parts.user_criu_config,
+            criu_settings: parts.criu_settings,
             init: Arc::new(Process::new("", parts.stdio)),
             shared,
             operation: tokio::sync::Mutex::default(),

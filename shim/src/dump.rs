@@ -75,7 +75,15 @@ impl Container {
             flags.extend(["--manage-cgroups-mode", &options.cgroups_mode]);
         }
         let connections = if options.open_tcp { Connections::Keep } else { Connections::Refuse };
+        let execs = self.running_execs().join(", ");
         self.dump_with(Dump { image_path, work_path: &work_path, connections, flags }).await?;
+        if !execs.is_empty() {
+            // No children of the init process, so CRIU passes them over without a word.
+            tracing::warn!(
+                "{}: added processes are not part of the checkpoint: {execs}",
+                self.name
+            );
+        }
         if options.open_tcp {
             criu::note_open_tcp(image_path).map_err(TaskError::io("checkpoint directory"))?;
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use containerd_shim::protos::ttrpc::{self, Code};
 use godwit_protos::ParseNameError;
 
+use crate::criu::SettingError;
 use crate::daemon::DaemonError;
 use crate::options::OptionsError;
 use crate::rootfs::RootfsError;
@@ -58,6 +59,8 @@ pub(crate) enum TaskError {
          for ever: send them SIGCONT first"
     )]
     StoppedBySignal { container: String, pids: Vec<u32> },
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     #[error("container {container} runs under crun: checkpoint, restore and migration need runc")]
     NeedsRunc { container: String },
     #[error("dump of container {container} failed: {reason} (log: {log})")]
@@ -83,7 +86,9 @@ impl TaskError {
         match self {
             Self::NoContainer(_) | Self::NoExec { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
-            Self::Name(_) | Self::Invalid(_) | Self::Options(_) => Code::INVALID_ARGUMENT,
+            Self::Name(_) | Self::Invalid(_) | Self::Options(_) | Self::Setting(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Spec(SpecError::Volume { .. } | SpecError::Process(_)) => Code::INVALID_ARGUMENT,
             Self::Phase { .. }
             | Self::Fenced { .. }

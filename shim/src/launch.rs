@@ -403,14 +403,14 @@ impl Container {
         let files_are_frozen = self.is_handed_off.load(Ordering::SeqCst)
             && !rootfs::mounts_below(&volumes::directory(&self.name))?.is_empty();
         let config = criu::Config {
+            settings: self.criu_settings.clone(),
             connections,
             action_script,
             files_are_frozen,
             user_file: self.user_criu_config.as_deref(),
             version: criu::version(&self.shared.reaper).await,
         };
-        let written = config.write(&self.bundle);
-        written.map_err(TaskError::io("CRIU configuration file"))?;
+        config.write(&self.bundle)?;
         if action_script.is_some() && self.user_criu_config.is_some() {
             self.annotate_criu_config()?;
         }

@@ -77,6 +77,15 @@ impl Spec {
         self.root.get("annotations")?.get(key)?.as_str()
     }
 
+    /// All annotations that are text.
+    pub(crate) fn annotations(&self) -> impl Iterator<Item = (&str, &str)> {
+        let annotations = self.root.get("annotations").and_then(Value::as_object);
+        annotations
+            .into_iter()
+            .flatten()
+            .filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
+    }
+
     /// Sets an annotation.
     pub(crate) fn annotate(&mut self, key: &str, value: &str) {
         let Some(root) = self.root.as_object_mut() else { return };

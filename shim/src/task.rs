@@ -25,7 +25,7 @@ use containerd_shim::{TtrpcContext, TtrpcResult};
 use godwit_protos::{ContainerRef, annotation, path};
 
 use crate::container::{Container, Origin, Parts, Shared, timestamp};
-use crate::criu;
+use crate::criu::{self, SettingError, Settings};
 use crate::error::TaskError;
 use crate::launch;
 use crate::options;
@@ -98,6 +98,10 @@ impl TaskService {
         let mut spec = Spec::load(&bundle)?;
         let origin = origin_of(request, &options, &spec, &bundle)?;
         let user_criu_config = spec.annotation(CRIU_CONFIG).map(PathBuf::from);
+        let criu_settings = Settings::of(spec.annotations())?;
+        if user_criu_config.is_some() && criu_settings != Settings::default() {
+            return Err(SettingError::OwnFile.into());
+        }
 
         let address_file = bundle.join(path::SHIM_ADDRESS_FILE);
         std::fs::write(address_file, &self.address).map_err(TaskError::io("address file"))?;
@@ -111,8 +115,8 @@ impl TaskService {
             let config = bundle.join(criu::CONFIG_FILE);
             spec.annotate(CRIU_CONFIG, &config.display().to_string());
             // Whoever drives the runtime past this shim finds a file there.
-            let written = criu::Config::default().write(&bundle);
-            written.map_err(TaskError::io("CRIU configuration file"))?;
+            let settings = criu_settings.clone();
+            criu::Config { settings, ..Default::default() }.write(&bundle)?;
             changed = true;
         }
         if changed {
@@ -130,6 +134,7 @@ impl TaskService {
             origin,
             own_pid_namespace,
             user_criu_config,
+            criu_settings,
             stdio,
         };
         let container = Arc::new(Container::new(parts, shared));

@@ -36,6 +36,8 @@ macro_rules! with_both_runtimes {
 
 #[path = "shim/calls.rs"]
 mod calls;
+#[path = "shim/checkpoints.rs"]
+mod checkpoints;
 #[path = "shim/options.rs"]
 mod options;
 #[path = "shim/streams.rs"]

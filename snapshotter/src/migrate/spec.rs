@@ -203,8 +203,11 @@ fn is_named_netns(path: &Path) -> bool {
 
 fn annotations(from: &Spec, wanted: &Wanted<'_>) -> std::collections::HashMap<String, String> {
     let kept = from.annotations().clone().unwrap_or_default().into_iter();
-    let identity = [annotation::SERVICE, annotation::USER];
-    let ours = |key: &str| key.starts_with("godwit.io/") && !identity.contains(&key);
+    let is_kept = |key: &str| {
+        [annotation::SERVICE, annotation::USER].contains(&key)
+            || key.starts_with(annotation::CRIU_PREFIX)
+    };
+    let ours = |key: &str| key.starts_with("godwit.io/") && !is_kept(key);
     let mut fresh: std::collections::HashMap<String, String> =
         kept.filter(|(key, _)| !ours(key) && !key.starts_with("org.criu.")).collect();
     fresh.extend(wanted.annotations.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
@@ -282,7 +285,8 @@ mod tests {
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/data", "type": "godwit", "source": "redis-data", "options": ["rw"]},
             ],
-            "annotations": {"godwit.io/user": "anna", "godwit.io/mode": "x", "org.criu.config": "/evil"},
+            "annotations": {"godwit.io/user": "anna", "godwit.io/mode": "x", "godwit.io/criu.link-remap": "no",
+                "org.criu.config": "/evil"},
             "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network", "path": "/run/netns/r"}, {"type": "ipc"}, {"type": "uts"}]},
         })
     }
@@ -306,6 +310,8 @@ mod tests {
         assert_eq!(annotations.get(annotation::MIGRATE_FROM).unwrap(), "edge-a/default/cache");
         assert_eq!(annotations.get(annotation::MODE).unwrap(), "traditional");
         assert_eq!(annotations.get(annotation::USER).unwrap(), "anna");
+        // The shim checks its value again.
+        assert_eq!(annotations.get("godwit.io/criu.link-remap").unwrap(), "no");
         assert!(!annotations.contains_key("org.criu.config"));
     }
 
