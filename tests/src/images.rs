@@ -186,9 +186,9 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
         Image::Busybox | Image::Pause => return Ok(layers),
         Image::Bulk | Image::Files => {
             if image == Image::Bulk {
-                stage_bulk(&own)?
+                stage_bulk(&own)?;
             } else {
-                stage_files(&own)?
+                stage_files(&own)?;
             }
             layers.push(Layer { tree: own, gzip: false });
             return Ok(layers);

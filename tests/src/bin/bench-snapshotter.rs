@@ -131,13 +131,7 @@ async fn live(mut client: SnapshotsClient<Channel>, snapshotter: &str) -> Result
             labels: labels.clone(),
         };
         client.prepare(named(prepare)).await?;
-        let commit = CommitSnapshotRequest {
-            snapshotter,
-            key,
-            name: name(layer),
-            labels,
-            ..CommitSnapshotRequest::default()
-        };
+        let commit = CommitSnapshotRequest { snapshotter, key, name: name(layer), labels };
         client.commit(named(commit)).await?;
     }
     for layer in (1..=LAYERS).rev() {
