@@ -45,14 +45,10 @@ pub enum Image {
     Jvm,
     /// What holds a pod's namespaces, and reaps what lost its parent. One layer, busybox's.
     Pause,
-    /// Busybox and one layer of [`BULK_BYTES`] that nothing compresses.
-    Bulk,
     /// Busybox and one layer of [`FILES`] small files.
     Files,
 }
 
-/// Size of the large layer, in bytes.
-pub const BULK_BYTES: usize = 200 << 20;
 /// How many small files; each has up to two KiB, and a hundred share a directory.
 pub const FILES: usize = 20_000;
 
@@ -70,7 +66,6 @@ impl Image {
             Self::Sqlite => "docker.io/library/sqlite:test",
             Self::Jvm => "docker.io/library/ledger:test",
             Self::Pause => "localhost/pause:test",
-            Self::Bulk => "docker.io/library/bulk:test",
             Self::Files => "docker.io/library/files:test",
         }
     }
@@ -84,14 +79,13 @@ impl Image {
             Self::Sqlite => "sqlite",
             Self::Jvm => "ledger",
             Self::Pause => "pause",
-            Self::Bulk => "bulk",
             Self::Files => "files",
         }
     }
 
     fn configuration(self) -> Configuration<'static> {
         let (command, working_directory): (&[&str], _) = match self {
-            Self::Busybox | Self::Sqlite | Self::Bulk | Self::Files => (&["/bin/sh"], "/"),
+            Self::Busybox | Self::Sqlite | Self::Files => (&["/bin/sh"], "/"),
             Self::Redis => (
                 &["redis-server", "--protected-mode", "no", "--save", "", "--dir", "/data"],
                 "/data",
@@ -164,7 +158,7 @@ fn key(image: Image, root: &Root) -> Result<String> {
     let root = root.path().file_name().unwrap_or_default().display();
     let mut text = format!("{RECIPE} {root}").into_bytes();
     match image {
-        Image::Busybox | Image::Redis | Image::Sqlite | Image::Bulk | Image::Files => {}
+        Image::Busybox | Image::Redis | Image::Sqlite | Image::Files => {}
         Image::Memhog => {
             need::binaries(&["memhog"])?;
             text.extend(fs::read(place::binary("memhog"))?);
@@ -184,12 +178,8 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
     fs::create_dir_all(own.join("usr/bin"))?;
     let programs = match image {
         Image::Busybox | Image::Pause => return Ok(layers),
-        Image::Bulk | Image::Files => {
-            if image == Image::Bulk {
-                stage_bulk(&own)?;
-            } else {
-                stage_files(&own)?;
-            }
+        Image::Files => {
+            stage_files(&own)?;
             layers.push(Layer { tree: own, gzip: false });
             return Ok(layers);
         }
@@ -275,13 +265,6 @@ fn stage_jvm(root: &Root, own: &Path, app: &Path) -> Result<Vec<String>> {
     let java = programs.first().context("no java")?;
     symlink(format!("..{}", java.trim_start_matches("/usr")), own.join("usr/bin/java"))?;
     Ok(programs)
-}
-
-fn stage_bulk(own: &Path) -> Result<()> {
-    let mut bytes = vec![0; BULK_BYTES];
-    pattern::fill(0, 0, &mut bytes);
-    fs::create_dir_all(own.join("data"))?;
-    Ok(fs::write(own.join("data/bulk"), bytes)?)
 }
 
 fn stage_files(own: &Path) -> Result<()> {

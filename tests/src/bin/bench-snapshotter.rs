@@ -1,12 +1,10 @@
-//! `make bench-snapshotter`: what the snapshotter costs beside containerd's overlayfs, what storing a tree costs beside
-//! hashing it, and what several neighbours are worth, in one run.
+//! `make bench-snapshotter`: what the snapshotter costs beside containerd's overlayfs, and what storing a tree costs beside
+//! hashing it, in one run.
 //!
 //! - **lifecycle**: the snapshots of an image of ten layers are prepared, committed and removed, through containerd.
-//! - **unpack**: an image of many small files is unpacked from the content store.
+//! - **unpack**: an image of many small files is imported whose blobs containerd has.
 //! - **ingest**: `godwit volume import` of a tree, once of bytes that nothing compresses and once of text, against one
 //!   core's SHA-256 as `openssl speed` gives it. The store is empty each time.
-//! - **peers**: a layer is pulled from one neighbour and from three, each behind a link of 100 Mbit/s, the destination
-//!   behind 1 Gbit/s.
 //!
 //! What is compared is interleaved, and each figure is a median. Written to `target/bench/snapshotter.json`.
 
@@ -23,20 +21,17 @@ use containerd_client::services::v1::snapshots::{
 };
 use containerd_client::tonic::Request;
 use containerd_client::tonic::transport::Channel;
+use godwit_tests::command::host;
 use godwit_tests::images::{self, Image};
-use godwit_tests::neighbours::{forget, start};
+use godwit_tests::neighbours::forget;
 use godwit_tests::node::CONTAINERD_SOCKET;
-use godwit_tests::registry::Registry;
 use godwit_tests::{Bed, BedOptions, Node, pattern, place};
 use serde_json::json;
 
 /// Ours first.
 const SNAPSHOTTERS: [&str; 2] = ["godwit", "overlayfs"];
 const LAYERS: usize = 10;
-/// Rates of the links of neighbours and destination, in Mbit/s.
-const NEIGHBOUR_MBIT: u32 = 100;
-const DESTINATION_MBIT: u32 = 1000;
-/// How long one import or pull may take.
+/// How long one import may take.
 const WORK_MAX: Duration = Duration::from_secs(300);
 /// Size of the files that are ingested.
 const FILE_BYTES: usize = 16 << 20;
@@ -51,30 +46,24 @@ struct Arguments {
     /// Size of the tree that is ingested, in MiB.
     #[arg(long, default_value_t = 1024)]
     tree_mib: usize,
-    /// Pulls from one and from three neighbours.
-    #[arg(long, default_value_t = 3)]
-    pulls: usize,
 }
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let bed = Bed::start(&BedOptions::nodes(5))?;
+    let bed = Bed::start(&BedOptions::nodes(1))?;
     let lifecycle = lifecycle(bed.node(0), arguments.runs)?;
     eprintln!("lifecycle: {lifecycle:?} s");
     let unpack = unpack(bed.node(0), arguments.runs)?;
     eprintln!("unpack: {unpack:?} s");
-    let hashes = sha256_bytes_per_second(bed.node(0))?;
+    let hashes = sha256_bytes_per_second()?;
     let ingest = |is_text| ingest(bed.node(0), &arguments, is_text);
     let (plain, text) = (ingest(false)?, ingest(true)?);
     eprintln!("SHA-256 {hashes:.0} B/s, ingest {plain:.0} B/s, compressed {text:.0} B/s");
-    let [three, one] = peers(&bed, arguments.pulls)?;
-    eprintln!("pull from three {three:.2} s, from one {one:.2} s");
     let rounded = |ratio: f64| (1000.0 * ratio).round() / 1000.0;
     let result = json!({
         "lifecycle_ratio": rounded(lifecycle[0] / lifecycle[1]),
         "ingest_of_sha256_speed": rounded(plain / hashes),
         "ingest_compressed_of_sha256_speed": rounded(text / hashes),
-        "three_peer_speedup": rounded(one / three),
         "unpack_ratio": rounded(unpack[0] / unpack[1]),
     });
     let path = place::target().join("bench/snapshotter.json");
@@ -148,17 +137,17 @@ fn named<T>(message: T) -> Request<T> {
     request
 }
 
-/// Seconds of unpacking the image of small files.
+/// Seconds of importing the image of small files when its blobs are there already, so that it is unpacked and no more.
 fn unpack(node: &Node, runs: usize) -> Result<[f64; 2]> {
     let (archive, reference) = (images::archive(Image::Files)?, Image::Files.reference());
+    let import = |options: &[&str]| {
+        let words = [&["ctr", "images", "import"], options, &["-"]].concat();
+        node.command(&words).stdin_file(&archive).timeout(WORK_MAX).ok()
+    };
     medians(SNAPSHOTTERS, runs, |snapshotter| {
-        node.command(&["ctr", "images", "import", "--no-unpack", "-"])
-            .stdin_file(&archive)
-            .timeout(WORK_MAX)
-            .ok()?;
+        import(&["--no-unpack"])?;
         let begun = Instant::now();
-        let command = ["ctr", "images", "unpack", "--snapshotter", snapshotter, reference];
-        node.command(&command).timeout(WORK_MAX).ok()?;
+        import(&["--snapshotter", snapshotter])?;
         let took = begun.elapsed();
         node.ok(&["ctr", "images", "rm", "--sync", reference])?;
         Ok(took.as_secs_f64())
@@ -166,9 +155,9 @@ fn unpack(node: &Node, runs: usize) -> Result<[f64; 2]> {
 }
 
 /// Bytes per second of one core, for pieces as large as a chunk.
-fn sha256_bytes_per_second(node: &Node) -> Result<f64> {
+fn sha256_bytes_per_second() -> Result<f64> {
     let command = ["openssl", "speed", "-mr", "-seconds", "3", "-bytes", "65536", "-evp", "sha256"];
-    let text = node.ok(&command)?;
+    let text = host(&command)?;
     let line = text.lines().find(|line| line.starts_with("+F:")).context("no result")?;
     Ok(line.rsplit(':').next().context("no figure")?.trim().parse()?)
 }
@@ -209,43 +198,4 @@ fn write(path: &Path, number: u64, is_text: bool) -> Result<()> {
         pattern::fill(number, 2, &mut bytes);
     }
     Ok(fs::write(path, bytes)?)
-}
-
-/// Seconds of a pull from three neighbours and from one.
-fn peers(bed: &Bed, pulls: usize) -> Result<[f64; 2]> {
-    let [destination, neighbours @ .., home] = bed.nodes() else { anyhow::bail!("five nodes") };
-    let registry = Registry::start(home, bed.nodes())?;
-    let reference = registry.push(Image::Bulk)?;
-    // The first has it from the registry, the others from each other.
-    for node in neighbours {
-        pull(node, &reference)?;
-        node.set_rate(Some(NEIGHBOUR_MBIT))?;
-    }
-    destination.set_rate(Some(DESTINATION_MBIT))?;
-    medians([3, 1], pulls, |many| {
-        forget(destination)?;
-        for node in &neighbours[many..] {
-            node.stop_daemon()?;
-        }
-        let before = registry.asked_for().len();
-        let took = pull(destination, &reference)?;
-        let asked = registry.asked_for().split_off(before);
-        // The manifest names the image's configuration, which is no layer.
-        ensure!(asked.len() <= 1, "the registry was asked for {asked:?}");
-        destination.ok(&["ctr", "images", "rm", "--sync", &reference])?;
-        for node in &neighbours[many..] {
-            start(node)?;
-        }
-        Ok(took)
-    })
-}
-
-fn pull(node: &Node, reference: &str) -> Result<f64> {
-    let begun = Instant::now();
-    let platform = images::platform();
-    let command = ["ctr", "images", "pull", "--local=false", "--platform", &platform];
-    node.command(&[&command[..], &["--snapshotter", "godwit", reference]].concat())
-        .timeout(WORK_MAX)
-        .ok()?;
-    Ok(begun.elapsed().as_secs_f64())
 }
