@@ -56,7 +56,7 @@ VM_SUITE ?= shim
 VM_TESTS ?= metrics memory update pause events checkpoint
 test-vm: require-root build ## run tests of a suite (VM_SUITE, VM_TESTS) in a virtual machine; not part of test
 	@tests/prerequisites.sh qemu-system-x86 e2fsprogs
-	CARGO_TARGET_$$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')_RUNNER=$(abspath $(TARGET_DIR))/release/vm \
+	env CARGO_TARGET_$$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')_RUNNER=$(abspath $(TARGET_DIR))/release/vm \
 		$(TEST) --test $(VM_SUITE) -- --test-threads=1 $(VM_TESTS)
 
 lint: prerequisites ## check formatting and lints
