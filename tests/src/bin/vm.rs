@@ -47,12 +47,12 @@ fn main() -> Result<()> {
     }
     let (kernel, system) = system()?;
     let build = build(&command)?;
-    let code = boot(&kernel, &system, &build)?;
+    let code = boot(&kernel, &system, &build);
     fs::remove_file(&build)?;
-    if code != 0 {
-        bail!("in the virtual machine: exit code {code}");
+    match code? {
+        0 => Ok(()),
+        code => bail!("in the virtual machine: exit code {code}"),
     }
-    Ok(())
 }
 
 /// The kernel and the first disk, made if they are not there.
@@ -60,7 +60,8 @@ fn system() -> Result<(PathBuf, PathBuf)> {
     let root = Root::open()?;
     let key = root.path().file_name().context("a root without a name")?;
     let home = place::testbed().join("vm");
-    let (kernel, disk) = (home.join("vmlinuz"), home.join(key).with_extension("ext4"));
+    // A kernel wants the modules of its own disk.
+    let [kernel, disk] = ["vmlinuz", "ext4"].map(|kind| home.join(key).with_extension(kind));
     if disk.is_file() {
         return Ok((kernel, disk));
     }
