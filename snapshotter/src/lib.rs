@@ -31,4 +31,5 @@ pub mod peer;
 pub mod policy;
 pub mod snapshots;
 pub mod store;
+mod sys;
 pub mod volumes;

@@ -72,12 +72,13 @@ fn block(
     };
     let offsets = with_data(file, (start, end)).map_err(on("seek data in", path))?;
     let chunks: std::io::Result<Vec<_>> = offsets.into_par_iter().map(read).collect();
+    let chunks = chunks.map_err(on("read", path))?;
+    let data = chunks.iter().filter_map(|(_, data, digest)| Some(((*digest)?, &data[..])));
+    sink.put_all(&data.collect::<Vec<_>>())?;
     let (mut pieces, mut done) = (Vec::new(), start);
-    for (at, data, digest) in chunks.map_err(on("read", path))? {
-        let Some(digest) = digest else { continue };
-        sink.put_hashed(digest, &data)?;
+    for (at, data, digest) in chunks.into_iter().filter(|(_, _, digest)| digest.is_some()) {
         pieces.extend((at > done).then(|| Piece { bytes: at - done, chunk: None }));
-        pieces.push(Piece { bytes: data.len() as u64, chunk: Some(digest) });
+        pieces.push(Piece { bytes: data.len() as u64, chunk: digest });
         done = at + data.len() as u64;
     }
     pieces.extend((end > done).then(|| Piece { bytes: end - done, chunk: None }));

@@ -13,7 +13,7 @@ use super::{ContentError, Sink, Source, chunks};
 
 /// Stores the bytes of a layer, which `path` stands for in errors. Returns its object and its length in bytes.
 pub fn put(
-    data: impl Read,
+    data: impl Read + Send,
     path: &Path,
     sink: &mut dyn Sink,
 ) -> Result<(Digest, u64), ContentError> {

@@ -143,9 +143,14 @@ pub trait Source {
 }
 
 /// Where objects are put: a writer of the store, or a map in tests.
-pub trait Sink {
+pub trait Sink: Send {
     /// Stores `bytes` under `digest`, which the caller has computed. Putting again is cheap.
     fn put_hashed(&mut self, digest: Digest, bytes: &[u8]) -> Result<(), ContentError>;
+
+    /// As [`Self::put_hashed`], of many at once.
+    fn put_all(&mut self, objects: &[(Digest, &[u8])]) -> Result<(), ContentError> {
+        objects.iter().try_for_each(|(digest, bytes)| self.put_hashed(*digest, bytes))
+    }
 
     /// Stores `bytes` and returns their name.
     fn put(&mut self, bytes: &[u8]) -> Result<Digest, ContentError> {
@@ -164,6 +169,10 @@ impl Source for crate::store::Store {
 impl Sink for crate::store::Writer {
     fn put_hashed(&mut self, digest: Digest, bytes: &[u8]) -> Result<(), ContentError> {
         Ok(Self::put_hashed(self, digest, bytes).map(drop)?)
+    }
+
+    fn put_all(&mut self, objects: &[(Digest, &[u8])]) -> Result<(), ContentError> {
+        Ok(Self::put_all(self, objects)?)
     }
 }
 

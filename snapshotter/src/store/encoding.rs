@@ -5,6 +5,8 @@
 //! about 1 000 ordered pairs are equal, in anything that compresses well by single bytes there are
 //! several times as many.
 
+use std::cell::RefCell;
+
 use zstd::bulk::{Compressor, Decompressor};
 
 /// Form of an object in a pack and between peers. The numbers are part of the format.
@@ -37,33 +39,29 @@ const SMALLEST_WORTH: usize = 128;
 const SAMPLE_BLOCKS: usize = 8;
 const SAMPLE_BLOCK_BYTES: usize = 64;
 
-/// Compresses objects one after another with one context.
-pub(super) struct Encoder {
+thread_local! {
     /// `None` if zstd could not be set up: then everything is stored raw.
-    zstd: Option<Compressor<'static>>,
-    buffer: Vec<u8>,
+    static COMPRESSOR: RefCell<Option<Compressor<'static>>> =
+        RefCell::new(Compressor::new(LEVEL).ok());
 }
 
-impl Encoder {
-    pub(super) fn new() -> Self {
-        Self { zstd: Compressor::new(LEVEL).ok(), buffer: Vec::new() }
+/// The zstd frame of `bytes`, if it saves the eighth that makes it worth the time of undoing it.
+pub(super) fn compressed(bytes: &[u8]) -> Option<Vec<u8>> {
+    if bytes.len() < SMALLEST_WORTH || looks_random(bytes) {
+        return None;
     }
+    let limit = bytes.len() - bytes.len() / 8;
+    COMPRESSOR.with_borrow_mut(|zstd| {
+        // A frame that does not fit is not worth it.
+        let mut frame = Vec::with_capacity(limit);
+        zstd.as_mut()?.compress_to_buffer(bytes, &mut frame).ok()?;
+        Some(frame)
+    })
+}
 
-    /// `bytes` in the smaller form. Compression must save an eighth to be worth the time of undoing
-    /// it.
-    pub(super) fn encode<'a>(&'a mut self, bytes: &'a [u8]) -> (Encoding, &'a [u8]) {
-        let Some(zstd) = &mut self.zstd else { return (Encoding::Raw, bytes) };
-        if bytes.len() < SMALLEST_WORTH || looks_random(bytes) {
-            return (Encoding::Raw, bytes);
-        }
-        let limit = bytes.len() - bytes.len() / 8;
-        self.buffer.clear();
-        self.buffer.reserve(zstd::zstd_safe::compress_bound(bytes.len()));
-        match zstd.compress_to_buffer(bytes, &mut self.buffer) {
-            Ok(len) if len <= limit => (Encoding::Zstd, &self.buffer),
-            _ => (Encoding::Raw, bytes),
-        }
-    }
+/// What is stored of `bytes` whose frame, if it has one, is `frame`.
+pub(super) fn smaller<'a>(bytes: &'a [u8], frame: Option<&'a [u8]>) -> (Encoding, &'a [u8]) {
+    frame.map_or((Encoding::Raw, bytes), |frame| (Encoding::Zstd, frame))
 }
 
 fn looks_random(bytes: &[u8]) -> bool {
@@ -82,7 +80,7 @@ fn looks_random(bytes: &[u8]) -> bool {
     equal_pairs < expected + expected / 3
 }
 
-/// Undoes [`Encoder`], with one context for many objects.
+/// Undoes [`compressed`], with one context for many objects.
 pub(super) struct Decoder {
     zstd: Option<Decompressor<'static>>,
     buffer: Vec<u8>,
@@ -144,30 +142,27 @@ mod tests {
 
     #[test]
     fn random_bytes_are_not_compressed_and_text_and_pointers_are() {
-        let mut encoder = Encoder::new();
         for seed in 0..200 {
             let page = random_bytes(seed, 4096);
             assert!(looks_random(&page), "seed {seed}");
-            assert_eq!(encoder.encode(&page).0, Encoding::Raw);
+            assert_eq!(compressed(&page), None);
         }
         let pointers: Vec<u8> =
             (0..512_u64).flat_map(|i| (0x7f00_1234_0000 + i * 48).to_le_bytes()).collect();
         let text = b"The quick brown fox jumps over the lazy dog. ".repeat(90);
         for compressible in [pointers, text, vec![0; 4096], vec![0; 4 << 20]] {
-            let (encoding, stored) = encoder.encode(&compressible);
-            assert_eq!(encoding, Encoding::Zstd);
-            assert!(stored.len() < compressible.len() / 2);
-            assert_eq!(decode(encoding, stored, compressible.len()), Some(compressible.clone()));
+            let frame = compressed(&compressible).unwrap();
+            assert!(frame.len() < compressible.len() / 2);
+            assert_eq!(decode(Encoding::Zstd, &frame, compressible.len()), Some(compressible));
         }
     }
 
     #[test]
     fn a_frame_that_gives_more_or_less_than_announced_is_refused() {
-        let mut encoder = Encoder::new();
         let bytes = vec![7; 4096];
-        let (encoding, stored) = encoder.encode(&bytes);
+        let frame = compressed(&bytes).unwrap();
         for size in [0, 1, 4095, 4097, 1 << 20] {
-            assert_eq!(decode(encoding, stored, size), None, "{size}");
+            assert_eq!(decode(Encoding::Zstd, &frame, size), None, "{size}");
         }
         assert_eq!(decode(Encoding::Zstd, b"not a frame", 11), None);
         assert_eq!(decode(Encoding::Raw, b"four", 5), None);

@@ -27,6 +27,7 @@ use godwit_protos::Digest;
 use super::encoding::Encoding;
 use super::error::{Mismatch, OpenError, StoreError};
 use super::index::Location;
+use crate::sys::begin_writing;
 
 /// Version of the packs' format and of the index's.
 ///
@@ -211,6 +212,8 @@ impl Packs {
             return Err(StoreError::io("append to", &self.path(active.number), source));
         }
         active.end += len;
+        // Else `sync` finds all of it to be written yet.
+        begin_writing(&active.file, begin..active.end);
         dirty.entry(active.number).or_insert_with(|| Arc::clone(&active.file));
         Ok((active.number, begin))
     }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use godwit_protos::Digest;
+use rayon::prelude::*;
 
-use super::encoding::{Encoder, Encoding};
+use super::encoding::{self, Encoding};
 use super::index::{self, Location, ObjectsTable};
 use super::lease::Token;
 use super::{Inner, OBJECT_BYTES_MAX, StoreError, pack};
@@ -23,7 +24,6 @@ const PENDING_MAX: usize = 1 << 18;
 pub struct Writer {
     store: Arc<Inner>,
     token: Arc<Token>,
-    encoder: Encoder,
     /// Records not yet in a pack, and which objects they are; offsets are into `records`.
     records: Vec<u8>,
     unspilled: Vec<(Digest, Location)>,
@@ -38,7 +38,6 @@ impl Writer {
         Self {
             store,
             token,
-            encoder: Encoder::new(),
             records: Vec::new(),
             unspilled: Vec::new(),
             pending: HashMap::new(),
@@ -61,12 +60,30 @@ impl Writer {
         if self.has(&digest)? {
             return Ok(false);
         }
-        let (encoding, stored) = self.encoder.encode(bytes);
-        // Split borrows: `stored` may lie in the encoder's buffer.
-        let begin = self.records.len();
-        pack::write_record(&mut self.records, &digest, encoding, stored, size);
-        self.note(digest, encoding, begin, size)?;
+        let frame = encoding::compressed(bytes);
+        self.collect(digest, encoding::smaller(bytes, frame.as_deref()), size)?;
         Ok(true)
+    }
+
+    /// As [`Self::put_hashed`], of many at once: they are compressed on all processors. What is put at once should
+    /// be a few MiB, as all of it is in memory twice.
+    pub fn put_all(&mut self, objects: &[(Digest, &[u8])]) -> Result<(), StoreError> {
+        let mut new = Vec::with_capacity(objects.len());
+        for (digest, bytes) in objects {
+            let size = checked_size(bytes.len())?;
+            if !self.has(digest)? {
+                new.push((*digest, *bytes, size));
+            }
+        }
+        let frames: Vec<_> =
+            new.par_iter().map(|(_, bytes, _)| encoding::compressed(bytes)).collect();
+        for ((digest, bytes, size), frame) in new.into_iter().zip(frames) {
+            // The same bytes may be among them twice.
+            if !self.pending.contains_key(&digest) {
+                self.collect(digest, encoding::smaller(bytes, frame.as_deref()), size)?;
+            }
+        }
+        Ok(())
     }
 
     /// Stores an object that came in stored form. The caller has verified that it decodes to `size`
@@ -83,9 +100,7 @@ impl Writer {
         if self.has(&digest)? {
             return Ok(false);
         }
-        let begin = self.records.len();
-        pack::write_record(&mut self.records, &digest, encoding, stored, size);
-        self.note(digest, encoding, begin, size)?;
+        self.collect(digest, (encoding, stored), size)?;
         Ok(true)
     }
 
@@ -146,19 +161,19 @@ impl Writer {
         Ok(has)
     }
 
-    /// Takes note of the record that begins at `begin` of `records`.
-    fn note(
+    /// Adds an object's record to those that are to be appended.
+    fn collect(
         &mut self,
         digest: Digest,
-        encoding: Encoding,
-        begin: usize,
+        (encoding, stored): (Encoding, &[u8]),
         size: u32,
     ) -> Result<(), StoreError> {
-        let stored_len = self.records.len() - begin - pack::RECORD_BYTES;
+        let begin = self.records.len();
+        pack::write_record(&mut self.records, &digest, encoding, stored, size);
         let at = Location {
             pack: 0,
             offset: as_u32(begin),
-            stored_len: as_u32(stored_len),
+            stored_len: as_u32(stored.len()),
             size,
             encoding,
         };
