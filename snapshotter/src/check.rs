@@ -174,7 +174,7 @@ impl Kept {
             losses.extend(walk.loss((Kind::Tree, digest), name, advice)?);
         }
         findings.extend(self.damaged_packs());
-        for digest in self.volumes.contents()? {
+        for digest in self.volumes.laid_out()? {
             match self.volumes.compare(&digest) {
                 Ok(()) => {}
                 Err(error @ VolumeError::Damaged { .. }) => findings.push(error.to_string()),
@@ -218,7 +218,7 @@ impl Kept {
                 other => drop(other?),
             }
         }
-        for digest in self.volumes.contents()? {
+        for digest in self.volumes.laid_out()? {
             match self.volumes.verify(&VolumeSource::Content(digest)) {
                 Ok(()) | Err(VolumeError::Damaged { .. }) => {}
                 Err(error) => return Err(error.into()),

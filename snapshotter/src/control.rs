@@ -135,7 +135,7 @@ fn volume_error(error: &VolumeError) -> Error {
         | VolumeError::ReadOnly(_)
         | VolumeError::NoProgram { .. }
         | VolumeError::NotAdmitted { .. } => Code::FAILED_PRECONDITION,
-        VolumeError::Format { .. }
+        VolumeError::Program { .. }
         | VolumeError::Journal(_)
         | VolumeError::Content(_)
         | VolumeError::Store(_)
@@ -454,17 +454,10 @@ impl Control for Service {
         _context: &TtrpcContext,
         asked: ImportVolumeRequest,
     ) -> ttrpc::Result<Volume> {
-        let directory = absolute(asked.directory)?;
-        let (digest, path) = self
-            .blocking(move |node| {
-                let digest = node.volumes.import(&directory)?;
-                let path = node.volumes.path(&VolumeSource::Content(digest), true)?;
-                Ok((digest, path))
-            })
-            .await?;
+        let path = absolute(asked.path)?;
+        let digest = self.blocking(move |node| node.volumes.import(&path)).await?;
         let mut answer = Volume::new();
         answer.id = digest.to_string();
-        answer.path = path.to_string_lossy().into_owned();
         answer.read_only = true;
         Ok(answer)
     }

@@ -4,6 +4,7 @@
 //! STATE/volumes/ID/data        a writable volume: a directory, or the image of a block volume; the journal says which,
 //!                              and whether it is here or has moved
 //! STATE/content/HEX            the tree sha256:HEX laid out, for read-only mounts; never written to again
+//! STATE/content/HEX.kept       empty: the tree was imported, and is whole in the store
 //! STATE/trash/N                what is being removed
 //! ```
 //!
@@ -11,9 +12,10 @@
 //! `trash`. On open: what lies in `trash` is removed, and a laid-out tree without its final name is too. Who mounts the
 //! image of a block volume is the shim (docs/adr/0010): here it is a file.
 
+mod archive;
 mod format;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -52,11 +54,11 @@ pub enum VolumeError {
     #[error("volume {0} exists on this node already")]
     Exists(VolumeId),
     /// Read-only content that is not here.
-    #[error("volume {0} is not on this node; import it with `godwit volume import DIRECTORY`")]
+    #[error("volume {0} is not on this node; import it with `godwit volume import DIR|TAR`")]
     NoContent(Digest),
     /// ... nor at any neighbour that answers.
     #[error(
-        "volume {0} is neither on this node nor at a neighbour; import it with `godwit volume import DIRECTORY`"
+        "volume {0} is neither on this node nor at a neighbour; import it with `godwit volume import DIR|TAR`"
     )]
     Nowhere(Digest),
     /// A writable volume mounted by digest, or read-only content mounted for writing.
@@ -76,9 +78,9 @@ pub enum VolumeError {
         /// Debian's package of it.
         package: &'static str,
     },
-    /// No file system was made, or the one that is there is damaged.
+    /// No file system was made, the one that is there is damaged, or an archive cannot be read.
     #[error("{program} failed: {words}")]
-    Format {
+    Program {
         /// The program.
         program: &'static str,
         /// What it said.
@@ -138,7 +140,7 @@ pub struct Volumes {
 pub struct Listed {
     /// A volume id or `sha256:...`.
     pub name: String,
-    /// Where it lies.
+    /// Where it lies; empty for content that was not mounted yet.
     pub path: PathBuf,
     /// Whether it is read-only content.
     pub read_only: bool,
@@ -188,8 +190,11 @@ impl Volumes {
             VolumeSource::Writable(id) => self.writable(id),
             VolumeSource::Content(digest) if !read_only => Err(VolumeError::ReadOnly(*digest)),
             VolumeSource::Content(digest) => {
-                let path = self.content_path(digest);
-                if path.is_dir() { Ok(path) } else { Err(VolumeError::NoContent(*digest)) }
+                if self.has_content(digest) {
+                    self.lay_out(digest)
+                } else {
+                    Err(VolumeError::NoContent(*digest))
+                }
             }
         }
     }
@@ -334,21 +339,37 @@ impl Volumes {
                 self.discard(&self.data_path(id))
             }
             VolumeSource::Content(digest) => {
-                let path = self.content_path(digest);
-                if !path.is_dir() {
+                if !self.has_content(digest) {
                     return Err(VolumeError::NoContent(*digest));
                 }
-                self.discard(&path)
+                self.discard(&self.kept_path(digest))?;
+                self.discard(&self.content_path(digest))
             }
         }
     }
 
-    /// Reads a directory into the store and lays it out as read-only content.
-    pub fn import(&self, directory: &Path) -> Result<Digest, VolumeError> {
+    /// Reads a directory, or what a tar archive unpacks to, into the store as read-only content, which is laid out when it
+    /// is first mounted.
+    ///
+    /// 1. write its objects, 2. make them durable, 3. make `HEX.kept`, 4. fsync the directory. On open: without step 3 the
+    ///    objects are swept.
+    pub fn import(&self, from: &Path) -> Result<Digest, VolumeError> {
         let lease = self.store.lease("volume import", IMPORT_LEASE);
-        let tree = self.capture(directory, &lease)?;
+        let tree = if fs::metadata(from).map_err(on("import", from))?.is_file() {
+            let unpacked = self.temporary("import")?;
+            let tree =
+                archive::unpack(from, &unpacked).and_then(|()| self.capture(&unpacked, &lease));
+            self.discard(&unpacked)?;
+            tree?
+        } else {
+            self.capture(from, &lease)?
+        };
         self.store.sync()?;
-        self.lay_out(&tree)?;
+        let kept = self.kept_path(&tree);
+        fs::File::create(&kept).map_err(on("make", &kept))?;
+        let directory = self.state_dir.join("content");
+        let synced = fs::File::open(&directory).and_then(|directory| directory.sync_all());
+        synced.map_err(on("sync", &directory))?;
         Ok(tree)
     }
 
@@ -363,7 +384,12 @@ impl Volumes {
             return Err(VolumeError::NotEmpty(directory.to_owned()));
         }
         let lease = self.store.lease("volume export", IMPORT_LEASE);
-        let path = self.path(source, true)?;
+        let path = match source {
+            VolumeSource::Content(digest) if self.has_content(digest) => {
+                return Ok(materialize(&self.store, digest, None, directory)?);
+            }
+            source => self.path(source, true)?,
+        };
         let Some(file_system) = self.file_system(source)? else {
             let tree = self.capture(&path, &lease)?;
             return Ok(materialize(&self.store, &tree, None, directory)?);
@@ -382,10 +408,10 @@ impl Volumes {
         if found == *digest { Ok(()) } else { Err(VolumeError::Damaged { digest: *digest, found }) }
     }
 
-    /// Reads what is laid out of read-only content and compares; has the file system of a block volume checked, which
+    /// Reads read-only content as it is laid out and compares; has the file system of a block volume checked, which
     /// nothing may have mounted.
     ///
-    /// Errors: [`VolumeError::Damaged`], [`VolumeError::Format`]; nothing is repaired.
+    /// Errors: [`VolumeError::Damaged`], [`VolumeError::Program`]; nothing is repaired.
     pub fn verify(&self, source: &VolumeSource) -> Result<(), VolumeError> {
         let path = self.path(source, true)?;
         let digest = match (source, self.file_system(source)?) {
@@ -415,14 +441,11 @@ impl Volumes {
     /// 1. write `HEX-N.tmp`, 2. make it and the objects durable, 3. rename it to `HEX`. Two at once do not meet: the one
     ///    that comes second drops its own.
     pub fn lay_out(&self, tree: &Digest) -> Result<PathBuf, VolumeError> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = self.content_path(tree);
         if path.is_dir() {
             return Ok(path);
         }
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let partial = path.with_file_name(format!("{}-{number}.tmp", tree.hex()));
-        fs::create_dir(&partial).map_err(on("make directory", &partial))?;
+        let partial = self.temporary(&tree.hex())?;
         let laid_out = materialize(&self.store, tree, None, &partial).and_then(|()| {
             self.store.sync()?;
             let directory = fs::File::open(&partial).map_err(on("open", &partial))?;
@@ -442,15 +465,31 @@ impl Volumes {
         }
     }
 
-    /// The digests of the read-only content that is laid out here.
-    pub fn contents(&self) -> Result<Vec<Digest>, VolumeError> {
-        let names = self.names("content")?;
-        Ok(names.iter().filter_map(|name| format!("sha256:{name}").parse().ok()).collect())
+    /// A new directory beside read-only content, which the next opening removes.
+    fn temporary(&self, name: &str) -> Result<PathBuf, VolumeError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = self.state_dir.join("content").join(format!("{name}-{number}.tmp"));
+        fs::create_dir(&path).map_err(on("make directory", &path))?;
+        Ok(path)
     }
 
-    /// Whether this content is laid out here, and so is whole in the store.
+    /// The digests of the read-only content that is here.
+    pub fn contents(&self) -> Result<BTreeSet<Digest>, VolumeError> {
+        let names = self.names("content")?;
+        let hex = names.iter().map(|name| name.strip_suffix(".kept").unwrap_or(name));
+        Ok(hex.filter_map(|hex| format!("sha256:{hex}").parse().ok()).collect())
+    }
+
+    /// The digests of the read-only content that was mounted here.
+    pub fn laid_out(&self) -> Result<Vec<Digest>, VolumeError> {
+        let contents = self.contents()?.into_iter();
+        Ok(contents.filter(|digest| self.content_path(digest).is_dir()).collect())
+    }
+
+    /// Whether this content is here: whole in the store, and perhaps laid out.
     pub fn has_content(&self, digest: &Digest) -> bool {
-        self.content_path(digest).is_dir()
+        self.content_path(digest).is_dir() || self.kept_path(digest).exists()
     }
 
     /// Every volume that is here.
@@ -467,7 +506,7 @@ impl Volumes {
             .collect();
         listed.extend(self.contents()?.into_iter().map(|digest| Listed {
             name: digest.to_string(),
-            path: self.content_path(&digest),
+            path: Some(self.content_path(&digest)).filter(|path| path.is_dir()).unwrap_or_default(),
             read_only: true,
             image: None,
         }));
@@ -480,6 +519,10 @@ impl Volumes {
 
     fn content_path(&self, digest: &Digest) -> PathBuf {
         self.state_dir.join("content").join(digest.hex())
+    }
+
+    fn kept_path(&self, digest: &Digest) -> PathBuf {
+        self.content_path(digest).with_extension("kept")
     }
 
     fn names(&self, directory: &str) -> Result<Vec<String>, VolumeError> {
@@ -563,6 +606,10 @@ mod tests {
         let digest = volumes.import(from.path()).unwrap();
         assert_eq!(volumes.import(from.path()).unwrap(), digest);
         let source = VolumeSource::Content(digest);
+        drop(volumes);
+        let volumes = open(dir.path());
+        assert_eq!(volumes.contents().unwrap(), [digest].into());
+        assert_eq!(volumes.list().unwrap()[0].path, Path::new(""), "it was not mounted yet");
         let path = volumes.path(&source, true).unwrap();
         assert_eq!(fs::read(path.join("f")).unwrap(), b"content");
         assert!(matches!(volumes.path(&source, false), Err(VolumeError::ReadOnly(_))));
@@ -575,6 +622,31 @@ mod tests {
         assert!(matches!(volumes.verify(&source), Err(VolumeError::Damaged { .. })));
         volumes.remove(&source).unwrap();
         assert!(matches!(volumes.path(&source, true), Err(VolumeError::NoContent(_))));
+        assert!(!path.exists() && volumes.contents().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_tar_archive_is_the_tree_that_it_unpacks_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let volumes = open(dir.path());
+        let tree = dir.path().join("tree");
+        fs::create_dir_all(tree.join("below")).unwrap();
+        fs::write(tree.join("below/file"), b"content").unwrap();
+        fs::hard_link(tree.join("below/file"), tree.join("twice")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", tree.join("link")).unwrap();
+        let digest = volumes.import(&tree).unwrap();
+        let tar = dir.path().join("tree.tar.gz");
+        let packed = std::process::Command::new("tar")
+            .args(["--create", "--gzip", "--format=posix", "--directory"])
+            .args([&tree, Path::new("--file"), &tar, Path::new(".")])
+            .status();
+        assert!(packed.unwrap().success());
+        assert_eq!(volumes.import(&tar).unwrap(), digest);
+        fs::write(&tar, b"not an archive").unwrap();
+        let error = volumes.import(&tar).unwrap_err();
+        assert!(matches!(error, VolumeError::Program { program: "tar", .. }), "{error}");
+        assert!(volumes.import(&dir.path().join("nowhere")).is_err());
+        assert_eq!(fs::read_dir(dir.path().join("content")).unwrap().count(), 1, "nothing is left");
     }
 
     #[test]
@@ -599,7 +671,7 @@ mod tests {
         let file = fs::File::options().write(true).open(&path).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 4096], 4096).unwrap();
         let error = volumes.verify(&source).unwrap_err();
-        assert!(matches!(error, VolumeError::Format { program: "e2fsck", .. }), "{error}");
+        assert!(matches!(error, VolumeError::Program { program: "e2fsck", .. }), "{error}");
         volumes.remove(&source).unwrap();
         assert!(!path.exists());
         assert!(matches!(volumes.path(&source, false), Err(VolumeError::Unknown(_))));

@@ -135,6 +135,8 @@ fn a_laid_out_volume_mends_the_store(neighbour: &Node, node: &Node) -> Result<()
     neighbour.stop_daemon()?;
     node.sh("mkdir /tmp/content; head -c 300000 /dev/urandom > /tmp/content/file")?;
     let digest = node.ok(&["godwit", "volume", "import", "/tmp/content"])?;
+    // It is laid out for that.
+    node.ok(&["godwit", "volume", "verify", digest.trim()])?;
     let text = fs::read(node.path("/tmp/content/file"))?;
     let packs = node.path(STATE).join("store/packs");
     for pack in fs::read_dir(packs)? {

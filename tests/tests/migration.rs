@@ -285,6 +285,12 @@ fn a_volume_and_a_read_only_volume_survive_bit_for_bit() -> Result<()> {
     let path = format!("/var/lib/godwit/volumes/{name}/data");
     let before = tree(node(0), &path)?;
     let imported = node(0).ok(&["godwit", "volume", "import", &path])?.trim().to_owned();
+    let archive = "/var/lib/godwit/tree.tar.gz";
+    node(0).sh(&format!(
+        "tar --create --gzip --format=posix --sparse --xattrs --xattrs-include='*' -C {path} -f {archive} ."
+    ))?;
+    let unpacked = node(0).ok(&["godwit", "volume", "import", archive])?;
+    ensure!(unpacked.trim() == imported, "an archive of the tree is {unpacked}");
 
     Container::new(name, Image::Busybox)
         .volume(name, "/data", "rw")

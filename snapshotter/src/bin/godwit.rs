@@ -192,10 +192,10 @@ enum VolumeCommand {
         #[arg(long)]
         fs: Option<FileSystem>,
     },
-    /// Read a directory and print the digest by which it can be mounted read-only, here or anywhere.
+    /// Read a directory or a tar archive and print the digest by which it can be mounted read-only, here or anywhere.
     Import {
-        /// The directory.
-        directory: PathBuf,
+        /// The directory, or the archive: compressed or not.
+        from: PathBuf,
     },
     /// Write a copy of a volume into a directory, which must be new or empty.
     Export {
@@ -474,10 +474,10 @@ async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> an
             let made = client.create_volume(deadline(), &request).await?;
             out.object(&line(&made), &made.id)
         }
-        VolumeCommand::Import { directory } => {
+        VolumeCommand::Import { from } => {
             let mut request = ImportVolumeRequest::new();
-            let path = std::path::absolute(&directory)?;
-            request.directory = path.to_string_lossy().into_owned();
+            let path = std::path::absolute(&from)?;
+            request.path = path.to_string_lossy().into_owned();
             let made = client.import_volume(deadline(), &request).await?;
             out.object(&line(&made), &made.id)
         }

@@ -14,7 +14,7 @@ pub mod etcd;
 pub mod neighbours;
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -153,7 +153,7 @@ impl Query {
 }
 
 /// What a node holds: its snapshots, and the read-only volumes `contents`, with all manifests by digest too.
-pub fn held(node: &str, snapshots: Vec<Snapshot>, contents: Vec<Digest>) -> Vec<Entry> {
+pub fn held(node: &str, snapshots: Vec<Snapshot>, contents: BTreeSet<Digest>) -> Vec<Entry> {
     let now = unix_ms();
     let manifest = |manifest: Digest| Entry {
         node: node.to_owned(),
@@ -164,7 +164,7 @@ pub fn held(node: &str, snapshots: Vec<Snapshot>, contents: Vec<Digest>) -> Vec<
         size_bytes: 0,
     };
     let roots = snapshots.iter().map(|snapshot| snapshot.root).chain(contents);
-    let manifests: std::collections::BTreeSet<Digest> = roots.collect();
+    let manifests: BTreeSet<Digest> = roots.collect();
     let mut held: Vec<Entry> = manifests.into_iter().map(manifest).collect();
     held.extend(snapshots.into_iter().map(|snapshot| {
         let age = snapshot.age(now);

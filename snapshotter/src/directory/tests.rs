@@ -115,7 +115,7 @@ fn a_snapshot_from_the_future_is_young_and_every_manifest_is_named_once() {
         node: "a".to_owned(),
         is_pinned: false,
     };
-    let held = held("a", vec![snapshot(i64::MAX), snapshot(-1)], vec![digest(1), digest(2)]);
+    let held = held("a", vec![snapshot(i64::MAX), snapshot(-1)], [digest(1), digest(2)].into());
     let manifests: Vec<_> = held.iter().filter(|entry| entry.subject.is_none()).collect();
     assert_eq!(manifests.len(), 2, "{manifests:?}");
     let ages: Vec<_> = held.iter().filter(|one| one.subject.is_some()).map(|one| one.age).collect();

@@ -60,7 +60,7 @@ pub(super) fn check(path: &Path, file_system: FileSystem) -> Result<(), VolumeEr
 }
 
 /// Runs a program on a file. Errors: it is not there, takes longer than [`PROGRAM_MAX`], or fails, with its words.
-fn run(
+pub(super) fn run(
     (program, package): (&'static str, &'static str),
     arguments: &[&str],
     path: &Path,
@@ -94,7 +94,7 @@ fn run(
             let _ = child.kill();
             let _ = child.wait();
             let words = format!("it took longer than {} s", PROGRAM_MAX.as_secs());
-            return Err(VolumeError::Format { program, words });
+            return Err(VolumeError::Program { program, words });
         }
         std::thread::sleep(Duration::from_millis(5));
     };
@@ -102,5 +102,5 @@ fn run(
         return Ok(());
     }
     let words = reader.join().unwrap_or_default();
-    Err(VolumeError::Format { program, words: format!("{status}: {words}") })
+    Err(VolumeError::Program { program, words: format!("{status}: {words}") })
 }
