@@ -30,5 +30,6 @@ pub mod node;
 pub mod peer;
 pub mod policy;
 pub mod snapshots;
+mod step;
 pub mod store;
 pub mod volumes;
