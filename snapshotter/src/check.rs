@@ -5,7 +5,7 @@
 //! 1. every object of the store is read and hashed;
 //! 2. from every cached snapshot and read-only volume all that hangs on it is walked: what is damaged or not there is lost
 //!    to it;
-//! 3. every laid-out read-only volume is compared with its name;
+//! 3. every laid-out read-only volume is compared with its name, and what lies where writable ones do with the journal;
 //! 4. containerd's snapshots are compared with each other and with their directories.
 //!
 //! Repairing goes on: 5. what is damaged is quarantined, so that another copy can take its place; 6. objects of a
@@ -174,6 +174,7 @@ impl Kept {
             losses.extend(walk.loss((Kind::Tree, digest), name, advice)?);
         }
         findings.extend(self.damaged_packs());
+        findings.extend(self.volumes.contradictions()?);
         for digest in self.volumes.laid_out()? {
             match self.volumes.compare(&digest) {
                 Ok(()) => {}

@@ -134,7 +134,9 @@ fn volume_error(error: &VolumeError) -> Error {
         VolumeError::Moved { .. }
         | VolumeError::ReadOnly(_)
         | VolumeError::NoProgram { .. }
-        | VolumeError::NotAdmitted { .. } => Code::FAILED_PRECONDITION,
+        | VolumeError::NotAdmitted { .. }
+        | VolumeError::Unjournalled(_) => Code::FAILED_PRECONDITION,
+        VolumeError::Busy(_) => Code::ABORTED,
         VolumeError::Program { .. }
         | VolumeError::Journal(_)
         | VolumeError::Content(_)

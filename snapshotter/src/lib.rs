@@ -30,6 +30,7 @@ pub mod node;
 pub mod peer;
 pub mod policy;
 pub mod snapshots;
+mod step;
 pub mod store;
 mod sys;
 pub mod volumes;

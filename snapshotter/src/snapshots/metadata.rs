@@ -25,7 +25,8 @@ use redb::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Info, Kind, OpenError, SnapshotError, Usage, crash_point};
+use super::{Info, Kind, OpenError, SnapshotError, Usage};
+use crate::step;
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
@@ -101,11 +102,11 @@ impl Metadata {
             if !may_create {
                 return Err(OpenError::MetadataMissing(path.to_owned()));
             }
-            crash_point("create 1");
+            step::reach("create 1");
             drop(Self::create(&new).map_err(|error| Self::damaged(path, error))?);
-            crash_point("create 2");
+            step::reach("create 2");
             fs::rename(&new, path).map_err(io_error)?;
-            crash_point("create 3");
+            step::reach("create 3");
             super::sync_parent(path).map_err(io_error)?;
         } else if fs::metadata(path).map_err(io_error)?.len() == 0 {
             // redb would take an empty file for a new database.

@@ -53,6 +53,8 @@ use metadata::{Chain, Change, Metadata};
 pub use service::service;
 pub use usage::Usage;
 
+use crate::step;
+
 /// Longest key or name, in bytes. containerd's own are an image's chain ID or a container's id with
 /// a short prefix.
 pub const KEY_BYTES_MAX: usize = 4096;
@@ -183,7 +185,7 @@ impl Snapshots {
         // Only one change at a time comes here, so this does not race with the load above.
         self.number_floor.store(number + 1, Ordering::Relaxed);
         let placed = self.place_tree(&chain);
-        crash_point("add 5");
+        step::reach("add 5");
         if let Err(error) = placed.and_then(|()| change.commit()) {
             self.discard(&self.trees.join(format!("new-{number}")));
             self.discard(&self.tree(number));
@@ -195,7 +197,7 @@ impl Snapshots {
     fn place_tree(&self, chain: &Chain) -> Result<(), SnapshotError> {
         let number = chain.row.number;
         let (new, tree) = (self.trees.join(format!("new-{number}")), self.tree(number));
-        crash_point("add 1");
+        step::reach("add 1");
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| SnapshotError::Io { what, path, source }
@@ -219,11 +221,11 @@ impl Snapshots {
         if let Some((uid, gid)) = owner {
             lchown(&upper, Some(uid), Some(gid)).map_err(failed("own", &upper))?;
         }
-        crash_point("add 2");
+        step::reach("add 2");
         sync_dir(&new).map_err(failed("sync", &new))?;
-        crash_point("add 3");
+        step::reach("add 3");
         fs::rename(&new, &tree).map_err(failed("place", &tree))?;
-        crash_point("add 4");
+        step::reach("add 4");
         sync_dir(&self.trees).map_err(failed("sync", &self.trees))
     }
 
@@ -247,7 +249,7 @@ impl Snapshots {
         let row = self.metadata.get(key)?;
         let usage = if row.kind == Kind::Active {
             let upper = self.upper(row.number);
-            crash_point("commit 1");
+            step::reach("commit 1");
             // Otherwise a power cut leaves a layer of empty files that is never unpacked again.
             File::open(&upper)
                 .and_then(|dir| nix::unistd::syncfs(dir).map_err(io::Error::from))
@@ -256,14 +258,14 @@ impl Snapshots {
                     path: upper.clone(),
                     source,
                 })?;
-            crash_point("commit 2");
+            step::reach("commit 2");
             measure(&upper)?
         } else {
             Usage::default()
         };
         let change = self.metadata.begin()?;
         change.commit_active(name, (key, row.number), labels, usage)?;
-        crash_point("commit 3");
+        step::reach("commit 3");
         change.commit()
     }
 
@@ -334,9 +336,9 @@ impl Snapshots {
     pub fn remove(&self, key: &str) -> Result<(), SnapshotError> {
         let change = self.metadata.begin()?;
         let number = change.remove(key)?;
-        crash_point("remove 1");
+        step::reach("remove 1");
         change.commit()?;
-        crash_point("remove 2");
+        step::reach("remove 2");
         self.discard(&self.tree(number));
         Ok(())
     }
@@ -549,8 +551,3 @@ fn sync_dir(path: &Path) -> io::Result<()> {
 fn sync_parent(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), sync_dir)
 }
-
-#[cfg(not(test))]
-fn crash_point(_step: &str) {}
-#[cfg(test)]
-use tests::crash_point;

@@ -1,10 +1,7 @@
 //! Semantics and error codes, crash points, and a model.
 //!
-//! The crash points stop a numbered procedure by a panic, so that nothing after the step runs, no
-//! clean-up either; then the state is opened anew.
+//! The crash points stop a numbered procedure; then the state is opened anew.
 
-use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -12,31 +9,8 @@ use tonic::{Code, Request};
 
 use super::service::generated::snapshots_server::Snapshots as _;
 use super::*;
+use crate::step::stop_before;
 use containerd_client::services::v1::snapshots as api;
-
-thread_local! {
-    static STOP_BEFORE: Cell<Option<&'static str>> = const { Cell::new(None) };
-}
-
-struct Stopped;
-
-pub(super) fn crash_point(step: &str) {
-    if STOP_BEFORE.get() == Some(step) {
-        resume_unwind(Box::new(Stopped));
-    }
-}
-
-/// Runs `work` up to `step`. Panics unless it was stopped there.
-fn stop_before<T>(step: &'static str, work: impl FnOnce() -> T) {
-    STOP_BEFORE.set(Some(step));
-    let result = catch_unwind(AssertUnwindSafe(work));
-    STOP_BEFORE.set(None);
-    match result {
-        Ok(_) => panic!("{step} was not reached"),
-        Err(reason) if reason.is::<Stopped>() => (),
-        Err(other) => resume_unwind(other),
-    }
-}
 
 /// In memory if possible: what is tested is not the disk, and `commit` writes out the whole file
 /// system.

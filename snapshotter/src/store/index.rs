@@ -23,6 +23,7 @@ use redb::{Database, Durability, ReadableDatabase as _, ReadableTable as _, Tabl
 use super::encoding::Encoding;
 use super::error::{OpenError, StoreError};
 use super::pack::{self, Packs};
+use crate::step;
 
 pub(super) type ObjectsTable = redb::ReadOnlyTable<&'static [u8; 32], &'static [u8; 17]>;
 
@@ -164,12 +165,13 @@ pub(super) fn commit_durable(
     mut write: redb::WriteTransaction,
     packs: &Packs,
 ) -> Result<(), StoreError> {
-    super::step::reach("before the packs are synced")?;
+    step::reach("before the packs are synced");
     packs.sync()?;
-    super::step::reach("before the index is committed")?;
+    step::reach("before the index is committed");
     write.set_durability(Durability::Immediate)?;
     write.commit()?;
-    super::step::reach("after the index is committed")
+    step::reach("after the index is committed");
+    Ok(())
 }
 
 /// Tells the table of packs that the index names a record that lies at `at`.

@@ -37,7 +37,6 @@ mod index;
 mod lease;
 mod pack;
 mod snapshots;
-mod step;
 mod sweep;
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,8 @@ use godwit_protos::Digest;
 use redb::ReadableTable as _;
 
 use super::index::{self, Location};
-use super::{Inner, Mismatch, SnapshotId, Store, StoreError, pack, step};
+use super::{Inner, Mismatch, SnapshotId, Store, StoreError, pack};
+use crate::step;
 
 /// Records copied to another pack at once, in bytes.
 const COPY_BYTES: usize = 4 << 20;
@@ -269,7 +270,7 @@ impl Inner {
                 packs.remove(pack)?;
             }
         }
-        step::reach("before the unmarked are removed")?;
+        step::reach("before the unmarked are removed");
         index::commit_durable(write, &self.packs)?;
         self.removals.fetch_add(1, Ordering::Release);
         Ok(census)
@@ -292,9 +293,9 @@ impl Inner {
                 census.report.packs_unreadable += 1;
                 continue;
             }
-            step::reach("before the copies are committed")?;
+            step::reach("before the copies are committed");
             self.commit_moves(pack, &moves)?;
-            step::reach("before the old pack is unlinked")?;
+            step::reach("before the old pack is unlinked");
             self.packs.remove(pack)?;
             let copied: u64 = moves.iter().map(|one| one.to.record_len() as u64).sum();
             census.report.packs_removed += 1;
