@@ -21,7 +21,9 @@
 //! 1. take the lock, or fail;
 //! 2. open the database and check it, or fail;
 //! 3. delete what the database does not name under `fs/`: prepares and removals that did not
-//!    finish.
+//!    finish;
+//! 4. make the directories anew of active snapshots that have none: prepares that the file system
+//!    had not written yet.
 //!
 //! Read next: [`mod@service`] for the gRPC side, [`filter`] for how containerd asks for some of all
 //! snapshots. Source: containerd's `core/snapshots/snapshotter.go` (the contract) and its overlayfs
@@ -135,7 +137,7 @@ impl Snapshots {
             _lock: lock,
         };
         snapshots.cleanup().map_err(OpenError::Unreadable)?;
-        snapshots.warn_of_missing_trees().map_err(OpenError::Unreadable)?;
+        snapshots.make_missing_trees().map_err(OpenError::Unreadable)?;
         Ok(snapshots)
     }
 
@@ -164,11 +166,12 @@ impl Snapshots {
         self.add(Kind::View, key, parent, labels)
     }
 
-    /// 1. make `new-<number>` with its subdirectories, 2. fsync it, 3. rename it to `<number>`, 4.
-    ///    fsync `fs/`,
-    /// 5. commit the database. All inside one change, so that `cleanup` cannot see it half done.
+    /// 1. make `<number>` with its subdirectories, 2. commit the database. All inside one change, so
+    ///    that `cleanup` cannot see it half done.
     ///
-    /// On open: without step 5 the database does not name the directory, and it is deleted.
+    /// On open: without step 2 the database does not name the directory, and it is deleted. If the
+    /// machine stopped before the file system wrote step 1, the directory is made anew: nothing in
+    /// it can have been synced, and `commit` writes all of it out.
     fn add(
         &self,
         kind: Kind,
@@ -184,29 +187,29 @@ impl Snapshots {
         let number = chain.row.number;
         // Only one change at a time comes here, so this does not race with the load above.
         self.number_floor.store(number + 1, Ordering::Relaxed);
-        let placed = self.place_tree(&chain);
-        step::reach("add 5");
-        if let Err(error) = placed.and_then(|()| change.commit()) {
-            self.discard(&self.trees.join(format!("new-{number}")));
+        step::reach("add 1");
+        let made = self.make_tree(&chain);
+        step::reach("add 2");
+        if let Err(error) = made.and_then(|()| change.commit()) {
             self.discard(&self.tree(number));
             return Err(error);
         }
         Ok(self.mounts_of(&chain))
     }
 
-    fn place_tree(&self, chain: &Chain) -> Result<(), SnapshotError> {
-        let number = chain.row.number;
-        let (new, tree) = (self.trees.join(format!("new-{number}")), self.tree(number));
-        step::reach("add 1");
+    /// Makes what is not there of a snapshot's directory, `fs` last: where that is, all is.
+    fn make_tree(&self, chain: &Chain) -> Result<(), SnapshotError> {
+        let (tree, upper) = (self.tree(chain.row.number), self.upper(chain.row.number));
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| SnapshotError::Io { what, path, source }
         };
-        let upper = new.join("fs");
-        make_dir(&new, 0o700).map_err(failed("make", &new))?;
-        make_dir(&upper, 0o755).map_err(failed("make", &upper))?;
+        make_dir(&tree, 0o700).map_err(failed("make", &tree))?;
         if chain.row.kind == Kind::Active {
-            make_dir(&new.join("work"), 0o711).map_err(failed("make", &new))?;
+            make_dir(&tree.join("work"), 0o711).map_err(failed("make", &tree))?;
+        }
+        if !make_dir(&upper, 0o755).map_err(failed("make", &upper))? {
+            return Ok(());
         }
         // The owner of "/" is not root where the container has a user namespace.
         let owner = match (mapped_root(&chain.row.labels)?, chain.parents.first()) {
@@ -221,12 +224,7 @@ impl Snapshots {
         if let Some((uid, gid)) = owner {
             lchown(&upper, Some(uid), Some(gid)).map_err(failed("own", &upper))?;
         }
-        step::reach("add 2");
-        sync_dir(&new).map_err(failed("sync", &new))?;
-        step::reach("add 3");
-        fs::rename(&new, &tree).map_err(failed("place", &tree))?;
-        step::reach("add 4");
-        sync_dir(&self.trees).map_err(failed("sync", &self.trees))
+        Ok(())
     }
 
     /// Makes the active snapshot `key` the committed one `name`, with these labels and no others.
@@ -398,11 +396,8 @@ impl Snapshots {
             path: self.trees.clone(),
             source,
         })?;
-        let is_orphan = |name: &String| match tree_number(name) {
-            Some(number) => !named.contains(&number),
-            // Not ours unless it says so: an administrator may have put something here.
-            None => name.strip_prefix("new-").is_some_and(|rest| tree_number(rest).is_some()),
-        };
+        // Not ours unless it is a number: an administrator may have put something here.
+        let is_orphan = |name: &String| tree_number(name).is_some_and(|one| !named.contains(&one));
         Ok(found.into_iter().filter(is_orphan).map(|name| self.trees.join(name)).collect())
     }
 
@@ -416,12 +411,17 @@ impl Snapshots {
         }
     }
 
-    fn warn_of_missing_trees(&self) -> Result<(), SnapshotError> {
+    /// Those of a committed snapshot cannot be made anew: its layer is lost.
+    fn make_missing_trees(&self) -> Result<(), SnapshotError> {
         for (name, row) in self.metadata.all()? {
             let upper = self.upper(row.number);
-            if !upper.is_dir() {
-                let path = upper.display();
-                tracing::warn!(snapshot = name, %path, "a snapshot's directory is missing");
+            if upper.is_dir() {
+                continue;
+            }
+            let (path, kind) = (upper.display(), row.kind);
+            tracing::warn!(snapshot = name, ?kind, %path, "a snapshot's directory is missing");
+            if kind != Kind::Committed {
+                self.make_tree(&self.metadata.chain(&name)?)?;
             }
         }
         Ok(())
@@ -538,10 +538,13 @@ fn checked(
     Ok(labels)
 }
 
-/// Makes a directory of exactly this mode, whatever the umask is.
-fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
-    fs::create_dir(path)?;
-    fs::set_permissions(path, Permissions::from_mode(mode))
+/// Makes a directory of exactly this mode, whatever the umask is. Returns whether it was not there.
+fn make_dir(path: &Path, mode: u32) -> io::Result<bool> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+        made => made?,
+    }
+    fs::set_permissions(path, Permissions::from_mode(mode)).map(|()| true)
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {

@@ -395,13 +395,13 @@ pub(crate) fn what_was_removed_gives_its_space_back(s: &Snapshotter) -> Result<(
 pub(crate) fn cleanup_frees_what_nothing_refers_to(s: &Snapshotter) -> Result<()> {
     let trees = std::path::Path::new(s.subject.trees);
     let before = s.directories()?;
-    for orphan in ["999999", "new-999998"] {
+    for orphan in ["999999", "999998"] {
         fs::create_dir_all(trees.join(orphan).join("fs/etc"))?;
         fs::write(trees.join(orphan).join("fs/etc/passwd"), "left over")?;
     }
     s.layer("base", "", |top| Ok(fs::write(top.join("file"), "base")?))?;
     s.free()?;
-    assert!(!trees.join("999999").exists() && !trees.join("new-999998").exists());
+    assert!(!trees.join("999999").exists() && !trees.join("999998").exists());
     assert_eq!(s.directories()?, before + 1);
     let mounts = s.view("view", "base")?;
     mounted(&mounts, |top| fs::read(top.join("file")).map(drop).context("it is still there"))
