@@ -304,7 +304,8 @@ pub async fn online(node: &Arc<Node>, kept: Kept, repair: bool) -> Result<Report
     let mut fetched = 0;
     for loss in look(&kept).await?.1 {
         let brought =
-            contents::fetch_from(node, peers.clone(), loss.root, &lease, Patience::USUAL).await;
+            contents::fetch_from(node, peers.clone(), loss.root, &lease, Patience::USUAL.source)
+                .await;
         match brought {
             Ok(brought) => fetched += brought.values().map(|(objects, _)| objects).sum::<u64>(),
             Err(error) => {

@@ -38,35 +38,28 @@ pub async fn bring(node: &Arc<Node>, digest: Digest) -> Result<(), MigrationErro
         return Err(VolumeError::Nowhere(digest).into());
     }
     let lease = Arc::new(node.store.lease("volume", BRING_MAX));
-    fetch_from(node, holders, (Kind::Tree, digest), &lease, Patience::USUAL).await?;
+    let patience = Patience::USUAL.source;
+    fetch_from(node, holders, (Kind::Tree, digest), &lease, patience).await?;
     let volumes = node.volumes.clone();
     blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await
 }
 
-/// Fetches `root`, and all that it refers to, from `holders` at once: each takes the place of the one who has everything
-/// until one really has. Returns who brought what.
+/// Fetches `root`, and all that it refers to, from `holders` at once. Returns who brought what.
 ///
-/// Errors: the last one's reason.
+/// `patience` is the longest wait for one of them. Errors: [`FetchError::Nowhere`] when they do not bring all of it.
 pub async fn fetch_from(
     node: &Node,
-    mut holders: Vec<Arc<Connection>>,
+    holders: Vec<Arc<Connection>>,
     root: (Kind, Digest),
     lease: &Arc<Lease>,
-    patience: Patience,
+    patience: Duration,
 ) -> Result<Brought, FetchError> {
     let standings = Arc::new(Standings::known(node.channels.rates()));
-    let mut outcome = Err(FetchError::Nowhere(root.1));
-    while let Some(source) = holders.pop() {
-        if standings.is_dead(&source.node) {
-            continue;
-        }
-        let peers = Peers { neighbours: holders.clone(), source, standings: standings.clone() };
-        match fetch_within(&node.store, lease, &peers, &[root], Depth::Content, patience).await {
-            Ok(brought) => return Ok(brought.into_iter().next().unwrap_or_default()),
-            Err(error) => outcome = Err(error),
-        }
-    }
-    outcome
+    let peers = Peers { neighbours: holders, source: None, standings };
+    let patience = Patience { neighbour: patience, ..Patience::USUAL };
+    let (roots, depth) = ([root], Depth::Content);
+    let brought = fetch_within(&node.store, lease, &peers, &roots, depth, patience).await?;
+    Ok(brought.into_iter().next().unwrap_or_default())
 }
 
 /// Connections to the peers that answer a hello within `limit`, the fastest last, and the names of those that do not.

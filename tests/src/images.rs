@@ -47,10 +47,15 @@ pub enum Image {
     Pause,
     /// Busybox and one layer of [`FILES`] small files.
     Files,
+    /// Busybox and one layer of [`LARGE_BYTES`] that nothing compresses.
+    Large,
 }
 
 /// How many small files; each has up to two KiB, and a hundred share a directory.
 pub const FILES: usize = 20_000;
+
+/// How much, 200 MiB: in files of a tenth each.
+pub const LARGE_BYTES: usize = 200 << 20;
 
 /// What the pause container runs. The shell's `wait` takes in every child, its own or not.
 const PAUSE: &str = "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait; done";
@@ -67,6 +72,7 @@ impl Image {
             Self::Jvm => "docker.io/library/ledger:test",
             Self::Pause => "localhost/pause:test",
             Self::Files => "docker.io/library/files:test",
+            Self::Large => "docker.io/library/large:test",
         }
     }
 
@@ -80,12 +86,13 @@ impl Image {
             Self::Jvm => "ledger",
             Self::Pause => "pause",
             Self::Files => "files",
+            Self::Large => "large",
         }
     }
 
     fn configuration(self) -> Configuration<'static> {
         let (command, working_directory): (&[&str], _) = match self {
-            Self::Busybox | Self::Sqlite | Self::Files => (&["/bin/sh"], "/"),
+            Self::Busybox | Self::Sqlite | Self::Files | Self::Large => (&["/bin/sh"], "/"),
             Self::Redis => (
                 &["redis-server", "--protected-mode", "no", "--save", "", "--dir", "/data"],
                 "/data",
@@ -158,7 +165,7 @@ fn key(image: Image, root: &Root) -> Result<String> {
     let root = root.path().file_name().unwrap_or_default().display();
     let mut text = format!("{RECIPE} {root}").into_bytes();
     match image {
-        Image::Busybox | Image::Redis | Image::Sqlite | Image::Files => {}
+        Image::Busybox | Image::Redis | Image::Sqlite | Image::Files | Image::Large => {}
         Image::Memhog => {
             need::binaries(&["memhog"])?;
             text.extend(fs::read(place::binary("memhog"))?);
@@ -181,6 +188,11 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
         Image::Files => {
             stage_files(&own)?;
             layers.push(Layer { tree: own, gzip: false });
+            return Ok(layers);
+        }
+        Image::Large => {
+            stage_large(&own)?;
+            layers.push(Layer { tree: own, gzip: true });
             return Ok(layers);
         }
         Image::Memhog => {
@@ -276,6 +288,16 @@ fn stage_files(own: &Path) -> Result<()> {
         let mut bytes = vec![0; length];
         pattern::fill(number as u64, 0, &mut bytes);
         fs::write(directory.join(number.to_string()), bytes)?;
+    }
+    Ok(())
+}
+
+fn stage_large(own: &Path) -> Result<()> {
+    fs::create_dir_all(own.join("data"))?;
+    let mut bytes = vec![0; LARGE_BYTES / 10];
+    for number in 0..10 {
+        pattern::fill(number, 3, &mut bytes);
+        fs::write(own.join(format!("data/{number}")), &bytes)?;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_protos::{Digest, Subject};
@@ -18,7 +18,7 @@ use godwit_snapshotter::store::{Options, Snapshot, Store};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::neighbours::{self, Bad};
-use godwit_tests::registry::Registry;
+use godwit_tests::registry::{Registry, pull};
 use godwit_tests::workload;
 use godwit_tests::{Bed, BedOptions, Containerd, Node};
 use serde_json::Value;
@@ -98,17 +98,6 @@ fn diff_ids(node: &Node, reference: &str) -> Result<Vec<Digest>> {
     ids.iter().map(|id| Ok(id.as_str().unwrap_or_default().parse()?)).collect()
 }
 
-fn pull(node: &Node, reference: &str) -> Result<Duration> {
-    let begun = Instant::now();
-    // By itself, the client of containerd 1.7 would fetch everything before anything is unpacked.
-    let platform = images::platform();
-    let service = ["ctr", "images", "pull", "--local=false", "--platform", &platform];
-    node.command(&[&service[..], &["--snapshotter", "godwit", reference]].concat())
-        .timeout(Duration::from_secs(60))
-        .ok()?;
-    Ok(begun.elapsed())
-}
-
 /// Pulls, and returns which of the layers the registry was asked for meanwhile, and how long it took.
 fn pull_from(
     node: &Node,
@@ -152,6 +141,18 @@ fn layers_come_from_a_neighbour_and_go_on_from_whoever_got_them() -> Result<()> 
     // A layer that is not compressed is its own blob; the others are not had as such.
     let content = node(2).ok(&["ctr", "content", "ls", "-q"])?;
     ensure!(image.1.iter().filter(|layer| content.contains(*layer)).count() <= 1, "{content}");
+    Ok(())
+}
+
+/// Method: the lowest layer's blob is here, but no snapshot of it. Told that this layer is not there, containerd would
+/// download all those above it at once.
+#[test]
+fn a_layer_that_is_here_only_as_a_blob_makes_the_registry_give_none_of_the_others() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    images::import(node(1), Image::Busybox, "overlayfs")?;
+    let (asked, _) = pull_from(node(1), &image)?;
+    ensure!(asked.is_empty(), "the registry gave {asked:?}");
+    ensure!(seen(node(0), &image.0)? == seen(node(1), &image.0)?, "the trees differ");
     Ok(())
 }
 

@@ -20,6 +20,8 @@ pub struct FoundLayer {
     pub diff_id: Digest,
     /// The layer as the manifest names it, mostly compressed. containerd may have it or not.
     pub blob: Descriptor,
+    /// Digests of the image's layers above it, as the manifest names them.
+    pub above: Vec<Digest>,
 }
 
 /// A blob in a namespace of containerd.
@@ -49,7 +51,8 @@ impl Client {
             let place = image.chain_ids.iter().position(|one| *one == chain_id);
             let found = place.and_then(|place| {
                 let (diff_id, blob) = (image.diff_ids.get(place)?, image.layers.get(place)?);
-                Some(FoundLayer { diff_id: *diff_id, blob: blob.clone() })
+                let above = image.layers[place + 1..].iter().map(|layer| layer.digest).collect();
+                Some(FoundLayer { diff_id: *diff_id, blob: blob.clone(), above })
             });
             if found.is_some() {
                 return Ok(found);

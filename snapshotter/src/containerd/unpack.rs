@@ -143,8 +143,18 @@ impl Client {
         }
         let names = (chain_id.to_string(), key);
         self.commit_labelled(namespace, snapshotter, (&names.0, names.1), step.labels()).await?;
+        self.label_unpacked(namespace, layer.digest, *diff_id).await
+    }
+
+    /// Notes of a layer's blob what its uncompressed bytes have been seen to be.
+    pub async fn label_unpacked(
+        &self,
+        namespace: &str,
+        blob: Digest,
+        diff_id: Digest,
+    ) -> Result<(), ClientError> {
         let seen = [(LABEL_UNCOMPRESSED.to_owned(), diff_id.to_string())];
-        self.label_blob(namespace, layer.digest, seen.into()).await
+        self.label_blob(namespace, blob, seen.into()).await
     }
 }
 

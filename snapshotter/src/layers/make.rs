@@ -277,7 +277,7 @@ mod tests {
     async fn whoever_falls_silent_over_a_layer_is_not_waited_for_beside_one_who_makes_it() {
         let digest = Digest::of(b"blob");
         let blob = Descriptor { media_type: String::new(), digest, size_bytes: 1 };
-        let layer = FoundLayer { diff_id: Digest::of(b"layer"), blob };
+        let layer = FoundLayer { diff_id: Digest::of(b"layer"), blob, above: Vec::new() };
         let peers = [
             locating("empty", Some(LocateResponse::default())).await,
             making("mute", digest, false).await,

@@ -4,44 +4,47 @@
 //! to. A snapshotter that can supply the layer itself commits it and answers "already exists"; containerd then does not
 //! download the layer. So:
 //!
-//! 1. find out which layer is meant: the image's configuration is here by now, and commits to its diff ID. If containerd
-//!    has the layer's blob, or nobody has anything, it goes on as with any snapshotter;
+//! 1. find out which layer is meant: the image's configuration is here by now, and commits to its diff ID. If nobody has
+//!    anything, containerd goes on as with any snapshotter;
 //! 2. look up in the directory who keeps the layer as an object ([`crate::content::layer`]); if nobody does, have
 //!    neighbours make one of the blob that their containerd unpacked ([`make`]);
-//! 3. fetch it from all of them at once, as long as that goes on fast enough ([`guard`]);
-//! 4. give the uncompressed bytes to containerd under the diff ID, which it checks, and have it unpack them into a
-//!    snapshot, hashing them again, as it does with layers of its own;
+//! 3. fetch it from all of them at once, as long as that goes on fast enough ([`guard`]), and at the same time give the
+//!    uncompressed bytes, in their order, to containerd under the diff ID ([`arriving`]), which it checks;
+//! 4. have it unpack them into a snapshot, hashing them again, as it does with layers of its own;
 //! 5. commit the snapshot, and record the object, so that this node can give on the same bytes.
+//!
+//! Once containerd was told that a layer is not there, it begins to download all those above at once, whatever it is told of
+//! them later. So a layer whose blob is here is supplied too if one above is missing.
 //!
 //! Promise: a snapshot is committed only with the bytes that its chain ID stands for, whoever sent them. Whatever else
 //! happens ends in "not supplied" within [`SUPPLY_MAX`], nothing is left but objects that the sweep takes, and containerd
 //! asks the registry. A neighbour that let us wait, or lied, is not asked for a while.
 
+mod arriving;
 pub mod make;
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
-use futures::Stream;
+use futures::future::{Either, select};
 use godwit_protos::{Digest, Subject};
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::{Mutex, Semaphore, watch};
 
 use crate::caching::retention::{free_bytes, has_room, record};
 use crate::containerd::{Client, ClientError, Descriptor, FoundLayer, LABEL_REF};
 use crate::content::object::{Kind, Layer};
-use crate::content::{ContentError, Source as _, layer};
+use crate::content::{ContentError, Source};
 use crate::contents::{connect, fetch_from};
 use crate::directory::{LOOKUP_MAX, Lookup, Query};
 use crate::node::{Node, unix_ms};
 use crate::peer::Connection;
-use crate::peer::fetch::{FetchError, Patience};
+use crate::peer::fetch::FetchError;
 use crate::peer::shunned::{SHUN_LIAR, SHUN_SILENT};
 use crate::snapshots::{self, SnapshotError, Snapshots};
 use crate::store::{Lease, Snapshot, Store, StoreError};
+use arriving::{Arriving, Coming, bytes_of};
 
 /// Layers that are supplied at once; of further ones containerd asks the registry.
 const SUPPLIES_MAX: usize = 8;
@@ -50,18 +53,17 @@ const SUPPLIES_MAX: usize = 8;
 /// collection if that wants to begin meanwhile.
 const SUPPLY_MAX: Duration = Duration::from_secs(540);
 
+/// How long its objects may take, so that what has begun is ended in time.
+const FETCH_MAX: Duration = Duration::from_secs(480);
+
 /// How long what arrives is protected.
 const LEASE: Duration = Duration::from_secs(600);
 
 /// How long a neighbour has to answer a hello.
 const HELLO_MAX: Duration = Duration::from_millis(300);
 
-/// Longest waits for objects: the registry replaces everyone.
-const PATIENCE: Patience = Patience {
-    grace: Duration::from_millis(50),
-    neighbour: Duration::from_secs(2),
-    source: Duration::from_secs(2),
-};
+/// Longest wait for objects of one neighbour: the registry replaces everyone.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Bytes per second of all neighbours together below which the registry is asked instead ...
 const RATE_MIN: u64 = 256 << 10;
@@ -75,14 +77,14 @@ const GUARD: Duration = Duration::from_millis(500);
 /// Largest layer, uncompressed.
 pub const LAYER_BYTES_MAX: u64 = 64 << 30;
 
-/// What a layer may cost beyond its announced size, lists and protocol included.
+/// What a layer may cost beyond twice its announced size, lists and protocol included: an object is on its way from two
+/// neighbours when the one is late.
 const SIZE_SLACK: u64 = 16 << 20;
 
 /// Different objects that are tried for one layer: all honest nodes have the same.
 const OFFERS_MAX: usize = 2;
 
-/// Bytes of a layer that containerd is given at once, and how many such pieces wait.
-const PIECE_BYTES: usize = 512 << 10;
+/// Pieces of a layer that wait for their reader.
 const QUEUE: usize = 4;
 
 /// What containerd calls the uncompressed bytes of a layer.
@@ -179,6 +181,8 @@ struct Inner {
     node: Arc<Node>,
     snapshots: Arc<Snapshots>,
     turns: Semaphore,
+    /// Who supplies which layer: a second who wants it finds it kept.
+    busy: std::sync::Mutex<HashMap<Digest, Weak<Mutex<()>>>>,
 }
 
 /// A layer's object and who has it.
@@ -192,8 +196,8 @@ struct Offer {
 impl Layers {
     /// For this node and its snapshots.
     pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
-        let turns = Semaphore::new(SUPPLIES_MAX);
-        Self(Arc::new(Inner { node, snapshots, turns }))
+        let (turns, busy) = (Semaphore::new(SUPPLIES_MAX), std::sync::Mutex::default());
+        Self(Arc::new(Inner { node, snapshots, turns, busy }))
     }
 
     /// Commits the layer if it can be had without the registry, and says whether it is there now.
@@ -231,8 +235,10 @@ impl Inner {
         let containerd = &self.node.containerd;
         let found = containerd.find_layer(&wanted.namespace, wanted.chain_id).await?;
         let Some(layer) = found else { return Ok(false) };
-        if containerd.find_blob(layer.blob.digest).await?.is_some() {
-            return Ok(false);
+        let turn = self.turn(layer.diff_id);
+        let _turn = turn.lock().await;
+        if let Some(found) = containerd.find_blob(layer.blob.digest).await? {
+            return self.supply_blob(wanted, &layer, &found.namespace).await;
         }
         let lease = Arc::new(self.node.store.lease("layer", LEASE));
         if self.supply_kept(wanted, &layer).await? {
@@ -255,6 +261,17 @@ impl Inner {
         outcome
     }
 
+    /// What is locked while a layer of that diff ID is supplied.
+    fn turn(&self, diff_id: Digest) -> Arc<Mutex<()>> {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.retain(|_, turn| turn.strong_count() > 0);
+        busy.get(&diff_id).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let turn = Arc::default();
+            busy.insert(diff_id, Arc::downgrade(&turn));
+            turn
+        })
+    }
+
     /// Whether the layer is committed already, for another namespace: containerd takes it by its label and parent.
     async fn is_committed(&self, wanted: &Wanted) -> Result<bool, LayerError> {
         let (chain_id, parent) = (wanted.chain_id, wanted.parent.clone());
@@ -269,11 +286,33 @@ impl Inner {
         .await
     }
 
+    /// Supplies a layer whose blob is in `namespace`, unless containerd has nothing to download for this image.
+    async fn supply_blob(
+        &self,
+        wanted: &Wanted,
+        layer: &FoundLayer,
+        namespace: &str,
+    ) -> Result<bool, LayerError> {
+        let containerd = &self.node.containerd;
+        for above in &layer.above {
+            if containerd.has_blob(&wanted.namespace, *above).await?.is_none() {
+                self.unpack(containerd, wanted, (namespace, &layer.blob), layer.diff_id).await?;
+                // Neighbours can ask for it then; the layer is there whether they can or not.
+                let (blob, diff_id) = (layer.blob.digest, layer.diff_id);
+                if let Err(error) = containerd.label_unpacked(namespace, blob, diff_id).await {
+                    tracing::warn!(%blob, %error, "cannot note what a layer's blob holds");
+                }
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Supplies a layer that this node keeps as an object. One that proves wrong is forgotten.
     async fn supply_kept(&self, wanted: &Wanted, layer: &FoundLayer) -> Result<bool, LayerError> {
         let subject = Subject::ImageLayer(layer.diff_id);
         for (id, kept) in self.blocking_store(move |store| store.snapshots(&subject)).await? {
-            match self.put(wanted, layer, kept.root).await {
+            match self.put_kept(wanted, layer, kept.root).await {
                 Ok(()) => return Ok(true),
                 Err(error) if error.is_lie() => {
                     tracing::warn!(layer = %layer.diff_id, "what was kept of a layer is damaged");
@@ -320,12 +359,31 @@ impl Inner {
         if *size_bytes > LAYER_BYTES_MAX.min(free) {
             return Err(LayerError::TooLarge(*size_bytes));
         }
-        let root_of = (Kind::Layer, *root);
-        let brought = tokio::select! {
-            brought = fetch_from(&self.node, peers.clone(), root_of, lease, PATIENCE) => brought?,
-            why = guard(peers, *size_bytes) => return Err(LayerError::Guard(why)),
+        let held = self.node.containerd.lease(&wanted.namespace).await?;
+        let coming = Coming::default();
+        let arriving = Arriving::new(self.node.store.clone(), &coming);
+        let write = pin!(self.write(held.client(), wanted, layer, arriving, *root));
+        let fetch = pin!(async {
+            let root = (Kind::Layer, *root);
+            tokio::select! {
+                brought = fetch_from(&self.node, peers.clone(), root, lease, PATIENCE) => Ok(brought?),
+                why = guard(peers, *size_bytes) => Err(LayerError::Guard(why)),
+            }
+        });
+        let (brought, blob) = match select(fetch, write).await {
+            Either::Left((brought, write)) => {
+                drop(coming);
+                // Ends soon, and leaves nothing half written. That something is missing is then no lie.
+                let written = write.await;
+                (brought?, written?)
+            }
+            Either::Right((written, fetch)) => {
+                let blob = written?;
+                (fetch.await?, blob)
+            }
         };
-        self.put(wanted, layer, *root).await?;
+        let here = (wanted.namespace.as_str(), &blob);
+        self.unpack(held.client(), wanted, here, layer.diff_id).await?;
         let layer = layer.diff_id;
         tracing::info!(%layer, bytes = size_bytes, ?brought, "layer from the neighbours");
         // The layer is there whether it can be given on or not.
@@ -335,49 +393,75 @@ impl Inner {
         Ok(())
     }
 
-    /// Commits the snapshot that the object `root` makes.
-    async fn put(
+    /// Commits the snapshot that the object `root` makes, which is in the store.
+    async fn put_kept(
         &self,
         wanted: &Wanted,
         layer: &FoundLayer,
         root: Digest,
     ) -> Result<(), LayerError> {
+        let held = self.node.containerd.lease(&wanted.namespace).await?;
         let store = self.node.store.clone();
-        let size_bytes = blocking(move || Ok(store.decode::<Layer>(&root)?.bytes)).await?;
+        let blob = self.write(held.client(), wanted, layer, store, root).await?;
+        let here = (wanted.namespace.as_str(), &blob);
+        self.unpack(held.client(), wanted, here, layer.diff_id).await
+    }
+
+    /// Gives containerd the bytes of the object `root` under their diff ID.
+    ///
+    /// It drops its copy once the lease of `containerd` is gone. Letting go of that is not waited for: its garbage
+    /// collection waits for the call that this answers.
+    async fn write(
+        &self,
+        containerd: &Client,
+        wanted: &Wanted,
+        layer: &FoundLayer,
+        objects: impl Source + Clone + Send + 'static,
+        root: Digest,
+    ) -> Result<Descriptor, LayerError> {
+        let of = objects.clone();
+        let size_bytes = blocking(move || Ok(of.decode::<Layer>(&root)?.bytes)).await?;
         if size_bytes > LAYER_BYTES_MAX {
             return Err(LayerError::TooLarge(size_bytes));
         }
-        let (namespace, diff_id) = (wanted.namespace.as_str(), layer.diff_id);
-        // containerd drops its copy of the bytes once nothing holds it. Letting go is not waited for: its garbage
-        // collection waits for the call that this answers.
-        let held = self.node.containerd.lease(namespace).await?;
-        let bytes = |offset| bytes_of(self.node.store.clone(), root, offset);
-        let written = held.client().write_blob(namespace, diff_id, size_bytes, bytes).await;
+        let (namespace, digest) = (wanted.namespace.as_str(), layer.diff_id);
+        let bytes = |offset| bytes_of(objects, root, offset);
+        let written = containerd.write_blob(namespace, digest, size_bytes, bytes).await;
         if let Err(ClientError::Source { .. }) = &written {
             // Or the next attempt would go on behind what a broken object began with.
-            held.client().abort_write(namespace, diff_id).await?;
+            containerd.abort_write(namespace, digest).await?;
         }
         written?;
-        let blob = Descriptor { media_type: MEDIA_TYPE.to_owned(), digest: diff_id, size_bytes };
-        let unpacked = self.unpack(held.client(), wanted, &blob).await;
+        Ok(Descriptor { media_type: MEDIA_TYPE.to_owned(), digest, size_bytes })
+    }
+
+    /// Has the layer `blob` of `namespace` unpacked into a snapshot, and commits that. Errors: nothing is left.
+    async fn unpack(
+        &self,
+        containerd: &Client,
+        wanted: &Wanted,
+        blob: (&str, &Descriptor),
+        diff_id: Digest,
+    ) -> Result<(), LayerError> {
+        let unpacked = self.try_unpack(containerd, wanted, blob, diff_id).await;
         if unpacked.is_err() {
             self.clear(wanted.key.clone()).await;
         }
         unpacked
     }
 
-    /// Has the layer `blob` unpacked into a snapshot, and commits that. Errors: it may be left under its key.
-    async fn unpack(
+    async fn try_unpack(
         &self,
         containerd: &Client,
         wanted: &Wanted,
-        blob: &Descriptor,
+        (namespace, blob): (&str, &Descriptor),
+        diff_id: Digest,
     ) -> Result<(), LayerError> {
         let Wanted { key, parent, .. } = wanted.clone();
         let prepare = move |all: &Snapshots| all.prepare(&key, parent.as_deref(), BTreeMap::new());
         let mounts = self.blocking(prepare).await?;
-        if containerd.apply(&wanted.namespace, blob, mounts).await? != blob.digest {
-            return Err(ClientError::WrongContent(blob.digest).into());
+        if containerd.apply(namespace, blob, mounts).await? != diff_id {
+            return Err(ClientError::WrongContent(diff_id).into());
         }
         let Wanted { key, name, labels, .. } = wanted.clone();
         self.blocking(move |all| all.commit(&name, &key, labels)).await
@@ -446,25 +530,6 @@ async fn keep(
     .await
 }
 
-/// The bytes of a layer's object from `offset` on.
-fn bytes_of(
-    store: Store,
-    root: Digest,
-    offset: u64,
-) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin {
-    let (send, receive) = mpsc::channel(QUEUE);
-    tokio::task::spawn_blocking(move || {
-        let mut piece = BytesMut::new();
-        let read = layer::read(&store, &root, offset, &mut |data| {
-            piece.extend_from_slice(&data);
-            piece.len() < PIECE_BYTES || send.blocking_send(Ok(piece.split().freeze())).is_ok()
-        });
-        // Whoever does not listen any more does not mind.
-        let _ = send.blocking_send(read.map(|()| piece.freeze()).map_err(io::Error::other));
-    });
-    ReceiverStream::new(receive)
-}
-
 /// Who offers the same belongs together.
 fn grouped(holders: impl IntoIterator<Item = (Digest, u64, Arc<Connection>)>) -> Vec<Offer> {
     let mut offers: Vec<Offer> = Vec::new();
@@ -481,12 +546,16 @@ fn grouped(holders: impl IntoIterator<Item = (Digest, u64, Arc<Connection>)>) ->
 /// Ends when the peers are too slow all together, or send more than they announced.
 async fn guard(peers: &[Arc<Connection>], size_bytes: u64) -> &'static str {
     let received = || peers.iter().map(|peer| peer.traffic.received()).sum::<u64>();
-    let most = size_bytes.saturating_add(size_bytes / 4).saturating_add(SIZE_SLACK);
-    let (mut since, mut before) = (Instant::now(), received());
+    let most = size_bytes.saturating_mul(2).saturating_add(SIZE_SLACK);
+    let begun = Instant::now();
+    let (mut since, mut before) = (begun, received());
     loop {
         tokio::time::sleep(GUARD).await;
         if received() > most {
             return "it is larger than it was announced";
+        }
+        if begun.elapsed() > FETCH_MAX {
+            return "it took too long";
         }
         if since.elapsed() >= RATE_OVER {
             if received() - before < RATE_MIN * RATE_OVER.as_secs() {

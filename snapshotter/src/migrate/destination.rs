@@ -473,7 +473,7 @@ impl Connections {
 
     /// The source without its neighbours.
     pub fn source_alone(&self) -> Peers {
-        let (source, standings) = (self.source.clone(), self.standings.clone());
+        let (source, standings) = (Some(self.source.clone()), self.standings.clone());
         Peers { neighbours: Vec::new(), source, standings }
     }
 

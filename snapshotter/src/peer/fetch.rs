@@ -6,7 +6,7 @@
 //! - Every neighbour takes batches from one shared queue, each as fast as it can; what one lacks, fails to
 //!   deliver in time or delivers wrongly goes back and is asked elsewhere.
 //! - The source is asked for what every neighbour that still answers has been asked for in vain, and helps
-//!   where the neighbours are slower than it is.
+//!   where the neighbours are slower than it is. Content that no node is the source of comes from neighbours alone.
 //!
 //! So a byte comes from the source only if nobody else has it or brings it as fast, a dead neighbour costs one grace,
 //! and a lying one nothing but its own bytes: each object is checked against its digest before it is kept. What was
@@ -118,7 +118,7 @@ impl Standings {
     }
 
     /// Who still answers, as a bit set, and the paces of all, the source's last.
-    fn of(&self, neighbours: &[Arc<Connection>], source: &Connection) -> (u64, Vec<Pace>) {
+    fn of(&self, neighbours: &[Arc<Connection>], source: Option<&str>) -> (u64, Vec<Pace>) {
         let standings = self.lock();
         let of = |node: &str| standings.get(node).cloned().unwrap_or_default();
         let (mut alive, mut paces) = (0, Vec::new());
@@ -127,22 +127,17 @@ impl Standings {
             alive |= u64::from(!is_dead) << index;
             paces.push(pace);
         }
-        paces.push(of(&source.node).pace);
+        paces.push(source.map(|source| of(source).pace).unwrap_or_default());
         (alive, paces)
     }
 
-    fn keep(&self, asked: &[Arc<Connection>], source: &Connection, alive: u64, paces: &[Pace]) {
+    fn keep(&self, asked: &[Arc<Connection>], source: Option<&str>, alive: u64, paces: &[Pace]) {
         let mut standings = self.lock();
-        let nodes = asked.iter().map(|peer| &peer.node).chain([&source.node]);
+        let nodes = asked.iter().map(|peer| peer.node.as_str()).chain(source);
         for (index, (node, pace)) in nodes.zip(paces).enumerate() {
             let is_dead = index < asked.len() && alive & 1 << index == 0;
-            standings.insert(node.clone(), Standing { pace: pace.clone(), is_dead });
+            standings.insert(node.to_owned(), Standing { pace: pace.clone(), is_dead });
         }
-    }
-
-    /// Whether a peer has failed as a neighbour.
-    pub fn is_dead(&self, node: &str) -> bool {
-        self.lock().get(node).is_some_and(|standing| standing.is_dead)
     }
 
     /// Rates in bytes per second of the peers that sent at least `bytes_min`.
@@ -153,13 +148,13 @@ impl Standings {
     }
 }
 
-/// Whom to ask: neighbours in any order, and the one who has everything.
+/// Whom to ask: neighbours in any order, and the one who has everything, if there is one.
 #[derive(Clone, Debug)]
 pub struct Peers {
     /// Nodes that may have some of it.
     pub neighbours: Vec<Arc<Connection>>,
     /// The node that has all of it.
-    pub source: Arc<Connection>,
+    pub source: Option<Arc<Connection>>,
     /// What is known of them; shared by all fetches of a migration.
     pub standings: Arc<Standings>,
 }
@@ -318,13 +313,15 @@ async fn fetch_level(
     brought: &mut Vec<Brought>,
 ) -> Result<(), FetchError> {
     let asked = asked_neighbours(peers);
-    let (alive, paces) = peers.standings.of(asked, &peers.source);
+    let source = peers.source.as_ref().map(|source| source.node.as_str());
+    let (alive, paces) = peers.standings.of(asked, source);
     let queue = Queue::new(missing, alive, paces, patience, std::mem::take(brought));
     let level = Arc::new(Level { queue: Mutex::new(queue), changed: Notify::new() });
     let mut workers = tokio::task::JoinSet::new();
     let neighbours = asked.iter().enumerate();
-    let everyone = neighbours.map(|(index, one)| (Some(index), one, patience.neighbour));
-    for (neighbour, peer, patience) in everyone.chain([(None, &peers.source, patience.source)]) {
+    let neighbours = neighbours.map(|(index, one)| (Some(index), one, patience.neighbour));
+    let source_too = peers.source.iter().map(|source| (None, source, patience.source));
+    for (neighbour, peer, patience) in neighbours.chain(source_too) {
         for _ in 0..REQUESTS_PER_PEER {
             let worker = Worker {
                 level: level.clone(),
@@ -354,9 +351,9 @@ async fn fetch_level(
         }
     }
     let mut queue = level.lock();
-    peers.standings.keep(asked, &peers.source, queue.alive, &queue.paces);
+    peers.standings.keep(asked, source, queue.alive, &queue.paces);
     *brought = std::mem::take(&mut queue.brought);
-    queue.outcome()
+    queue.outcome(source.is_some())
 }
 
 struct Worker {

@@ -25,8 +25,14 @@ use godwit_protos::Digest;
 use super::fetch::{Brought, FetchError, Patience};
 use super::pace::Pace;
 
-/// Objects per request; with pages of 4 KiB half a megabyte, with chunks of files 16 MiB.
+/// Objects per request, at most; with pages of 4 KiB half a megabyte, with chunks of files some 10 MiB ...
 pub(super) const BATCH_OBJECTS: usize = 128;
+
+/// ... and at least, unless fewer are left.
+const BATCH_OBJECTS_MIN: usize = 8;
+
+/// About how long one request may keep a peer busy whose pace is known: what others wait for at the end of a level.
+const BATCH_TIME: Duration = Duration::from_millis(250);
 
 /// How much longer than from the source alone a level may take before the source helps: the promise of cooperation is
 /// never to cost more than this, and the grace.
@@ -135,7 +141,7 @@ impl Queue {
             return None;
         }
         let mut batch = match neighbour {
-            Some(index) => self.take_open(index),
+            Some(index) => self.take_open(index, now),
             None => self.take_rest(),
         };
         if batch.is_empty() && neighbour.is_none() && self.may_help(now) {
@@ -156,10 +162,10 @@ impl Queue {
         Some((number, batch))
     }
 
-    fn take_open(&mut self, index: usize) -> Batch {
-        let mut batch = Batch::new();
+    fn take_open(&mut self, index: usize, now: Instant) -> Batch {
+        let (mut batch, most) = (Batch::new(), self.batch_objects(index, now));
         for (asked, digests) in self.open.iter_mut().filter(|(asked, _)| *asked & 1 << index == 0) {
-            while batch.len() < BATCH_OBJECTS
+            while batch.len() < most
                 && let Some(digest) = digests.pop_front()
             {
                 if self.wanted.contains_key(&digest) {
@@ -242,6 +248,13 @@ impl Queue {
         objects * mean.max(1.0)
     }
 
+    /// How many objects a neighbour is asked for at once: as many as it sends within [`BATCH_TIME`].
+    fn batch_objects(&self, index: usize, now: Instant) -> usize {
+        let Some(rate) = self.paces[index].rate(now) else { return BATCH_OBJECTS };
+        let fits = |objects: &usize| self.bytes_of(*objects) <= rate * BATCH_TIME.as_secs_f64();
+        (BATCH_OBJECTS_MIN..BATCH_OBJECTS).rev().find(fits).unwrap_or(BATCH_OBJECTS_MIN)
+    }
+
     /// Bytes per second.
     fn source_rate(&self, now: Instant) -> f64 {
         self.paces.last().and_then(|pace| pace.rate(now)).unwrap_or(RATE_UNKNOWN).max(1.0)
@@ -283,7 +296,12 @@ impl Queue {
             // Another neighbour first, if there is one that answers.
             delay = delay.max(grace) * 2;
         }
-        let is_slow = pace.rate(now).unwrap_or(0.0) < self.source_rate(now);
+        let faster = match by {
+            // Among equals chance decides who is a little faster.
+            Some(index) => self.paces[index].rate(now).unwrap_or(0.0) / 2.0,
+            None => self.source_rate(now),
+        };
+        let is_slow = pace.rate(now).unwrap_or(0.0) < faster;
         now.saturating_duration_since(flight.last_word) >= delay
             || (is_slow && now.saturating_duration_since(flight.begun) >= grace * 4)
     }
@@ -385,12 +403,13 @@ impl Queue {
         !waits || self.has_given_up(neighbour)
     }
 
-    /// How a level that all workers have left went.
-    pub(super) fn outcome(&mut self) -> Result<(), FetchError> {
+    /// How a level that all workers have left went, with or without a source.
+    pub(super) fn outcome(&mut self, has_source: bool) -> Result<(), FetchError> {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
-        if let Some(digest) = self.nowhere {
+        let missing = self.wanted.keys().next().filter(|_| !has_source);
+        if let Some(digest) = self.nowhere.or(missing.copied()) {
             return Err(FetchError::Nowhere(digest));
         }
         match (self.wanted.len(), self.source_error.take()) {
@@ -462,7 +481,7 @@ mod tests {
         let (flight, rest) = queue.take(None, begun + 2000 * MS).unwrap();
         assert_eq!(rest.len(), 50, "what neither of them brought");
         deliver(&mut queue, flight, &rest, begun + 2001 * MS);
-        assert!(queue.outcome().is_ok());
+        assert!(queue.outcome(true).is_ok());
         assert_eq!(queue.brought[0]["n"], (100, 100 * 4096), "each object counts once");
     }
 
@@ -480,6 +499,55 @@ mod tests {
             Queue::new(&digests(20), queue.alive, queue.paces, PATIENCE, vec![Brought::new()]);
         next.take(Some(0), begun + 62 * MS).unwrap();
         assert!(next.take(None, begun + 62 * MS).is_some(), "nothing is waited for");
+    }
+
+    /// Method: each sends 12.5 MB/s in all, more or less, to its two workers in turn, message by message of 512 KiB.
+    #[test]
+    fn equals_without_a_source_share_a_level_and_send_little_twice() {
+        const OBJECT: u64 = 75 << 10;
+        const OBJECTS: u32 = 2800;
+        let (begun, tick) = (Instant::now(), 5 * MS);
+        let alive = (1 << 3) - 1;
+        let paces = vec![Pace::default(); 4];
+        let mut queue = Queue::new(&digests(OBJECTS), alive, paces, PATIENCE, vec![Brought::new()]);
+        // What was asked of each worker and has not been sent, with the time of the last message.
+        type Asked = Option<(u64, Batch, Instant)>;
+        let mut workers: Vec<(usize, Asked)> =
+            [0, 1, 2, 0, 1, 2].into_iter().map(|index| (index, None)).collect();
+        let (mut now, mut credit, mut sent) = (begun, [0; 3], 0u64);
+        while !queue.wanted.is_empty() {
+            now += tick;
+            for (credit, rate) in credit.iter_mut().zip([12_500_000, 12_300_000, 12_700_000]) {
+                *credit += rate / 200;
+            }
+            workers.rotate_left(3);
+            for (index, asking) in &mut workers {
+                if asking.is_none() {
+                    *asking =
+                        queue.take(Some(*index), now).map(|(flight, batch)| (flight, batch, now));
+                }
+                let Some((flight, batch, since)) = asking else { continue };
+                let message = batch.len().min(7);
+                if credit[*index] < message as u64 * OBJECT {
+                    continue;
+                }
+                credit[*index] -= message as u64 * OBJECT;
+                sent += message as u64;
+                let objects: Vec<_> =
+                    batch.drain(..message).map(|(one, _)| (one, OBJECT)).collect();
+                queue.arrived(*flight, "n", &objects, now - *since, now);
+                *since = now;
+                if batch.is_empty() {
+                    queue.finish(*flight, Ending::Answered, now);
+                    *asking = None;
+                }
+            }
+        }
+        let took = (now - begun).as_secs_f64();
+        let ideal = f64::from(OBJECTS) * 75.0 * 1024.0 / 37.5e6;
+        assert!(took < ideal * 1.05, "{took} s instead of {ideal} s");
+        assert!(sent < u64::from(OBJECTS) * 103 / 100, "{sent} of {OBJECTS} were sent");
+        assert!(queue.outcome(false).is_ok());
     }
 
     /// A worker without its network: idle, on its way with a batch, or gone.
@@ -561,7 +629,7 @@ mod tests {
             let waits = |(_, doing): &(Option<usize>, Doing)| !matches!(doing, Doing::Gone);
             prop_assert!(!model.workers.iter().any(waits), "a worker waits for ever");
             let delivered = model.queue.brought[0].values().map(|(count, _)| *count).sum::<u64>();
-            match model.queue.outcome() {
+            match model.queue.outcome(true) {
                 Ok(()) => prop_assert_eq!(delivered, u64::from(objects)),
                 Err(FetchError::SourceFailed { missing, .. }) => {
                     prop_assert_eq!(delivered + missing as u64, u64::from(objects));

@@ -465,14 +465,15 @@ impl Destination {
         Self { store, lease, _dir: dir }
     }
 
-    async fn fetch(
+    async fn fetch<'a>(
         &self,
         content: &Content,
         neighbours: &[&Arc<Connection>],
-        source: &Arc<Connection>,
+        source: impl Into<Option<&'a Arc<Connection>>>,
     ) -> Result<Brought, FetchError> {
         let neighbours = neighbours.iter().copied().cloned().collect();
-        let peers = Peers { neighbours, source: source.clone(), standings: Arc::default() };
+        let source = source.into().cloned();
+        let peers = Peers { neighbours, source, standings: Arc::default() };
         let roots = [content.root];
         let work = fetch_within(&self.store, &self.lease, &peers, &roots, Depth::Content, PATIENCE);
         let done = tokio::time::timeout(LIMIT, work).await;
@@ -752,6 +753,35 @@ async fn without_neighbours_everything_comes_from_the_source_once() {
     assert_eq!(asked, content.objects.len());
     assert!(here.fetch(&content, &[], &far).await.unwrap().is_empty());
     assert_eq!(source.requests().iter().map(Vec::len).sum::<usize>(), asked);
+}
+
+/// Method: one lacks half, one dies midway, one is slow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_source_neighbours_bring_what_the_others_do_not() {
+    let content = Content::new();
+    let (_, one) = node("one", Script::Honest, content.some()).await;
+    let (_, two) = node("two", Script::HonestFor(300), content.objects.clone()).await;
+    let (_, three) = node("three", Script::Slow(20), content.objects.clone()).await;
+    let here = Destination::new();
+    let brought = here.fetch(&content, &[&one, &two, &three], None).await.unwrap();
+    here.assert_has_all(&content);
+    assert_eq!(total(&brought), content.objects.len() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_source_what_the_neighbours_do_not_bring_is_nowhere() {
+    let content = Content::new();
+    let (_, honest) = node("honest", Script::Honest, content.some()).await;
+    for script in [Script::Honest, Script::Silent, Script::Fails, Script::WrongBytes] {
+        let (_, other) = node("other", script, content.some()).await;
+        let here = Destination::new();
+        let begun = Instant::now();
+        let failed = here.fetch(&content, &[&honest, &other], None).await.unwrap_err();
+        assert!(matches!(failed, FetchError::Nowhere(_)), "{script:?}: {failed}");
+        assert!(begun.elapsed() < PATIENCE.neighbour * 2, "{script:?}: {:?}", begun.elapsed());
+    }
+    let failed = Destination::new().fetch(&content, &[], None).await.unwrap_err();
+    assert!(matches!(failed, FetchError::Nowhere(_)), "{failed}");
 }
 
 /// Method: a file that holds the very bytes of a directory, so that one digest is of two kinds in one level.

@@ -5,6 +5,8 @@
 //! - **unpack**: an image of many small files is imported whose blobs containerd has.
 //! - **ingest**: `godwit volume import` of a tree, once of bytes that nothing compresses and once of text, against one
 //!   core's SHA-256 as `openssl speed` gives it. The store is empty each time.
+//! - **pull**: an image with a layer of 200 MiB is pulled that three neighbours have, with links of 100 Mbit/s each, or only
+//!   one of them. The destination's link has 1 Gbit/s, and the registry is asked for no layer.
 //!
 //! What is compared is interleaved, and each figure is a median. Written to `target/bench/snapshotter.json`.
 
@@ -23,8 +25,9 @@ use containerd_client::tonic::Request;
 use containerd_client::tonic::transport::Channel;
 use godwit_tests::command::host;
 use godwit_tests::images::{self, Image};
-use godwit_tests::neighbours::forget;
+use godwit_tests::neighbours::{self, forget};
 use godwit_tests::node::CONTAINERD_SOCKET;
+use godwit_tests::registry::{self, Registry};
 use godwit_tests::{Bed, BedOptions, Node, pattern, place};
 use serde_json::json;
 
@@ -37,12 +40,17 @@ const WORK_MAX: Duration = Duration::from_secs(300);
 const FILE_BYTES: usize = 16 << 20;
 /// Where they lie in the node: a real file system, not an overlay.
 const TREE: &str = "/var/lib/godwit/bench";
+/// Rates of the neighbours' links and of the destination's, in Mbit/s.
+const PULL_MBIT: (u32, u32) = (100, 1000);
 
 #[derive(Parser)]
 struct Arguments {
     /// Pairs of lifecycles and of unpackings, and imports of each kind of tree.
     #[arg(long, default_value_t = 10)]
     runs: usize,
+    /// Pulls from three neighbours and from one.
+    #[arg(long, default_value_t = 5)]
+    pulls: usize,
     /// Size of the tree that is ingested, in MiB.
     #[arg(long, default_value_t = 1024)]
     tree_mib: usize,
@@ -59,11 +67,15 @@ fn main() -> Result<()> {
     let ingest = |is_text| ingest(bed.node(0), &arguments, is_text);
     let (plain, text) = (ingest(false)?, ingest(true)?);
     eprintln!("SHA-256 {hashes:.0} B/s, ingest {plain:.0} B/s, compressed {text:.0} B/s");
+    drop(bed);
+    let pull = pull_from_neighbours(arguments.pulls)?;
+    eprintln!("pull from three and from one: {pull:?} s");
     let rounded = |ratio: f64| (1000.0 * ratio).round() / 1000.0;
     let result = json!({
         "lifecycle_ratio": rounded(lifecycle[0] / lifecycle[1]),
         "ingest_of_sha256_speed": rounded(plain / hashes),
         "ingest_compressed_of_sha256_speed": rounded(text / hashes),
+        "three_peer_speedup": rounded(pull[1] / pull[0]),
         "unpack_ratio": rounded(unpack[0] / unpack[1]),
     });
     let path = place::target().join("bench/snapshotter.json");
@@ -198,4 +210,29 @@ fn write(path: &Path, number: u64, is_text: bool) -> Result<()> {
         pattern::fill(number, 2, &mut bytes);
     }
     Ok(fs::write(path, bytes)?)
+}
+
+/// Seconds of a pull from three neighbours and from one. What is not measured is unshaped.
+fn pull_from_neighbours(runs: usize) -> Result<[f64; 2]> {
+    let bed = Bed::start(&BedOptions::nodes(5))?;
+    let (neighbours, destination) = (&bed.nodes()[..3], bed.node(3));
+    let registry = Registry::start(bed.node(4), &bed.nodes()[..4])?;
+    let reference = registry.push(Image::Large)?;
+    for node in neighbours {
+        registry::pull(node, &reference)?;
+    }
+    neighbours.iter().try_for_each(|node| node.set_rate(Some(PULL_MBIT.0)))?;
+    destination.set_rate(Some(PULL_MBIT.1))?;
+    medians([3, 1], runs, |count| {
+        neighbours[count..].iter().try_for_each(Node::stop_daemon)?;
+        forget(destination)?;
+        let before = registry.asked_for().len();
+        let took = registry::pull(destination, &reference)?;
+        eprintln!("from {count}: {took:?}");
+        let asked = registry.asked_for().split_off(before);
+        ensure!(asked.len() <= 1, "more than the configuration came from the registry: {asked:?}");
+        destination.ok(&["ctr", "images", "rm", "--sync", &reference])?;
+        neighbours[count..].iter().try_for_each(neighbours::start)?;
+        Ok(took.as_secs_f64())
+    })
 }
