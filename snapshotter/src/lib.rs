@@ -22,6 +22,7 @@ pub mod containerd;
 pub mod content;
 pub mod contents;
 pub mod control;
+mod database;
 pub mod directory;
 pub mod layers;
 pub mod migrate;

@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_protos::{Digest, Subject};
@@ -237,6 +237,39 @@ fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
         ensure!(seen(node(0), &image.0)? == seen(node(1), &image.0)?, "{bad}: the trees differ");
     }
     Ok(())
+}
+
+/// Method: killed while containerd waits for a layer that a neighbour sends; nobody asked the registry for one by then.
+#[test]
+fn a_daemon_that_dies_while_it_brings_a_layer_fails_the_pull_and_leaves_nothing() -> Result<()> {
+    let (image, at) = (fresh(Image::Redis)?, node(1));
+    let (asked, received) = (registry().asked_for().len(), at.traffic()?.received);
+    node(0).set_rate(Some(8))?;
+    let begun = Instant::now();
+    let failed = std::thread::scope(|scope| {
+        let pulling = scope.spawn(|| pull(at, &image.0));
+        wait_until("a layer is on its way", BOUND, || {
+            Ok(at.traffic()?.received > received + (512 << 10))
+        })?;
+        let mut asked = registry().asked_for().split_off(asked);
+        asked.retain(|digest| image.1.contains(digest));
+        at.kill_daemon()?;
+        let pulled = pulling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        ensure!(asked.is_empty(), "the registry gave {asked:?}");
+        Ok(pulled.err())
+    })?;
+    node(0).set_rate(None)?;
+    let failed = failed.context("the pull did not fail")?.to_string();
+    ensure!(begun.elapsed() < BOUND && failed.contains("Unavailable"), "{failed}");
+    neighbours::start(at)?;
+    let (asked, _) = pull_from(at, &image)?;
+    ensure!(asked.is_empty(), "the registry gave {asked:?}");
+    ensure!(seen(node(0), &image.0)? == seen(at, &image.0)?, "the trees differ");
+    at.ok(&["godwit", "check"])?;
+    at.ok(&["ctr", "images", "rm", "--sync", &image.0])?;
+    let left = "ctr leases ls -q; ls /var/lib/godwit/snapshots/fs";
+    wait_until("nothing is left", BOUND, || Ok(at.sh(left)?.is_empty()))
+        .with_context(|| at.sh(left).unwrap_or_default())
 }
 
 /// A kubelet's way to pull, for pods of the handler that has our snapshotter.

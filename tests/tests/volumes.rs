@@ -305,6 +305,32 @@ fn a_migration_that_fails_after_the_freeze_thaws_the_volume() -> Result<()> {
     ends_whole(node(1), name)
 }
 
+/// Method: a file system that cannot be frozen is mounted beside the volume, and the volume once more after it: the last
+/// comes first.
+#[test]
+fn a_freeze_that_fails_half_way_thaws_what_was_frozen() -> Result<()> {
+    let (name, at) = ("unfrozen", "/run/godwit-volumes/default/unfrozen");
+    create(node(0), name, &[])?;
+    writer(name, "delete").start(node(0))?;
+    goes_on(node(0), name, 30)?;
+    node(0).sh(&format!(
+        "mkdir {at}/beside {at}/again
+         mount -t tmpfs tmpfs {at}/beside
+         mount --bind {} {at}/again",
+        mounted(name)
+    ))?;
+    let refused = workload::migrate(node(0), name, node(0), node(1), &[])?;
+    let text = refused.to_string();
+    ensure!(text.contains(&format!("freezing the file system at {at}/beside")), "{text}");
+    ensure!(text.contains("runs on at its source"), "{text}");
+    goes_on(node(0), name, 30)?;
+    ensure!(!node(1).ok(&["godwit", "volume", "ls"])?.contains(name), "a volume is left");
+    node(0).sh(&format!("cd {at}; umount again beside; rmdir again beside"))?;
+    migrated(name, 0, 1)?;
+    goes_on(node(1), name, 10)?;
+    ends_whole(node(1), name)
+}
+
 /// Method: container and volume are removed, and come back as they were at the cut.
 #[test]
 fn a_block_volume_comes_back_from_a_consistent_snapshot() -> Result<()> {

@@ -4,8 +4,8 @@
 //! function returns: the caller acts only afterwards.
 //!
 //! Releasing is two steps on disk: 1. write the fence that shims read, 2. journal `Released`. So an error means that
-//! nothing was released. Whatever else happens is journalled first, and the fence removed then. On open: a fence is written for
-//! each `Released` entry and removed where there is none, so a crash between the two heals.
+//! nothing was released. Whatever else happens, a return among it, is the other way round: 1. journal, 2. remove the fence.
+//! On open: a fence is written for each `Released` entry and removed where there is none, so a crash between the two heals.
 
 use std::collections::HashSet;
 use std::fs;
@@ -18,6 +18,8 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use super::ownership::{Epoch, Event, Ownership};
+use crate::database;
+use crate::step::reach;
 
 /// Key: `NAMESPACE/ID`. Value: [`Entry`] as JSON.
 const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers_v1");
@@ -145,7 +147,7 @@ impl Journal {
                 return Err(JournalError::Missing { path: path.to_owned(), beside });
             }
         }
-        let database = Database::create(path).map_err(|error| failed(error.into()))?;
+        let database = database::open(path, &Database::builder(), |_| Ok(())).map_err(failed)?;
         let journal =
             Self { database: Arc::new(database), path: path.to_owned(), fences: fences.to_owned() };
         journal.write(|_| Ok(()))?;
@@ -229,11 +231,14 @@ impl Journal {
             entry.ownership = after;
             change(&mut entry);
             if matches!(entry.ownership, Ownership::Released(..)) {
+                reach("release 1");
                 self.set_fence(container, &entry.ownership)?;
+                reach("release 2");
             }
             put(&mut table, &key, &entry).map_err(|error| self.failed(error))?;
             Ok(entry)
         })?;
+        reach("return 2");
         if !matches!(entry.ownership, Ownership::Released(..))
             && let Err(error) = self.remove_fence(container)
         {
@@ -415,6 +420,7 @@ fn put<T: Serialize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::step::stop_before;
 
     fn container() -> ContainerRef {
         ContainerRef::new("default", "cache").unwrap()
@@ -435,7 +441,7 @@ mod tests {
         let fence = dir.path().join("fences/default/cache");
         assert_eq!(fs::read_to_string(&fence).unwrap(), "moved to edge-b, epoch 1");
         drop(journal);
-        // A crash between journal and fence.
+        // The directory was lost: with a state that was copied, say.
         fs::remove_file(&fence).unwrap();
         let journal = open(dir.path());
         assert!(fence.exists());
@@ -444,6 +450,32 @@ mod tests {
         journal.forget(&container()).unwrap();
         assert!(!fence.exists());
         assert_eq!(journal.container(&container()).unwrap(), None);
+    }
+
+    /// Method: a release stops before either of its steps, and a return between its two.
+    #[test]
+    fn fence_and_journal_agree_on_open_wherever_the_daemon_died() {
+        let offer = Event::Offer("edge-b/default/cache".into(), Epoch(0));
+        for step in ["release 1", "release 2", "return 2"] {
+            let dir = tempfile::tempdir().unwrap();
+            let fence = dir.path().join("fences/default/cache");
+            let journal = open(dir.path());
+            journal.apply(&container(), &offer, |_| {}).unwrap();
+            if step == "return 2" {
+                journal.apply(&container(), &Event::Release(Epoch(1)), |_| {}).unwrap();
+                let returned = Event::Returned(Epoch(1));
+                stop_before(step, || journal.apply(&container(), &returned, |_| {}));
+            } else {
+                let release = Event::Release(Epoch(1));
+                stop_before(step, || journal.apply(&container(), &release, |_| {}));
+            }
+            assert_eq!(fence.exists(), step != "release 1", "{step}");
+            drop(journal);
+            let journal = open(dir.path());
+            assert!(!fence.exists(), "{step}");
+            let entry = journal.container(&container()).unwrap().unwrap();
+            assert!(!matches!(entry.ownership, Ownership::Released(..)), "{step}: {entry:?}");
+        }
     }
 
     #[test]

@@ -11,14 +11,13 @@
 //! The rules of containerd's contract that concern metadata alone (what may be a parent, what may
 //! be removed) are checked here, inside the change.
 //!
-//! On open: a database under its temporary name was never used and is deleted. A damaged one, one
-//! of another format, and a missing one beside snapshots that exist are errors and nothing is
-//! touched: the directories hold containers' data.
+//! It is made whole or not at all ([`crate::database`]). On open: a damaged one, one of another format, and a missing one
+//! beside snapshots that exist are errors and nothing is touched: the directories hold containers' data.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-use std::{fs, io};
 
 use redb::{
     Database, ReadableDatabase as _, ReadableTable as _, TableDefinition, WriteTransaction,
@@ -26,7 +25,6 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use super::{Info, Kind, OpenError, SnapshotError, Usage};
-use crate::step;
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
@@ -88,35 +86,15 @@ fn decode(name: &str, bytes: &[u8]) -> Result<Row, SnapshotError> {
 
 impl Metadata {
     /// Opens the database at `path`, or makes one if `may_create`.
-    ///
-    /// Making: 1. write `<path>.new` with its format, 2. rename it to `path`, 3. fsync the
-    /// directory.
     pub(super) fn open(path: &Path, may_create: bool) -> Result<Self, OpenError> {
         let io_error = |source| OpenError::Io { path: path.to_owned(), source };
-        let new = path.with_extension("redb.new");
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error(error)),
-            _ => (),
+        if !may_create && !fs::exists(path).map_err(io_error)? {
+            return Err(OpenError::MetadataMissing(path.to_owned()));
         }
-        if !fs::exists(path).map_err(io_error)? {
-            if !may_create {
-                return Err(OpenError::MetadataMissing(path.to_owned()));
-            }
-            step::reach("create 1");
-            drop(Self::create(&new).map_err(|error| Self::damaged(path, error))?);
-            step::reach("create 2");
-            fs::rename(&new, path).map_err(io_error)?;
-            step::reach("create 3");
-            super::sync_parent(path).map_err(io_error)?;
-        } else if fs::metadata(path).map_err(io_error)?.len() == 0 {
-            // redb would take an empty file for a new database.
-            let reason = io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty");
-            return Err(Self::damaged(path, redb::Error::Io(reason)));
-        }
-        let db = Database::builder()
-            .set_check_integrity_on_open(true)
-            .open(path)
-            .map_err(|error| Self::damaged(path, error.into()))?;
+        let mut builder = Database::builder();
+        builder.set_check_integrity_on_open(true);
+        let db = crate::database::open(path, &builder, Self::fill);
+        let db = db.map_err(|error| Self::damaged(path, error))?;
         let found = Self::format(&db).map_err(|error| Self::damaged(path, error))?;
         if found != FORMAT {
             return Err(OpenError::Format { path: path.to_owned(), found, known: FORMAT });
@@ -128,15 +106,13 @@ impl Metadata {
         OpenError::Database { path: path.to_owned(), source: Box::new(source) }
     }
 
-    fn create(path: &Path) -> Result<Database, redb::Error> {
-        let db = Database::create(path)?;
+    fn fill(db: &Database) -> Result<(), redb::Error> {
         let txn = db.begin_write()?;
         txn.open_table(META)?.insert("format", FORMAT)?;
         txn.open_table(META)?.insert("next_number", 1)?;
         txn.open_table(SNAPSHOTS)?;
         txn.open_table(CHILDREN)?;
-        txn.commit()?;
-        Ok(db)
+        Ok(txn.commit()?)
     }
 
     fn format(db: &Database) -> Result<u64, redb::Error> {

@@ -358,6 +358,20 @@ fn cleanup_deletes_our_orphans_and_nothing_else() {
     assert_eq!(trees(dir.path()), ["007", "1", "lost+found"]);
 }
 
+#[test]
+fn a_cleanup_that_stops_is_done_again_on_open() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    for name in ["7/fs", "9/fs"] {
+        fs::create_dir_all(dir.path().join("fs").join(name)).unwrap();
+    }
+    stop_before("cleanup 2", || snapshots.cleanup());
+    assert_eq!(trees(dir.path()), ["1", "7", "9"]);
+    drop(snapshots);
+    Snapshots::open(dir.path()).unwrap();
+    assert_eq!(trees(dir.path()), ["1"]);
+}
+
 #[tokio::test]
 async fn errors_arrive_as_the_codes_that_containerd_expects() {
     let (_dir, snapshots) = fixture();

@@ -23,7 +23,7 @@ use redb::{Database, Durability, ReadableDatabase as _, ReadableTable as _, Tabl
 use super::encoding::Encoding;
 use super::error::{OpenError, StoreError};
 use super::pack::{self, Packs};
-use crate::step;
+use crate::{database, step};
 
 pub(super) type ObjectsTable = redb::ReadOnlyTable<&'static [u8; 32], &'static [u8; 17]>;
 
@@ -102,8 +102,10 @@ impl Index {
             redb::Error::DatabaseAlreadyOpen => OpenError::InUse(path.to_owned()),
             other => OpenError::Index { path: path.to_owned(), source: Box::new(other) },
         };
-        let opened = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path);
-        let index = Self { db: opened.map_err(|error| wrong(error.into()))? };
+        let mut builder = redb::Builder::new();
+        builder.set_cache_size(CACHE_BYTES);
+        let db = database::open(path, &builder, |_| Ok(())).map_err(wrong)?;
+        let index = Self { db };
         let found = index.ensure_tables()?;
         if found != pack::VERSION {
             return Err(OpenError::Version { path: path.to_owned(), found });

@@ -282,6 +282,7 @@ impl Inner {
         let (empty, sparse): (Vec<_>, Vec<_>) =
             dead.into_iter().partition(|(pack, _)| census.live_in(*pack) == 0);
         for (pack, end) in empty {
+            step::reach("before an empty pack is unlinked");
             self.packs.remove(pack)?;
             census.report.packs_removed += 1;
             census.report.bytes_freed += u64::from(end);

@@ -1,0 +1,119 @@
+//! Embedded databases (redb, one file each) that are there whole or not at all.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+
+use redb::{Builder, Database};
+
+use crate::step::reach;
+
+/// Opens the database at `path`, or makes one in which there is what `fill` puts there.
+///
+/// Making: 1. write `<path>.new`, 2. rename it to `path`, 3. fsync the directory. On open: a `<path>.new` was never used
+/// and is removed.
+///
+/// Caller: whoever must not take a database that is missing for a new one looks before. Errors: redb's, and the system's;
+/// also for an empty file, which redb would take for a new database. What is there is left as it is.
+pub(crate) fn open(
+    path: &Path,
+    builder: &Builder,
+    fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
+) -> Result<Database, redb::Error> {
+    let new = path.with_extension("redb.new");
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    if !fs::exists(path)? {
+        reach("create 1");
+        let made = builder.create(&new)?;
+        fill(&made)?;
+        drop(made);
+        reach("create 2");
+        fs::rename(&new, path)?;
+        reach("create 3");
+        if let Some(directory) = path.parent() {
+            File::open(directory)?.sync_all()?;
+        }
+    } else if fs::metadata(path)?.len() == 0 {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty").into());
+    }
+    Ok(builder.open(path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition};
+
+    use super::*;
+    use crate::step::stop_before;
+
+    const TABLE: TableDefinition<'_, u64, u64> = TableDefinition::new("table");
+    const ROWS: u64 = 1000;
+
+    fn fill(database: &Database) -> Result<(), redb::Error> {
+        let write = database.begin_write()?;
+        for row in 0..ROWS {
+            write.open_table(TABLE)?.insert(row, row)?;
+        }
+        Ok(write.commit()?)
+    }
+
+    fn rows(database: &Database) -> Result<u64, redb::Error> {
+        let table = database.begin_read()?.open_table(TABLE)?;
+        let whole = table.iter()?.map(|row| row.map(|(key, value)| key.value() == value.value()));
+        Ok(whole.collect::<Result<Vec<_>, _>>()?.into_iter().filter(|is_whole| *is_whole).count()
+            as u64)
+    }
+
+    #[test]
+    fn making_one_may_stop_anywhere() {
+        for step in ["create 1", "create 2", "create 3"] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("one.redb");
+            stop_before(step, || open(&path, &Database::builder(), fill));
+            assert_eq!(path.exists(), step == "create 3");
+            let database = open(&path, &Database::builder(), fill).unwrap();
+            assert_eq!(rows(&database).unwrap(), ROWS, "{step}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "{step}");
+        }
+    }
+
+    /// Method: a file of a process that was killed while redb made it, as redb leaves it under its own name.
+    #[test]
+    fn one_that_was_half_made_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("one.redb");
+        fs::write(path.with_extension("redb.new"), [0; 4096]).unwrap();
+        assert_eq!(rows(&open(&path, &Database::builder(), fill).unwrap()).unwrap(), ROWS);
+    }
+
+    /// Method: cut anywhere, empty, and overwritten at its beginning.
+    #[test]
+    fn a_damaged_one_is_an_error_and_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("one.redb");
+        drop(open(&path, &Database::builder(), fill).unwrap());
+        let good = fs::read(&path).unwrap();
+        let mut noise = good.clone();
+        noise[..64].fill(0xa5);
+        let cuts = (0..good.len()).step_by(2999).map(|at| &good[..at]);
+        for damaged in cuts.chain([noise.as_slice()]) {
+            for check in [false, true] {
+                fs::write(&path, damaged).unwrap();
+                let mut builder = Database::builder();
+                builder.set_check_integrity_on_open(check);
+                let opened = open(&path, &builder, fill);
+                assert!(opened.is_err(), "{} of {} bytes were enough", damaged.len(), good.len());
+                assert!(
+                    fs::read(&path).unwrap() == damaged,
+                    "{} bytes were changed",
+                    damaged.len()
+                );
+            }
+        }
+        fs::write(&path, good).unwrap();
+        assert_eq!(rows(&open(&path, &Database::builder(), fill).unwrap()).unwrap(), ROWS);
+    }
+}
