@@ -38,11 +38,13 @@ pub mod node;
 mod oci;
 pub mod pattern;
 pub mod place;
+pub mod random;
 pub mod redis;
 pub mod registry;
 pub mod root;
 pub mod run;
 pub mod sim;
+pub mod steps;
 mod sys;
 pub mod workload;
 

@@ -10,6 +10,7 @@
 //! The key is a hash of everything above, so a changed list makes a new root. A root without step 5
 //! is never used: the next call removes it and begins again.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -237,13 +238,18 @@ fn install_preload(root: &Path) -> Result<()> {
     fs::create_dir_all(&library)?;
     let source = library.join("criu-preload.c");
     fs::write(&source, PRELOAD_SOURCE)?;
-    let (source, object) = (source.display(), library.join("criu-preload.so"));
-    let compile = format!("cc -O2 -Wall -shared -fPIC -o {} {source} -ldl", object.display());
-    Invocation::new(&compile.split(' ').collect::<Vec<_>>()).ok()?;
+    compile_library(&source, &library.join("criu-preload.so"))?;
     let wrapper = root.join("usr/local/bin/criu");
     fs::write(&wrapper, CRIU_WRAPPER)?;
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
     Ok(())
+}
+
+/// Makes a library to be loaded before the others. Errors: the C compiler fails.
+pub(crate) fn compile_library(source: &Path, object: &Path) -> Result<()> {
+    let mut words = ["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o"].map(OsStr::new).to_vec();
+    words.extend([object.as_os_str(), source.as_os_str(), OsStr::new("-ldl")]);
+    Invocation::new(&words).ok().map(drop)
 }
 
 fn chroot(root: &Path, argv: &[&str]) -> Invocation {

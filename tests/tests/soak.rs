@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
+use godwit_tests::random::Random;
 use godwit_tests::{Bed, BedOptions, Containerd, Node, need};
 
 const RUNTIME: &str = "io.containerd.runc.godwit.v1";
@@ -24,29 +25,6 @@ const WORKERS: usize = 3;
 const SETTLE: Duration = Duration::from_secs(20);
 /// How much an idle pod's shim may grow by the others that came and went, in KiB.
 const GROWTH_KIB_MAX: u64 = 2048;
-
-/// SplitMix64 (Steele, Lea, Flood, 2014).
-#[derive(Clone)]
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-}
-
-fn seed() -> Result<u64> {
-    let seed = match std::env::var("GODWIT_SEED") {
-        Ok(text) => text.parse().context("GODWIT_SEED")?,
-        Err(_) => u64::from(std::process::id()) ^ std::time::UNIX_EPOCH.elapsed()?.as_secs(),
-    };
-    eprintln!("GODWIT_SEED={seed}");
-    Ok(seed)
-}
 
 /// What a node holds, one thing a line. FIFOs are ctr's, which does not remove those of a task whose shim
 /// was killed.
@@ -157,7 +135,7 @@ fn each(
         let workers: Vec<_> = containers
             .chunks(containers.len().div_ceil(WORKERS))
             .map(|chunk| {
-                let (mut random, work) = (Random(random.below(u64::MAX)), &work);
+                let (mut random, work) = (random.split(), &work);
                 scope.spawn(move || chunk.iter().try_for_each(|one| work(one, &mut random)))
             })
             .collect();
@@ -244,14 +222,14 @@ fn soak(node: &Node, mut random: Random) -> Result<()> {
 fn many_containers_leave_nothing() -> Result<()> {
     need::binaries(&[SHIM])?;
     let bed = Bed::start(&BedOptions::nodes(2).bare())?;
-    let mut random = Random(seed()?);
+    let mut random = Random::of_run()?;
     std::thread::scope(|scope| {
         let nodes: Vec<_> = bed
             .nodes()
             .iter()
             .zip([Containerd::V1, Containerd::V2])
             .map(|(node, generation)| {
-                let random = Random(random.below(u64::MAX));
+                let random = random.split();
                 scope.spawn(move || {
                     node.start_containerd_of(generation)?;
                     soak(node, random).with_context(|| format!("{generation:?}"))

@@ -265,6 +265,33 @@ fn a_frozen_image_is_clean_and_a_daemon_that_dies_meanwhile_thaws_it() -> Result
     ends_whole(node(0), name)
 }
 
+/// Method: the node offers the container to nobody but itself, and its daemon is away for a while.
+#[test]
+fn a_daemon_that_dies_during_a_consistent_snapshot_thaws_the_volume() -> Result<()> {
+    let name = "cut-off";
+    create(node(0), name, &[])?;
+    writer(name, "delete").start(node(0))?;
+    goes_on(node(0), name, 30)?;
+    criu::slow(node(0), 5)?;
+    let words = ["godwit", "snapshot", "create", "--consistent", name];
+    let mut running = node(0).spawn(&words, "cut-off")?;
+    wait_until("it is frozen", SOON, || {
+        Ok(workload::task(node(0), name)?.as_deref() == Some("PAUSED"))
+    })?;
+    // CRIU is called once the file system is frozen too, and takes its time.
+    std::thread::sleep(Duration::from_secs(1));
+    let mut late = node(0).spawn(&["touch", &format!("{}/late", mounted(name))], "late")?;
+    node(0).kill_daemon()?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(late.ended()?.is_none(), "a write to a frozen file system did not wait");
+    criu::normal(node(0))?;
+    node(0).start_daemon()?;
+    ensure!(late.wait(SOON)? == 0, "the write that waited failed");
+    goes_on(node(0), name, 30)?;
+    ensure!(running.wait(SOON)? != 0, "a dead daemon took a snapshot");
+    ends_whole(node(0), name)
+}
+
 /// Method: the shim that could thaw is killed; containerd has another one clear up. All had been sent, so the hand-off
 /// goes on.
 #[test]
