@@ -246,8 +246,9 @@ impl Places {
 
     /// Puts a laid-out tree into place, which `make` makes durable at the path that it is given. There already is success.
     ///
-    /// 1. make `HEX-N.tmp`, 2. rename it to `HEX`, 3. fsync `content`. Two at once do not meet: the one that comes second
-    /// drops its own.
+    /// 1. make `HEX-N.tmp`, 2. rename it to `HEX`, 3. fsync `content`.
+    ///
+    /// Two at once do not meet: the one that comes second drops its own.
     pub(super) fn put_content(
         &self,
         digest: &Digest,
