@@ -183,6 +183,7 @@ impl Node {
         // Subscribed first, so that no deletion falls between the two.
         self.forget_deleted().await?;
         if !self.recovered.load(Ordering::Relaxed) {
+            self.containerd.delete_abandoned_leases().await?;
             request::recover(&self).await?;
             self.recovered.store(true, Ordering::Relaxed);
         }

@@ -291,7 +291,7 @@ const OF_SNAPSHOTS: [Operation; 3] = [
         before: "",
         act: "$ctr prepare step-$n $base > /dev/null",
         after: "$ctr rm step-$n",
-        steps_min: 7,
+        steps_min: 4,
     },
     Operation {
         name: "commit",
@@ -334,7 +334,7 @@ const OF_VOLUMES: [Operation; 4] = [
     Operation {
         name: "import and remove content",
         before: "mkdir -p /tmp/step; echo $n > /tmp/step/row",
-        act: "godwit volume rm $(godwit volume import /tmp/step)",
+        act: "id=$(godwit volume import /tmp/step); godwit volume verify $id; godwit volume rm $id",
         after: "for one in $(godwit volume ls | grep -o 'sha256:[0-9a-f]*'); do godwit volume rm $one; done",
         steps_min: 10,
     },

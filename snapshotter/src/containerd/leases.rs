@@ -1,15 +1,23 @@
 //! Leases: what keeps containerd's garbage collection away from things nothing refers to yet.
 
-use std::time::{Duration, SystemTime};
+use std::sync::LazyLock;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_client::services::v1::leases_client::LeasesClient;
-use containerd_client::services::v1::{CreateRequest, DeleteRequest};
+use containerd_client::services::v1::{CreateRequest, DeleteRequest, ListRequest};
 use prost_types::Timestamp;
 
 use super::{Client, ClientError, optional, present};
 
 /// A lease that its daemon did not release is void after this time.
 const LEASE_EXPIRY: Duration = Duration::from_secs(24 * 3600);
+
+/// Label of our leases, and what it says: which run of which daemon has it.
+const LABEL: &str = "godwit.io/daemon";
+static THIS_RUN: LazyLock<String> = LazyLock::new(|| {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{}-{}", std::process::id(), since.as_nanos())
+});
 
 /// Holds what is created through [`Lease::client`] until it is released or dropped.
 #[derive(Debug)]
@@ -21,10 +29,11 @@ pub struct Lease {
 }
 
 impl Client {
-    /// A new lease in `namespace`. It expires after a day if the node goes down in between.
+    /// A new lease in `namespace`. If the daemon dies, the next one deletes it; it expires by itself after a day.
     pub async fn lease(&self, namespace: &str) -> Result<Lease, ClientError> {
         let expiry = Timestamp::from(SystemTime::now() + LEASE_EXPIRY).to_string();
-        let labels = [("containerd.io/gc.expire".to_owned(), expiry)].into();
+        let expires = ("containerd.io/gc.expire".to_owned(), expiry);
+        let labels = [expires, (LABEL.to_owned(), THIS_RUN.clone())].into();
         // containerd picks the id.
         let request = self.request(namespace, CreateRequest { id: String::new(), labels })?;
         let answer = LeasesClient::new(self.channel.clone()).create(request).await;
@@ -32,6 +41,23 @@ impl Client {
         let id = present(answer.into_inner().lease, || "new lease".to_owned())?.id;
         let client = Self { lease: Some(id.as_str().into()), ..self.clone() };
         Ok(Lease { client, namespace: namespace.to_owned(), id, is_released: false })
+    }
+
+    /// Deletes the leases, in every namespace, of daemons that died: what they held, nobody goes on with.
+    pub async fn delete_abandoned_leases(&self) -> Result<(), ClientError> {
+        for namespace in self.namespaces().await? {
+            let filters = vec![format!("labels.{LABEL:?}")];
+            let request = self.request(&namespace, ListRequest { filters })?;
+            let answer = LeasesClient::new(self.channel.clone()).list(request).await;
+            let answer = answer.map_err(|status| self.failed("list", "leases", &status))?;
+            for lease in answer.into_inner().leases {
+                let of = lease.labels.get(LABEL);
+                if of.is_some_and(|run| *run != *THIS_RUN) {
+                    self.delete_lease(&namespace, &lease.id).await?;
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn delete_lease(&self, namespace: &str, id: &str) -> Result<(), ClientError> {

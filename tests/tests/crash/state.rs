@@ -103,7 +103,10 @@ pub(crate) fn volumes_agree(node: &Node) -> Result<()> {
     let ids = listed.as_array().context("a list")?.iter().filter_map(|one| one["id"].as_str());
     let listed: BTreeSet<String> =
         ids.map(|id| id.trim_start_matches("sha256:").to_owned()).collect();
-    let mut there = names(node, "content")?;
+    let mut there: BTreeSet<String> = names(node, "content")?
+        .iter()
+        .map(|name| name.strip_suffix(".kept").unwrap_or(name).to_owned())
+        .collect();
     for name in names(node, "volumes")? {
         let parts = names(node, &format!("volumes/{name}"))?;
         ensure!(parts == BTreeSet::from(["data".to_owned()]), "volume {name} has {parts:?}");
