@@ -42,6 +42,9 @@ pub(super) const HEADER_BYTES: u32 = 24;
 /// Length of a record without its stored bytes.
 pub(super) const RECORD_BYTES: usize = 44;
 
+/// Bytes after which the kernel is told to begin writing.
+const WRITE_BEHIND_BYTES: u32 = 8 << 20;
+
 /// Open files kept for readers.
 const READERS_MAX: usize = 128;
 
@@ -111,6 +114,8 @@ struct Active {
     number: u32,
     file: Arc<File>,
     end: u32,
+    /// How far the kernel was told to begin writing.
+    begun: u32,
 }
 
 /// What opening found out about one pack that the index knows.
@@ -190,7 +195,7 @@ impl Packs {
         let path = self.path(number);
         let opened = OpenOptions::new().read(true).write(true).open(&path);
         let file = Arc::new(opened.map_err(|source| StoreError::io("open", &path, source))?);
-        self.lock().active = Some(Active { number, file, end });
+        self.lock().active = Some(Active { number, file, end, begun: end });
         Ok(())
     }
 
@@ -212,8 +217,11 @@ impl Packs {
             return Err(StoreError::io("append to", &self.path(active.number), source));
         }
         active.end += len;
-        // Else `sync` finds all of it to be written yet.
-        begin_writing(&active.file, begin..active.end);
+        if active.end - active.begun >= WRITE_BEHIND_BYTES {
+            // Else `sync` finds all of it to be written yet.
+            begin_writing(&active.file, active.begun..active.end);
+            active.begun = active.end;
+        }
         dirty.entry(active.number).or_insert_with(|| Arc::clone(&active.file));
         Ok((active.number, begin))
     }
@@ -229,7 +237,8 @@ impl Packs {
         appender.next_number += 1;
         appender.is_dir_dirty = true;
         file.write_all_at(&header_of(number), 0).map_err(failed)?;
-        appender.active = Some(Active { number, file: Arc::new(file), end: HEADER_BYTES });
+        let (file, end) = (Arc::new(file), HEADER_BYTES);
+        appender.active = Some(Active { number, file, end, begun: end });
         Ok(())
     }
 
