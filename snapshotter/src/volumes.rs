@@ -401,6 +401,8 @@ impl Volumes {
     /// Lays out a tree that the store holds as read-only content, unless it is there already. Its objects are durable
     /// then.
     pub fn lay_out(&self, tree: &Digest) -> Result<PathBuf, VolumeError> {
+        // Or it may be removed, and swept, while it is read.
+        let _lease = self.store.lease("volume lay-out", IMPORT_LEASE);
         self.places.put_content(tree, |partial| {
             materialize(&self.store, tree, None, partial)?;
             self.store.sync()?;

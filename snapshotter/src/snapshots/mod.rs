@@ -414,7 +414,8 @@ impl Snapshots {
         }
     }
 
-    /// Those of a committed snapshot cannot be made anew: its layer is lost.
+    /// That of a committed snapshot cannot be made anew: its layer is lost, and with it the owner of what lies directly
+    /// above. What cannot be made is told, and does not keep the others from being served.
     fn make_missing_trees(&self) -> Result<(), SnapshotError> {
         for (name, row) in self.metadata.all()? {
             let upper = self.upper(row.number);
@@ -423,8 +424,13 @@ impl Snapshots {
             }
             let (path, kind) = (upper.display(), row.kind);
             tracing::warn!(snapshot = name, ?kind, %path, "a snapshot's directory is missing");
-            if kind != Kind::Committed {
-                self.make_tree(&self.metadata.chain(&name)?)?;
+            if kind == Kind::Committed {
+                continue;
+            }
+            let made = self.metadata.chain(&name).and_then(|chain| self.make_tree(&chain));
+            if let Err(error) = made {
+                tracing::warn!(snapshot = name, %path, %error, "cannot make it anew");
+                self.discard(&self.tree(row.number));
             }
         }
         Ok(())

@@ -305,6 +305,13 @@ fn what_the_file_system_had_not_written_is_made_anew_but_never_a_layer() {
     let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().mode() & 0o7777;
     assert_eq!((mode("fs/2/fs"), mode("fs/2/work"), mode("fs/2")), (0o755, 0o711, 0o700));
     assert!(snapshots.check().unwrap().1[0].contains("fs/4/fs"), "a lost layer is told");
+    // Without the layer below, nobody knows whose the directory above it was.
+    drop(snapshots);
+    for number in [1, 2] {
+        fs::remove_dir_all(dir.path().join(format!("fs/{number}"))).unwrap();
+    }
+    let snapshots = Snapshots::open(dir.path()).unwrap();
+    assert_eq!((trees(dir.path()), snapshots.check().unwrap().1.len()), (vec!["3".into()], 3));
 }
 
 #[test]

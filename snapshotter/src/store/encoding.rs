@@ -5,6 +5,7 @@
 //! about 1 000 ordered pairs are equal, in anything that compresses well by single bytes there are
 //! several times as many.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 use zstd::bulk::{Compressor, Decompressor};
@@ -45,8 +46,14 @@ thread_local! {
         RefCell::new(Compressor::new(LEVEL).ok());
 }
 
+/// `bytes` in the form that they are stored in.
+pub(super) fn encode(bytes: &[u8]) -> (Encoding, Cow<'_, [u8]>) {
+    let raw = (Encoding::Raw, Cow::Borrowed(bytes));
+    compressed(bytes).map_or(raw, |frame| (Encoding::Zstd, Cow::Owned(frame)))
+}
+
 /// The zstd frame of `bytes`, if it saves the eighth that makes it worth the time of undoing it.
-pub(super) fn compressed(bytes: &[u8]) -> Option<Vec<u8>> {
+fn compressed(bytes: &[u8]) -> Option<Vec<u8>> {
     if bytes.len() < SMALLEST_WORTH || looks_random(bytes) {
         return None;
     }
@@ -57,11 +64,6 @@ pub(super) fn compressed(bytes: &[u8]) -> Option<Vec<u8>> {
         zstd.as_mut()?.compress_to_buffer(bytes, &mut frame).ok()?;
         Some(frame)
     })
-}
-
-/// What is stored of `bytes` whose frame, if it has one, is `frame`.
-pub(super) fn smaller<'a>(bytes: &'a [u8], frame: Option<&'a [u8]>) -> (Encoding, &'a [u8]) {
-    frame.map_or((Encoding::Raw, bytes), |frame| (Encoding::Zstd, frame))
 }
 
 fn looks_random(bytes: &[u8]) -> bool {
@@ -80,7 +82,7 @@ fn looks_random(bytes: &[u8]) -> bool {
     equal_pairs < expected + expected / 3
 }
 
-/// Undoes [`compressed`], with one context for many objects.
+/// Undoes [`encode`], with one context for many objects.
 pub(super) struct Decoder {
     zstd: Option<Decompressor<'static>>,
     buffer: Vec<u8>,

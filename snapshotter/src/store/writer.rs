@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use godwit_protos::Digest;
 use rayon::prelude::*;
 
-use super::encoding::{self, Encoding};
+use super::encoding::{Encoding, encode};
 use super::index::{self, Location, ObjectsTable};
 use super::lease::Token;
 use super::{Inner, OBJECT_BYTES_MAX, StoreError, pack};
@@ -60,8 +60,8 @@ impl Writer {
         if self.has(&digest)? {
             return Ok(false);
         }
-        let frame = encoding::compressed(bytes);
-        self.collect(digest, encoding::smaller(bytes, frame.as_deref()), size)?;
+        let (encoding, stored) = encode(bytes);
+        self.collect(digest, (encoding, &stored), size)?;
         Ok(true)
     }
 
@@ -75,12 +75,11 @@ impl Writer {
                 new.push((*digest, *bytes, size));
             }
         }
-        let frames: Vec<_> =
-            new.par_iter().map(|(_, bytes, _)| encoding::compressed(bytes)).collect();
-        for ((digest, bytes, size), frame) in new.into_iter().zip(frames) {
+        let encoded: Vec<_> = new.par_iter().map(|(_, bytes, _)| encode(bytes)).collect();
+        for ((digest, _, size), (encoding, stored)) in new.iter().zip(encoded) {
             // The same bytes may be among them twice.
-            if !self.pending.contains_key(&digest) {
-                self.collect(digest, encoding::smaller(bytes, frame.as_deref()), size)?;
+            if !self.pending.contains_key(digest) {
+                self.collect(*digest, (encoding, &stored), *size)?;
             }
         }
         Ok(())
