@@ -87,6 +87,17 @@ pub enum OpenError {
     Volumes(#[from] VolumeError),
 }
 
+/// Why it is not known what is in use.
+#[derive(Debug, thiserror::Error)]
+enum UseError {
+    /// An object does not say what it refers to.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
+    /// The read-only volumes cannot be listed.
+    #[error(transparent)]
+    Volumes(#[from] VolumeError),
+}
+
 impl Node {
     /// Opens everything below the state directory.
     ///
@@ -150,7 +161,7 @@ impl Node {
     /// Errors: [`VolumeError`] for a list of volumes that cannot be read, or the store's; nothing is removed then.
     pub fn sweep(&self, thrift: Thrift) -> Result<SweepReport, VolumeError> {
         self.store
-            .sweep(&children, is_leaf, &self.content_roots()?, thrift)
+            .sweep(&children, is_leaf, &|| Ok(self.content_roots()?), thrift)
             .map_err(|error| VolumeError::Sweep(Box::new(error)))
     }
 
@@ -263,7 +274,7 @@ impl Node {
 }
 
 /// What an object of the store refers to, for marking.
-fn children(kind: u8, bytes: &[u8]) -> Result<Vec<(u8, godwit_protos::Digest)>, ObjectError> {
+fn children(kind: u8, bytes: &[u8]) -> Result<Vec<(u8, godwit_protos::Digest)>, UseError> {
     let all = object::children(Kind::try_from(kind)?, bytes)?;
     Ok(all.into_iter().map(|(kind, digest)| (kind as u8, digest)).collect())
 }

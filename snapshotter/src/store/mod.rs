@@ -63,7 +63,7 @@ pub use lease::Lease;
 use lease::Leases;
 use pack::{Found, Packs};
 pub use snapshots::{Snapshot, SnapshotId};
-pub use sweep::{Children, SweepError, SweepReport, Thrift};
+pub use sweep::{Children, Roots, SweepError, SweepReport, Thrift};
 pub use writer::Writer;
 
 /// Largest object, in bytes.

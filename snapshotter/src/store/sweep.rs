@@ -1,6 +1,6 @@
 //! Sweeping: mark from the snapshots, remove what was not marked, give the space back.
 //!
-//! 1. mark everything that hangs on a snapshot or an extra root;
+//! 1. list snapshots and extra roots, and mark everything that hangs on them;
 //! 2. take [`super::lease::Leases::exclusive`]: no lease is live and nothing has changed since
 //!    before step 1;
 //! 3. remove unmarked entries from the index, durably, together with the packs in which none is
@@ -49,6 +49,9 @@ impl Thrift {
 /// Kinds and digests of what an object refers to, from its kind and its bytes.
 pub type Children<'a, E> = &'a dyn Fn(u8, &[u8]) -> Result<Vec<(u8, Digest)>, E>;
 
+/// Kinds and digests of what is kept although no snapshot names it.
+pub type Roots<'a, E> = &'a dyn Fn() -> Result<Vec<(u8, Digest)>, E>;
+
 /// Why nothing was removed.
 #[derive(Debug, thiserror::Error)]
 pub enum SweepError<E: std::error::Error + 'static> {
@@ -58,6 +61,9 @@ pub enum SweepError<E: std::error::Error + 'static> {
     /// Someone began to use the store while it was being marked. Try again later.
     #[error("the store was used while it was being marked")]
     Disturbed,
+    /// It is not known what else is kept.
+    #[error("roots that no snapshot names")]
+    Roots(#[source] E),
     /// A root or an inner object is not in the store, so that what hangs on it is unknown.
     #[error("object {0} is marked but missing")]
     Missing(Digest),
@@ -148,6 +154,8 @@ struct Move {
 impl Store {
     /// Removes every object that hangs neither on a snapshot nor on one of `extra_roots`.
     ///
+    /// - `extra_roots` is asked once it is known that no lease is live: whoever names a root and then lets go of its
+    ///   lease is either in the answer, or noticed in step 2.
     /// - `children` gives kinds and digests of what an object of some kind refers to; its bytes
     ///   have been verified.
     /// - `is_leaf` says of which kinds the objects refer to nothing; they are not read.
@@ -158,7 +166,7 @@ impl Store {
         &self,
         children: Children<'_, E>,
         is_leaf: fn(u8) -> bool,
-        extra_roots: &[(u8, Digest)],
+        extra_roots: Roots<'_, E>,
         thrift: Thrift,
     ) -> Result<SweepReport, SweepError<E>> {
         let inner = &*self.inner;
@@ -167,7 +175,7 @@ impl Store {
         if !leased.is_empty() {
             return Err(SweepError::Leased(leased));
         }
-        let mut roots = extra_roots.to_vec();
+        let mut roots = extra_roots().map_err(SweepError::Roots)?;
         roots.extend(self.all_snapshots()?.iter().map(|(_, one)| (one.root_kind, one.root)));
         let marks = self.mark(roots, children, is_leaf)?;
         let mut census = {
