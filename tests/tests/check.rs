@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use godwit_protos::Digest;
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::workload::{self, memhog};
@@ -88,7 +89,7 @@ fn what_is_damaged_is_found_and_fetched_again_from_a_neighbour() -> Result<()> {
     a_flipped_byte_is_found_and_mended(b)?;
     without_a_neighbour_it_is_told_what_is_lost(a, b)?;
     a_laid_out_volume_mends_the_store(a, b)?;
-    a_damaged_database_is_told_and_left_alone(b)?;
+    a_damaged_database_is_told_and_left_alone(b, name)?;
     ensure!(check(b, &[])?.0 == 0);
     workload_goes_on(b, name)
 }
@@ -160,15 +161,37 @@ fn a_laid_out_volume_mends_the_store(neighbour: &Node, node: &Node) -> Result<()
     neighbour.start_daemon()
 }
 
-fn a_damaged_database_is_told_and_left_alone(node: &Node) -> Result<()> {
+/// One bit of every copy of `key`: a database may still have some that it no longer reads.
+fn with_a_bit_flipped(bytes: &[u8], key: &[u8]) -> Result<Vec<u8>> {
+    let mut flipped = bytes.to_vec();
+    let places = bytes.windows(key.len()).enumerate().filter(|(_, some)| *some == key);
+    places.for_each(|(at, _)| flipped[at + key.len() / 2] ^= 1);
+    ensure!(flipped != bytes, "the key is not there");
+    Ok(flipped)
+}
+
+fn a_damaged_database_is_told_and_left_alone(node: &Node, name: &str) -> Result<()> {
+    let listed = node.ok(&["godwit", "--output", "json", "snapshot", "list"])?;
+    let listed: Value = serde_json::from_str(&listed)?;
+    let manifest: Digest = listed[0]["manifest"].as_str().context("a snapshot")?.parse()?;
     node.stop_daemon()?;
-    for database in ["snapshots/metadata.redb", "store/index.redb", "node.redb"] {
+    // A database that was closed has no last change that could be taken back.
+    ensure!(check(node, &[])?.0 == 0);
+    let keys = [
+        ("snapshots/metadata.redb", &b"sha256:"[..]),
+        ("store/index.redb", manifest.as_bytes()),
+        ("node.redb", name.as_bytes()),
+    ];
+    for (database, key) in keys {
         let path = node.path(STATE).join(database);
         let whole = fs::read(&path)?;
-        // Missing or empty, which must not be taken for a state that was never used; cut short; and noise.
+        // Missing or empty, which must not be taken for a state that was never used; cut short; noise; and a key that is
+        // another one.
         let mut noise = whole.clone();
         noise[..4096].fill(0x5a);
-        for damaged in [None, Some(&b""[..]), Some(&whole[..whole.len() / 2]), Some(&noise)] {
+        let flipped = with_a_bit_flipped(&whole, key).context(database)?;
+        let half = &whole[..whole.len() / 2];
+        for damaged in [None, Some(&b""[..]), Some(half), Some(&noise), Some(&flipped)] {
             match damaged {
                 Some(bytes) => fs::write(&path, bytes)?,
                 None => fs::remove_file(&path)?,

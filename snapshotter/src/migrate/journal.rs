@@ -147,7 +147,7 @@ impl Journal {
                 return Err(JournalError::Missing { path: path.to_owned(), beside });
             }
         }
-        let database = database::open(path, &Database::builder(), |_| Ok(())).map_err(failed)?;
+        let database = database::open(path, Database::builder(), |_| Ok(())).map_err(failed)?;
         let journal =
             Self { database: Arc::new(database), path: path.to_owned(), fences: fences.to_owned() };
         journal.write(|_| Ok(()))?;

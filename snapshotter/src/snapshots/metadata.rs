@@ -91,9 +91,7 @@ impl Metadata {
         if !may_create && !fs::exists(path).map_err(io_error)? {
             return Err(OpenError::MetadataMissing(path.to_owned()));
         }
-        let mut builder = Database::builder();
-        builder.set_check_integrity_on_open(true);
-        let db = crate::database::open(path, &builder, Self::fill);
+        let db = crate::database::open(path, Database::builder(), Self::fill);
         let db = db.map_err(|error| Self::damaged(path, error))?;
         let found = Self::format(&db).map_err(|error| Self::damaged(path, error))?;
         if found != FORMAT {

@@ -104,7 +104,7 @@ impl Index {
         };
         let mut builder = redb::Builder::new();
         builder.set_cache_size(CACHE_BYTES);
-        let db = database::open(path, &builder, |_| Ok(())).map_err(wrong)?;
+        let db = database::open(path, builder, |_| Ok(())).map_err(wrong)?;
         let index = Self { db };
         let found = index.ensure_tables()?;
         if found != pack::VERSION {
@@ -140,8 +140,8 @@ impl Index {
     /// Waits for its turn: there is one write transaction at a time.
     pub(super) fn begin_write(&self) -> Result<redb::WriteTransaction, StoreError> {
         let mut write = self.db.begin_write()?;
-        // Opening after a crash then takes no walk through the whole index.
-        write.set_quick_repair(true);
+        // A commit that is damaged can then not be taken for one that a power cut interrupted.
+        write.set_two_phase_commit(true);
         Ok(write)
     }
 
@@ -156,7 +156,6 @@ impl Index {
 
 /// Makes the changes of `write` visible. They become durable with the next durable commit.
 pub(super) fn commit_visible(mut write: redb::WriteTransaction) -> Result<(), StoreError> {
-    write.set_quick_repair(false);
     write.set_durability(Durability::None)?;
     Ok(write.commit()?)
 }
