@@ -10,7 +10,7 @@ use godwit_protos::Digest;
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::workload::{self, memhog};
-use godwit_tests::{Bed, BedOptions, Node};
+use godwit_tests::{Bed, BedOptions, Node, neighbours};
 use serde_json::Value;
 
 const STATE: &str = "/var/lib/godwit";
@@ -89,6 +89,7 @@ fn what_is_damaged_is_found_and_fetched_again_from_a_neighbour() -> Result<()> {
     a_flipped_byte_is_found_and_mended(b)?;
     without_a_neighbour_it_is_told_what_is_lost(a, b)?;
     a_laid_out_volume_mends_the_store(a, b)?;
+    a_missing_directory_of_a_snapshot_is_told(b)?;
     a_damaged_database_is_told_and_left_alone(b, name)?;
     ensure!(check(b, &[])?.0 == 0);
     workload_goes_on(b, name)
@@ -159,6 +160,49 @@ fn a_laid_out_volume_mends_the_store(neighbour: &Node, node: &Node) -> Result<()
     ensure!(code == 3 && len(&report, "findings") == 1, "{code}: {report}");
     node.ok(&["godwit", "volume", "rm", digest.trim()])?;
     neighbour.start_daemon()
+}
+
+/// Method: a layer of its own, and an active snapshot over it, which nothing mounts.
+fn a_missing_directory_of_a_snapshot_is_told(node: &Node) -> Result<()> {
+    node.sh("ctr snapshots --snapshotter godwit prepare lower > /dev/null
+         ctr snapshots --snapshotter godwit commit layer lower
+         ctr snapshots --snapshotter godwit prepare upper layer > /dev/null")?;
+    let mounts =
+        node.ok(&["ctr", "snapshots", "--snapshotter", "godwit", "mounts", "/mnt", "upper"])?;
+    let directory = |option: &str| {
+        let path = mounts.split([',', ' ', '\n']).find_map(|word| word.strip_prefix(option));
+        path.with_context(|| mounts.clone())
+    };
+    let (layer, work) = (directory("lowerdir=")?, directory("workdir=")?);
+    let tree = node.path(layer.trim_end_matches("/fs"));
+    let away = node.path(STATE).join("snapshots/away");
+    node.stop_daemon()?;
+    fs::rename(&tree, &away)?;
+    let told = check(node, &[]);
+    fs::rename(&away, &tree)?;
+    let (code, report) = told?;
+    let finding = report["findings"][0].as_str().unwrap_or_default();
+    ensure!(code == 3 && len(&report, "findings") == 1, "{code}: {report}");
+    ensure!(finding.contains(layer) && finding.contains("pull again"), "{finding}");
+    let (code, report) = check(node, &[])?;
+    ensure!(code == 0, "{code}: {report}");
+
+    // What nobody would miss is made anew, when the snapshots are opened or as they are used.
+    let at = node.path(work);
+    fs::remove_dir(&at)?;
+    let (code, report) = check(node, &[])?;
+    ensure!(code == 0 && at.is_dir(), "{code}: {report}");
+    neighbours::start(node)?;
+    fs::remove_dir(&at)?;
+    let (code, report) = check(node, &[])?;
+    let finding = report["findings"][0].as_str().unwrap_or_default();
+    ensure!(code == 3 && finding.contains(work) && finding.contains("--repair"), "{report}");
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0 && at.is_dir(), "{code}: {report}");
+    node.sh(
+        "ctr snapshots --snapshotter godwit rm upper; ctr snapshots --snapshotter godwit rm layer",
+    )
+    .map(drop)
 }
 
 /// One bit of every copy of `key`: a database may still have some that it no longer reads.

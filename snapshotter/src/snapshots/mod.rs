@@ -22,8 +22,8 @@
 //! 2. open the database and check it, or fail;
 //! 3. delete what the database does not name under `fs/`: prepares and removals that did not
 //!    finish;
-//! 4. make the directories anew of active snapshots that have none: prepares that the file system
-//!    had not written yet.
+//! 4. make anew what the directories of active snapshots lack: prepares that the file system had
+//!    not written yet.
 //!
 //! Read next: [`mod@service`] for the gRPC side, [`filter`] for how containerd asks for some of all
 //! snapshots. Source: containerd's `core/snapshots/snapshotter.go` (the contract) and its overlayfs
@@ -51,7 +51,7 @@ use serde::{Deserialize, Serialize};
 pub use error::{OpenError, SnapshotError};
 pub use filter::FilterError;
 use filter::Filters;
-use metadata::{Chain, Change, Metadata};
+use metadata::{Chain, Change, Metadata, Row};
 pub use service::service;
 pub use usage::Usage;
 
@@ -370,24 +370,41 @@ impl Snapshots {
     pub fn check(&self) -> Result<(u64, Vec<String>), SnapshotError> {
         // Inside a change no snapshot is half added.
         let change = self.metadata.begin()?;
-        let (count, mut found) = change.contradictions()?;
-        // Rows that cannot be read were found above.
-        for number in change.numbers().unwrap_or_default() {
-            let upper = self.upper(number);
-            if !upper.is_dir() {
-                found.push(format!(
-                    "directory {} of a snapshot is missing: remove the containers and images that use it, and pull again",
-                    upper.display()
-                ));
-            }
+        let (rows, mut found) = change.contradictions()?;
+        for row in rows.values() {
+            let Some(missing) = self.missing_of(row) else { continue };
+            let advice = match missing.ends_with("work") {
+                true => "`godwit check --repair` makes it anew",
+                false => "remove the containers and images that use it, and pull again",
+            };
+            let missing = missing.display();
+            found.push(format!("directory {missing} of a snapshot is missing: {advice}"));
         }
-        Ok((count, found))
+        Ok((rows.len() as u64, found))
+    }
+
+    /// What a snapshot's directory lacks.
+    fn missing_of(&self, row: &Row) -> Option<PathBuf> {
+        let work = (row.kind == Kind::Active).then(|| self.tree(row.number).join("work"));
+        let needed = [Some(self.upper(row.number)), work];
+        needed.into_iter().flatten().find(|path| !path.is_dir())
     }
 
     /// Mends of [`Self::check`] what can be mended without losing anything.
     pub fn mend(&self) -> Result<(), SnapshotError> {
         let change = self.metadata.begin()?;
         change.relink()?;
+        let (rows, _) = change.contradictions()?;
+        for work in rows.values().filter_map(|row| self.missing_of(row)) {
+            // An empty `fs` in place of one that is gone would hide that it is lost.
+            if work.ends_with("work") {
+                make_dir(&work, 0o711).map_err(|source| SnapshotError::Io {
+                    what: "make",
+                    path: work,
+                    source,
+                })?;
+            }
+        }
         change.commit()?;
         self.cleanup()
     }
@@ -418,11 +435,8 @@ impl Snapshots {
     /// above. What cannot be made is told, and does not keep the others from being served.
     fn make_missing_trees(&self) -> Result<(), SnapshotError> {
         for (name, row) in self.metadata.all()? {
-            let upper = self.upper(row.number);
-            if upper.is_dir() {
-                continue;
-            }
-            let (path, kind) = (upper.display(), row.kind);
+            let Some(missing) = self.missing_of(&row) else { continue };
+            let (path, kind) = (missing.display(), row.kind);
             tracing::warn!(snapshot = name, ?kind, %path, "a snapshot's directory is missing");
             if kind == Kind::Committed {
                 continue;
@@ -430,7 +444,10 @@ impl Snapshots {
             let made = self.metadata.chain(&name).and_then(|chain| self.make_tree(&chain));
             if let Err(error) = made {
                 tracing::warn!(snapshot = name, %path, %error, "cannot make it anew");
-                self.discard(&self.tree(row.number));
+                // Where there is `fs`, it may hold a container's files.
+                if !missing.ends_with("work") {
+                    self.discard(&self.tree(row.number));
+                }
             }
         }
         Ok(())

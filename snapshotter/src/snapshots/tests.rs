@@ -314,6 +314,32 @@ fn what_the_file_system_had_not_written_is_made_anew_but_never_a_layer() {
     assert_eq!((trees(dir.path()), snapshots.check().unwrap().1.len()), (vec!["3".into()], 3));
 }
 
+/// Method: `work` goes, once while the snapshots are open; what was written beside it stays.
+#[test]
+fn a_work_directory_that_is_missing_is_told_and_made_anew() {
+    let (dir, snapshots) = fixture();
+    snapshots.prepare("x", None, none()).unwrap();
+    let [work, file] = ["fs/1/work", "fs/1/fs/file"].map(|path| dir.path().join(path));
+    fs::write(&file, "of a container").unwrap();
+    fs::remove_dir(&work).unwrap();
+    let found = snapshots.check().unwrap().1;
+    assert!(found.len() == 1 && found[0].contains("fs/1/work"), "{found:?}");
+    snapshots.mend().unwrap();
+    assert_eq!(snapshots.check().unwrap(), (1, Vec::new()));
+    fs::remove_dir(&work).unwrap();
+    drop(snapshots);
+    let snapshots = Snapshots::open(dir.path()).unwrap();
+    assert_eq!(snapshots.check().unwrap(), (1, Vec::new()));
+    assert_eq!(fs::metadata(&work).unwrap().mode() & 0o7777, 0o711);
+    // A file in its place cannot be helped, and costs nothing else.
+    drop(snapshots);
+    fs::remove_dir(&work).unwrap();
+    fs::write(&work, "").unwrap();
+    let snapshots = Snapshots::open(dir.path()).unwrap();
+    assert_eq!(snapshots.check().unwrap().1.len(), 1);
+    assert_eq!(fs::read_to_string(&file).unwrap(), "of a container");
+}
+
 #[test]
 fn a_commit_that_stops_anywhere_leaves_it_active() {
     for step in ["commit 1", "commit 2", "commit 3"] {
