@@ -87,6 +87,7 @@ fn what_is_damaged_is_found_and_fetched_again_from_a_neighbour() -> Result<()> {
     ensure!(report["layers"].as_u64() > Some(0), "{report}");
 
     a_flipped_byte_is_found_and_mended(b)?;
+    what_is_repaired_offline_is_fetched_by_the_next_repair(b)?;
     without_a_neighbour_it_is_told_what_is_lost(a, b)?;
     a_laid_out_volume_mends_the_store(a, b)?;
     a_missing_directory_of_a_snapshot_is_told(b)?;
@@ -111,6 +112,20 @@ fn a_flipped_byte_is_found_and_mended(node: &Node) -> Result<()> {
     ensure!(report["fetched"].as_u64() >= Some(1), "{report}");
     let (code, report) = check(node, &[])?;
     ensure!(code == 0 && report["objects"] == found["objects"], "{code}: {report}");
+    Ok(())
+}
+
+fn what_is_repaired_offline_is_fetched_by_the_next_repair(node: &Node) -> Result<()> {
+    let found = flip_a_byte(node)?;
+    node.stop_daemon()?;
+    let offline = check(node, &["--repair"]);
+    node.start_daemon()?;
+    let (code, report) = offline?;
+    ensure!(code == 3 && report["quarantined"] == 1 && report["fetched"] == 0, "{code}: {report}");
+    ensure!(len(&report, "damaged") == 0 && report["lost"] == found["lost"], "{report}");
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0 && report["quarantined"] == 0, "{code}: {report}");
+    ensure!(report["fetched"].as_u64() >= Some(1), "{report}");
     Ok(())
 }
 
