@@ -9,8 +9,10 @@
 //! 4. containerd's snapshots are compared with each other and with their directories.
 //!
 //! Repairing goes on: 5. what is damaged is quarantined, so that another copy can take its place; 6. objects of a
-//! read-only volume are taken from where it is laid out; 7. what is still lost is fetched from peers; 8. all is looked at
-//! again. Stopping anywhere is safe: each step leaves the store as any other writer would, and can be repeated.
+//! read-only volume are taken from where it is laid out; 7. what is still lost is fetched from peers; 8. a read-only volume
+//! that is damaged where it is laid out, but whole in the store, is laid out again, unless a container has it mounted;
+//! 9. all is looked at again. Stopping anywhere is safe: each step leaves the store as any other writer would, and can be
+//! repeated.
 //!
 //! It goes through the daemon while it runs (the control socket), and opens the state itself while it does not, as the
 //! daemon's start would; then nobody can be asked, and step 7 is left out.
@@ -229,6 +231,19 @@ impl Kept {
         self.store.sync()?;
         Ok(quarantined)
     }
+
+    /// Step 8. What cannot be laid out again is told by the next look.
+    fn lay_out_again(&self) -> Result<(), VolumeError> {
+        for digest in self.volumes.laid_out()? {
+            if !matches!(self.volumes.compare(&digest), Err(VolumeError::Damaged { .. })) {
+                continue;
+            }
+            if let Err(error) = self.volumes.lay_out_again(&digest) {
+                tracing::info!(%digest, error = chain(&error), "not laid out again");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// From roots to all that hangs on them.
@@ -314,8 +329,10 @@ pub async fn online(node: &Arc<Node>, kept: Kept, repair: bool) -> Result<Report
             }
         }
     }
-    let store = node.store.clone();
-    blocking(move || Ok(store.sync())).await??;
+    let here = kept.clone();
+    blocking(move || Ok(here.store.sync())).await??;
+    let here = kept.clone();
+    blocking(move || Ok(here.lay_out_again())).await??;
     let (report, _) = look(&kept).await?;
     Ok(Report { quarantined, fetched, ..report })
 }
@@ -337,6 +354,7 @@ pub fn offline(config: &Config, repair: bool) -> Result<Report, CheckError> {
         return Ok(report);
     }
     let quarantined = kept.quarantine()?;
+    kept.lay_out_again()?;
     let (report, _) = kept.look()?;
     Ok(Report { quarantined, ..report })
 }

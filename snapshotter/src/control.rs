@@ -135,6 +135,7 @@ fn volume_error(error: &VolumeError) -> Error {
         | VolumeError::ReadOnly(_)
         | VolumeError::NoProgram { .. }
         | VolumeError::NotAdmitted { .. }
+        | VolumeError::Mounted(_)
         | VolumeError::Unjournalled(_) => Code::FAILED_PRECONDITION,
         VolumeError::Busy(_) => Code::ABORTED,
         VolumeError::Program { .. }

@@ -103,7 +103,8 @@ pub enum VolumeError {
     NotEmpty(PathBuf),
     /// What is laid out is not what its name says.
     #[error(
-        "volume {digest} is damaged: what is laid out is {found}; remove it with `godwit volume rm {digest}`"
+        "volume {digest} is damaged: what is laid out is {found}; once no container has it mounted, \
+         `godwit check --repair` lays it out again"
     )]
     Damaged {
         /// Its name.
@@ -111,6 +112,9 @@ pub enum VolumeError {
         /// What it is now.
         found: Digest,
     },
+    /// What is laid out cannot be replaced now.
+    #[error("volume {0} is mounted: stop the containers that use it")]
+    Mounted(Digest),
     /// The journal failed.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -403,12 +407,23 @@ impl Volumes {
     pub fn lay_out(&self, tree: &Digest) -> Result<PathBuf, VolumeError> {
         // Or it may be removed, and swept, while it is read.
         let _lease = self.store.lease("volume lay-out", IMPORT_LEASE);
-        self.places.put_content(tree, |partial| {
-            materialize(&self.store, tree, None, partial)?;
-            self.store.sync()?;
-            let directory = fs::File::open(partial).map_err(on("open", partial))?;
-            Ok(nix::unistd::syncfs(directory).map_err(on("sync", partial))?)
-        })
+        self.places.put_content(tree, |partial| self.write_out(tree, partial))
+    }
+
+    /// Lays out once more what [`Self::compare`] found damaged.
+    ///
+    /// Errors: [`VolumeError::Mounted`]; [`ContentError::Missing`] if the store does not have all of it. What is laid out
+    /// is then as it was.
+    pub fn lay_out_again(&self, tree: &Digest) -> Result<(), VolumeError> {
+        let _lease = self.store.lease("volume lay-out", IMPORT_LEASE);
+        self.places.replace_content(tree, |partial| self.write_out(tree, partial))
+    }
+
+    fn write_out(&self, tree: &Digest, partial: &Path) -> Result<(), VolumeError> {
+        materialize(&self.store, tree, None, partial)?;
+        self.store.sync()?;
+        let directory = fs::File::open(partial).map_err(on("open", partial))?;
+        Ok(nix::unistd::syncfs(directory).map_err(on("sync", partial))?)
     }
 
     /// The digests of the read-only content that is here.

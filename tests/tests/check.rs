@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_protos::Digest;
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
-use godwit_tests::workload::{self, memhog};
+use godwit_tests::workload::{self, Container, memhog};
 use godwit_tests::{Bed, BedOptions, Node, neighbours};
 use serde_json::Value;
 
@@ -89,7 +89,7 @@ fn what_is_damaged_is_found_and_fetched_again_from_a_neighbour() -> Result<()> {
     a_flipped_byte_is_found_and_mended(b)?;
     what_is_repaired_offline_is_fetched_by_the_next_repair(b)?;
     without_a_neighbour_it_is_told_what_is_lost(a, b)?;
-    a_laid_out_volume_mends_the_store(a, b)?;
+    a_laid_out_volume_and_the_store_mend_each_other(a, b)?;
     a_missing_directory_of_a_snapshot_is_told(b)?;
     a_damaged_database_is_told_and_left_alone(b, name)?;
     ensure!(check(b, &[])?.0 == 0);
@@ -147,34 +147,107 @@ fn without_a_neighbour_it_is_told_what_is_lost(neighbour: &Node, node: &Node) ->
     Ok(())
 }
 
-/// Method: only the volume's chunk is damaged, and nobody else has it.
-fn a_laid_out_volume_mends_the_store(neighbour: &Node, node: &Node) -> Result<()> {
-    neighbour.stop_daemon()?;
-    node.sh("mkdir /tmp/content; head -c 300000 /dev/urandom > /tmp/content/file")?;
-    let digest = node.ok(&["godwit", "volume", "import", "/tmp/content"])?;
-    // It is laid out for that.
-    node.ok(&["godwit", "volume", "verify", digest.trim()])?;
-    let text = fs::read(node.path("/tmp/content/file"))?;
-    let packs = node.path(STATE).join("store/packs");
-    for pack in fs::read_dir(packs)? {
-        let path = pack?.path();
-        let bytes = fs::read(&path)?;
-        let Some(at) = bytes.windows(64).position(|some| some == &text[..64]) else { continue };
-        flip(&fs::File::options().read(true).write(true).open(&path)?, at as u64)?;
+/// A read-only volume that is imported and laid out, and what its one file holds.
+struct Content {
+    digest: String,
+    text: Vec<u8>,
+}
+
+const ARCHIVE: &str = "/tmp/content.tar";
+
+impl Content {
+    fn import(node: &Node) -> Result<Self> {
+        node.sh(&format!(
+            "mkdir /tmp/content; head -c 300000 /dev/urandom > /tmp/content/file
+             tar -C /tmp/content -cf {ARCHIVE} ."
+        ))?;
+        let digest = node.ok(&["godwit", "volume", "import", ARCHIVE])?.trim().to_owned();
+        // It is laid out for that.
+        node.ok(&["godwit", "volume", "verify", &digest])?;
+        Ok(Self { digest, text: fs::read(node.path("/tmp/content/file"))? })
     }
+
+    fn file(&self, node: &Node) -> PathBuf {
+        let hex = self.digest.trim_start_matches("sha256:");
+        node.path(Path::new(STATE).join("content").join(hex).join("file"))
+    }
+
+    fn is_laid_out(&self, node: &Node) -> Result<()> {
+        ensure!(fs::read(self.file(node))? == self.text, "what is laid out is something else");
+        Ok(())
+    }
+
+    /// Damages one chunk of it in the store.
+    fn spoil(&self, node: &Node) -> Result<()> {
+        for pack in fs::read_dir(node.path(STATE).join("store/packs"))? {
+            let path = pack?.path();
+            let (bytes, chunk) = (fs::read(&path)?, &self.text[..64]);
+            let Some(at) = bytes.windows(64).position(|some| some == chunk) else { continue };
+            flip(&fs::File::options().read(true).write(true).open(&path)?, at as u64)?;
+        }
+        Ok(())
+    }
+}
+
+/// Method: at first nobody else has the volume, so that only the two copies here can help each other.
+fn a_laid_out_volume_and_the_store_mend_each_other(neighbour: &Node, node: &Node) -> Result<()> {
+    neighbour.stop_daemon()?;
+    let content = Content::import(node)?;
+    content.spoil(node)?;
     let (code, report) = check(node, &[])?;
     ensure!(code == 3 && len(&report, "damaged") == 1 && len(&report, "lost") == 1, "{report}");
-    ensure!(report["lost"][0]["name"] == format!("volume {}", digest.trim()), "{report}");
+    ensure!(report["lost"][0]["name"] == format!("volume {}", content.digest), "{report}");
     let (code, report) = check(node, &["--repair"])?;
     ensure!(code == 0 && report["quarantined"] == 1 && report["fetched"] == 0, "{code}: {report}");
+
     // What is laid out changes, and the store is whole.
-    let laid_out =
-        Path::new(STATE).join("content").join(digest.trim().trim_start_matches("sha256:"));
-    fs::write(node.path(laid_out.join("file")), "other")?;
+    fs::write(content.file(node), "other")?;
+    let (code, report) = check(node, &[])?;
+    ensure!(code == 3 && len(&report, "findings") == 1, "{code}: {report}");
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0, "{code}: {report}");
+    content.is_laid_out(node)?;
+    fs::remove_file(content.file(node))?;
+    node.stop_daemon()?;
+    let offline = check(node, &["--repair"]);
+    neighbours::start(node)?;
+    let (code, report) = offline?;
+    ensure!(code == 0, "{code}: {report}");
+    content.is_laid_out(node)?;
+
+    what_is_mounted_stays_as_it_is(node, &content)?;
+
+    // Neither is whole, and a neighbour has it.
+    neighbour.start_daemon()?;
+    fs::copy(node.path(ARCHIVE), neighbour.path(ARCHIVE))?;
+    let digest = neighbour.ok(&["godwit", "volume", "import", ARCHIVE])?;
+    ensure!(digest.trim() == content.digest, "{digest} is not {}", content.digest);
+    content.spoil(node)?;
+    fs::write(content.file(node), "other")?;
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0 && report["fetched"].as_u64() >= Some(1), "{code}: {report}");
+    content.is_laid_out(node)?;
+    node.ok(&["godwit", "volume", "rm", &content.digest]).map(drop)
+}
+
+fn what_is_mounted_stays_as_it_is(node: &Node, content: &Content) -> Result<()> {
+    images::import(node, Image::Busybox, "godwit")?;
+    Container::new("reader", Image::Busybox)
+        .volume(&content.digest, "/data", "ro")
+        .command(&["sleep", "1000"])
+        .start(node)?;
+    fs::write(content.file(node), "other")?;
     let (code, report) = check(node, &["--repair"])?;
     ensure!(code == 3 && len(&report, "findings") == 1, "{code}: {report}");
-    node.ok(&["godwit", "volume", "rm", digest.trim()])?;
-    neighbour.start_daemon()
+    let finding = report["findings"][0].as_str().unwrap_or_default();
+    ensure!(finding.contains("mounted"), "what to do is not said: {finding}");
+    let read = ["ctr", "tasks", "exec", "--exec-id", "look", "reader", "cat", "/data/file"];
+    ensure!(node.ok(&read)? == "other", "a container's files are exchanged");
+    node.ok(&["ctr", "tasks", "rm", "-f", "reader"])?;
+    node.ok(&["ctr", "containers", "rm", "reader"])?;
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0, "{code}: {report}");
+    content.is_laid_out(node)
 }
 
 /// Method: a layer of its own, and an active snapshot over it, which nothing mounts.

@@ -7,7 +7,7 @@
 //! STATE/content/HEX            the tree sha256:HEX laid out; never written to again
 //! STATE/content/HEX.kept       empty: the tree was imported, and is whole in the store
 //! STATE/content/NAME-N.tmp     one that is being laid out, or an archive that is being imported
-//! STATE/trash/N                read-only content that is being removed
+//! STATE/trash/NAME             read-only content that is being removed
 //! ```
 //!
 //! What has its final name is whole, whenever the machine stops, and what is not there takes no room: a volume is removed
@@ -274,9 +274,58 @@ impl Places {
         Ok(path)
     }
 
+    /// Puts another copy in the place of a tree that is laid out, which `make` makes durable at the path that it is given.
+    ///
+    /// 1. make `HEX-N.tmp`, 2. make `HEX.kept` as [`Self::keep`] does, since between steps 3 and 4 there is no `HEX`,
+    /// 3. rename `HEX` to `trash/NAME`, 4. rename `HEX-N.tmp` to `HEX`, 5. fsync `trash` and `content`,
+    /// 6. remove `trash/NAME`.
+    ///
+    /// Caller: the store has the tree whole. Errors: [`VolumeError::Mounted`], since whoever has it mounted would see its
+    /// files go; what `make` says; the disk's. What is laid out is then as it was. Stopped between steps 3 and 4, it is
+    /// laid out when it is next mounted.
+    pub(super) fn replace_content(
+        &self,
+        digest: &Digest,
+        make: impl FnOnce(&Path) -> Result<(), VolumeError>,
+    ) -> Result<(), VolumeError> {
+        let (path, name) = (self.content(digest), trash_name(digest));
+        let [content, trash] = self.content_and_trash();
+        let gone = trash.join(&name);
+        if is_mounted("content", &digest.hex())? {
+            return Err(VolumeError::Mounted(*digest));
+        }
+        reach("replace 1");
+        let partial = self.temporary(&digest.hex())?;
+        if let Err(error) = make(&partial) {
+            remove(&partial)?;
+            return Err(error);
+        }
+        reach("replace 2");
+        self.keep(digest)?;
+        reach("replace 3");
+        fs::rename(&path, &gone).map_err(on("remove", &path))?;
+        // Somebody may have mounted it by its old name until just now, and nobody can any more.
+        if is_mounted("trash", &name)? {
+            fs::rename(&gone, &path).map_err(on("move back", &path))?;
+            remove(&partial)?;
+            return Err(VolumeError::Mounted(*digest));
+        }
+        reach("replace 4");
+        match fs::rename(&partial, &path) {
+            // Somebody has laid it out meanwhile.
+            Err(_) if path.is_dir() => remove(&partial)?,
+            renamed => renamed.map_err(on("move into place", &path))?,
+        }
+        reach("replace 5");
+        sync(&trash)?;
+        sync(&content)?;
+        reach("replace 6");
+        Ok(remove(&gone)?)
+    }
+
     /// Removes a tree, whether it is laid out or not.
     ///
-    /// 1. remove `HEX.kept`, 2. rename `HEX` to `trash/N`, 3. fsync `trash` and `content`, 4. remove it.
+    /// 1. remove `HEX.kept`, 2. rename `HEX` to `trash/NAME`, 3. fsync `trash` and `content`, 4. remove it.
     ///
     /// Errors: [`VolumeError::NoContent`]; the disk's.
     pub(super) fn remove_content(&self, digest: &Digest) -> Result<(), VolumeError> {
@@ -284,8 +333,8 @@ impl Places {
             return Err(VolumeError::NoContent(*digest));
         }
         let (path, kept) = (self.content(digest), self.kept(digest));
-        let [content, trash] = ["content", "trash"].map(|name| self.state_dir.join(name));
-        let gone = trash.join(format!("{}-{}", std::process::id(), next()));
+        let [content, trash] = self.content_and_trash();
+        let gone = trash.join(trash_name(digest));
         reach("trash 1");
         if is_there(&kept)? {
             remove(&kept)?;
@@ -324,6 +373,10 @@ impl Places {
         self.content(digest).is_dir() || self.kept(digest).exists()
     }
 
+    fn content_and_trash(&self) -> [PathBuf; 2] {
+        ["content", "trash"].map(|name| self.state_dir.join(name))
+    }
+
     fn kept(&self, digest: &Digest) -> PathBuf {
         self.content(digest).with_extension("kept")
     }
@@ -360,6 +413,35 @@ fn next() -> u64 {
 
 fn is_there(path: &Path) -> Result<bool, VolumeError> {
     Ok(fs::exists(path).map_err(on("look at", path))?)
+}
+
+fn trash_name(digest: &Digest) -> String {
+    format!("{}-{}", digest.hex(), next())
+}
+
+/// Whether a process that we can see has the tree `directory/name` mounted, or what is in it. `name` has a digest in it, so
+/// it is the same tree wherever that lies.
+///
+/// Source: proc(5), "mountinfo": the fourth field is the directory that is mounted, in its file system.
+fn is_mounted(directory: &str, name: &str) -> Result<bool, VolumeError> {
+    let (itself, below) = (format!("/{directory}/{name}"), format!("/{directory}/{name}/"));
+    let all = Path::new("/proc");
+    let mut seen = HashSet::new();
+    for process in fs::read_dir(all).map_err(on("list", all))? {
+        let process = process.map_err(on("list", all))?.path();
+        // Not a process, or one that has ended.
+        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
+        if seen.contains(&namespace) {
+            continue;
+        }
+        let Ok(mounts) = fs::read_to_string(process.join("mountinfo")) else { continue };
+        let mut mounted = mounts.lines().filter_map(|line| line.split(' ').nth(3));
+        if mounted.any(|root| root.ends_with(&itself) || root.contains(&below)) {
+            return Ok(true);
+        }
+        seen.insert(namespace);
+    }
+    Ok(false)
 }
 
 fn sync(path: &Path) -> Result<(), VolumeError> {

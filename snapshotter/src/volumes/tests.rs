@@ -299,6 +299,38 @@ fn an_import_that_stops_anywhere_and_its_removal_leave_all_or_nothing() {
     }
 }
 
+/// Method: what is laid out is damaged, and is as damaged as it was, or whole.
+#[test]
+fn laying_out_again_may_stop_anywhere() {
+    for (step, is_mended) in [
+        ("replace 1", false),
+        ("replace 2", false),
+        ("keep 2", false),
+        ("replace 3", false),
+        ("replace 4", true),
+        ("replace 5", true),
+        ("replace 6", true),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let from = tempfile::tempdir().unwrap();
+        fs::write(from.path().join("f"), b"content").unwrap();
+        let volumes = open(dir.path());
+        let digest = volumes.import(from.path()).unwrap();
+        let source = VolumeSource::Content(digest);
+        fs::write(volumes.path(&source, true).unwrap().join("f"), b"other").unwrap();
+        assert!(matches!(volumes.compare(&digest), Err(VolumeError::Damaged { .. })));
+        stop_before(step, || volumes.lay_out_again(&digest));
+        drop(volumes);
+        let volumes = reopened(dir.path());
+        assert_eq!(volumes.compare(&digest).is_ok(), is_mended, "{step}");
+        volumes.lay_out_again(&digest).unwrap();
+        volumes.compare(&digest).unwrap();
+        volumes.remove(&source).unwrap();
+        drop(volumes);
+        assert_eq!(reopened(dir.path()).list().unwrap().len(), 0, "{step}");
+    }
+}
+
 /// Method: the journal is an older copy, from before the volume was made.
 #[test]
 fn what_the_journal_does_not_know_is_kept_and_told() {
