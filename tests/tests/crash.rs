@@ -285,7 +285,7 @@ struct Operation {
     steps_min: usize,
 }
 
-const OF_SNAPSHOTS: [Operation; 3] = [
+const OF_SNAPSHOTS: [Operation; 4] = [
     Operation {
         name: "prepare",
         before: "",
@@ -307,7 +307,42 @@ const OF_SNAPSHOTS: [Operation; 3] = [
         after: "",
         steps_min: 4,
     },
+    // containerd asks for it when something was removed.
+    Operation {
+        name: "clean up",
+        before: "$ctr prepare step-$n $base > /dev/null; mkdir -p /var/lib/godwit/snapshots/fs/999999/fs",
+        act: "$ctr rm step-$n; ctr content prune references; test ! -e /var/lib/godwit/snapshots/fs/999999",
+        after: "",
+        steps_min: 6,
+    },
 ];
+
+/// Of a container that runs, with a volume, as `stored`.
+const OF_STORE: [Operation; 2] = [
+    Operation {
+        name: "take snapshots",
+        before: "",
+        act: "godwit snapshot create stored > /dev/null",
+        after: DELETE_SNAPSHOTS,
+        steps_min: 4,
+    },
+    // First what is most of a pack, so that the rest of it is copied elsewhere; then all.
+    Operation {
+        name: "delete snapshots and sweep",
+        before: "head -c 8000000 /dev/urandom > /var/lib/godwit/volumes/stored/data/rows
+                 godwit snapshot create stored > /dev/null",
+        act: DELETE_SNAPSHOTS,
+        after: DELETE_SNAPSHOTS,
+        steps_min: 12,
+    },
+];
+
+const DELETE_SNAPSHOTS: &str = "for subject in ^volume ^.; do
+         for id in $(godwit snapshot list | awk -v subject=$subject 'NR > 1 && $2 ~ subject {print $1}'); do
+             godwit snapshot delete $id
+         done
+         godwit sweep
+     done";
 
 const OF_VOLUMES: [Operation; 4] = [
     Operation {
@@ -401,6 +436,26 @@ fn a_daemon_killed_before_any_step_leaves_whole_volumes_or_none() -> Result<()> 
     for operation in OF_VOLUMES {
         operation.killed_before_every_step(&steps, || volumes_agree(node()))?;
     }
+    is_as_before(&before)
+}
+
+#[test]
+fn a_daemon_killed_before_any_step_leaves_a_whole_store() -> Result<()> {
+    collect_garbage(node())?;
+    let before = held(node())?;
+    let mut stored = Steady::start("stored", &[])?;
+    let steps = Steps::install(node())?;
+    node().stop_daemon()?;
+    // Or captures that nobody asked for would keep the sweep waiting.
+    node().configure("[cache]\nschedule = false")?;
+    node().start_daemon()?;
+    for operation in OF_STORE {
+        operation.killed_before_every_step(&steps, || node().ok(&["godwit", "check"]).map(drop))?;
+    }
+    stored.goes_on()?;
+    stored.remove()?;
+    node().configure("")?;
+    collect_garbage(node())?;
     is_as_before(&before)
 }
 
