@@ -34,6 +34,10 @@ const EVENTS: usize = 1024;
 /// How often unreferenced objects are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
 
+/// How often removing a dump is tried while somebody writes into it, and the time between: ten seconds in all.
+const CLEAR_TRIES: usize = 200;
+const CLEAR_PAUSE: Duration = Duration::from_millis(50);
+
 /// One node's daemon.
 #[derive(Debug)]
 pub struct Node {
@@ -116,7 +120,7 @@ impl Node {
             if path.exists() {
                 criu_wrapper::leftovers::unmount_below(&path)
                     .map_err(on("unmount below", &path))?;
-                fs::remove_dir_all(&path).map_err(on("remove", &path))?;
+                clear(&path).map_err(on("remove", &path))?;
             }
         }
         let criu = criu_wrapper::version::Version::of("criu");
@@ -273,6 +277,20 @@ impl Node {
     }
 }
 
+/// Removes `path` and all below it. CRIU outlives a daemon that was killed, and may go on writing there until a directory
+/// is gone.
+fn clear(path: &Path) -> std::io::Result<()> {
+    for _ in 0..CLEAR_TRIES {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+                std::thread::sleep(CLEAR_PAUSE);
+            }
+            done => return done,
+        }
+    }
+    fs::remove_dir_all(path)
+}
+
 /// What an object of the store refers to, for marking.
 fn children(kind: u8, bytes: &[u8]) -> Result<Vec<(u8, godwit_protos::Digest)>, UseError> {
     let all = object::children(Kind::try_from(kind)?, bytes)?;
@@ -341,5 +359,31 @@ impl Events {
     /// A migration failed, and what that means for the container.
     pub fn failed(&self, migration: &str, error: &MigrationError, outlook: &str) {
         self.send(migration, "failed", format!("{}; {outlook}", error.chain()), String::new());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Method: somebody who goes on making files for a while, as long as the directory is there.
+    #[test]
+    fn what_is_being_written_to_can_be_cleared() {
+        let dir = tempfile::tempdir().unwrap();
+        let dump = dir.path().join("dump");
+        fs::create_dir_all(dump.join("deep")).unwrap();
+        let (started, path) = (std::sync::mpsc::channel(), dump.join("deep"));
+        let writer = std::thread::spawn(move || {
+            for number in 0..2000 {
+                if fs::write(path.join(number.to_string()), "").is_err() {
+                    return;
+                }
+                let _ = started.0.send(());
+            }
+        });
+        started.1.recv().unwrap();
+        clear(&dump).unwrap();
+        assert!(!dump.exists());
+        writer.join().unwrap();
     }
 }
