@@ -492,12 +492,16 @@ impl Snapshots {
     }
 }
 
-/// Options of every overlay, by what this kernel has and where the daemon runs. docs/snapshotter.md says why these and
-/// no others.
+/// Options of every overlay, on this kernel and where this process runs.
 fn overlay_options() -> Vec<String> {
     let has_index = fs::exists("/sys/module/overlay/parameters/index").unwrap_or(false);
+    overlay_options_for(has_index, &fs::read_to_string("/proc/self/uid_map").unwrap_or_default())
+}
+
+/// Options of every overlay, by whether the kernel knows `index`, and the process's `uid_map`. docs/snapshotter.md says
+/// why these and no others.
+fn overlay_options_for(has_index: bool, ids: &str) -> Vec<String> {
     // The first user namespace maps all ids to themselves (user_namespaces(7)).
-    let ids = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let in_user_namespace = !ids.is_empty() && !ids.split_whitespace().eq(["0", "0", "4294967295"]);
     let options = [("index=off", has_index), ("userxattr", in_user_namespace)];
     let wanted = options.into_iter().filter(|(_, is_wanted)| *is_wanted);

@@ -73,11 +73,21 @@ fn one_tree_is_bound_and_several_are_overlaid() {
     let work = dir.path().join("fs/5/work").display().to_string();
     let lower = format!("lowerdir={}:{}", fs(4), fs(1));
     assert_eq!((over[0].r#type.as_str(), over[0].source.as_str()), ("overlay", "overlay"));
-    let own = [format!("workdir={work}"), format!("upperdir={}", fs(5)), lower.clone()];
-    assert_eq!(over[0].options[..3], own);
+    let own = vec![format!("workdir={work}"), format!("upperdir={}", fs(5)), lower.clone()];
+    assert_eq!(over[0].options, [own, overlay_options()].concat());
     assert_eq!(snapshots.mounts("c").unwrap(), over);
     let view = snapshots.view("view b", Some("b"), none()).unwrap();
-    assert_eq!(view[0].options[0], lower);
+    assert_eq!(view[0].options, [vec![lower], overlay_options()].concat());
+}
+
+#[test]
+fn overlays_get_what_the_kernel_and_the_user_namespace_ask_for_and_no_more() {
+    let first = "         0          0 4294967295\n";
+    let other = "         0     100000      65536\n";
+    assert_eq!(overlay_options_for(true, first), ["index=off"]);
+    assert_eq!(overlay_options_for(true, other), ["index=off", "userxattr"]);
+    assert_eq!(overlay_options_for(false, other), ["userxattr"]);
+    assert!(overlay_options_for(false, first).is_empty());
 }
 
 #[test]
