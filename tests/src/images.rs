@@ -49,7 +49,12 @@ pub enum Image {
     Files,
     /// Busybox and one layer of [`LARGE_BYTES`] that nothing compresses.
     Large,
+    /// Busybox and more layers, [`DEEP_LAYERS`] in all; layer N adds the file `/layers/N`.
+    Deep,
 }
+
+/// How many layers: more, and some snapshotters and registries refuse an image.
+pub const DEEP_LAYERS: usize = 128;
 
 /// How many small files; each has up to two KiB, and a hundred share a directory.
 pub const FILES: usize = 20_000;
@@ -73,6 +78,7 @@ impl Image {
             Self::Pause => "localhost/pause:test",
             Self::Files => "docker.io/library/files:test",
             Self::Large => "docker.io/library/large:test",
+            Self::Deep => "docker.io/library/deep:test",
         }
     }
 
@@ -87,12 +93,15 @@ impl Image {
             Self::Pause => "pause",
             Self::Files => "files",
             Self::Large => "large",
+            Self::Deep => "deep",
         }
     }
 
     fn configuration(self) -> Configuration<'static> {
         let (command, working_directory): (&[&str], _) = match self {
-            Self::Busybox | Self::Sqlite | Self::Files | Self::Large => (&["/bin/sh"], "/"),
+            Self::Busybox | Self::Sqlite | Self::Files | Self::Large | Self::Deep => {
+                (&["/bin/sh"], "/")
+            }
             Self::Redis => (
                 &["redis-server", "--protected-mode", "no", "--save", "", "--dir", "/data"],
                 "/data",
@@ -165,7 +174,12 @@ fn key(image: Image, root: &Root) -> Result<String> {
     let root = root.path().file_name().unwrap_or_default().display();
     let mut text = format!("{RECIPE} {root}").into_bytes();
     match image {
-        Image::Busybox | Image::Redis | Image::Sqlite | Image::Files | Image::Large => {}
+        Image::Busybox
+        | Image::Redis
+        | Image::Sqlite
+        | Image::Files
+        | Image::Large
+        | Image::Deep => {}
         Image::Memhog => {
             need::binaries(&["memhog"])?;
             text.extend(fs::read(place::binary("memhog"))?);
@@ -193,6 +207,15 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
         Image::Large => {
             stage_large(&own)?;
             layers.push(Layer { tree: own, gzip: true });
+            return Ok(layers);
+        }
+        Image::Deep => {
+            for number in 1..DEEP_LAYERS {
+                let tree = tree(&number.to_string());
+                fs::create_dir_all(tree.join("layers"))?;
+                fs::write(tree.join("layers").join(number.to_string()), "")?;
+                layers.push(Layer { tree, gzip: false });
+            }
             return Ok(layers);
         }
         Image::Memhog => {

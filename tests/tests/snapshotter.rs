@@ -155,6 +155,20 @@ fn while_the_daemon_is_away(container: &Container) -> Result<()> {
     Ok(())
 }
 
+/// Method: the options of its mount are longer than the page that mount(2) takes, so runtimes shorten them.
+#[test]
+fn a_container_runs_on_128_layers() -> Result<()> {
+    images::import(node(), Image::Deep, "godwit")?;
+    let mounts = snapshots(&["ls"])?.lines().count();
+    ensure!(mounts > images::DEEP_LAYERS, "{mounts} snapshots");
+    for (id, options) in [("deep", OURS), ("deep-runc", &OURS[..2])] {
+        let container = Container::start(id, Image::Deep, options, "sleep 600")?;
+        let seen = container.exec("look", "ls /layers | wc -l; touch /layers/new")?;
+        ensure!(seen.trim() == (images::DEEP_LAYERS - 1).to_string(), "{id} sees {seen}");
+    }
+    node().ok(&["ctr", "images", "rm", "--sync", Image::Deep.reference()]).map(drop)
+}
+
 #[test]
 fn a_checkpoint_takes_the_writable_layer_along() -> Result<()> {
     let script = "i=0; while :; do i=$((i+1)); echo $i >> /count; sleep 0.01; done";

@@ -38,6 +38,13 @@ fn create(at: &Node, id: &str, options: &[&str]) -> Result<()> {
     at.ok(&[&words[..], options].concat()).map(drop)
 }
 
+/// What `godwit volume ls` knows of a volume.
+fn volume(at: &Node, id: &str) -> Result<Value> {
+    let listed = at.ok(&["godwit", "--output", "json", "volume", "ls"])?;
+    let all: Vec<Value> = serde_json::from_str(&listed)?;
+    all.into_iter().find(|one| one["id"] == id).with_context(|| format!("{id} is not listed"))
+}
+
 /// Where the host of a container has its block volume of the same name.
 fn mounted(name: &str) -> String {
     format!("/run/godwit-volumes/default/{name}/{name}")
@@ -311,11 +318,19 @@ fn a_shim_that_dies_while_frozen_leaves_nothing_frozen_or_mounted() -> Result<()
     ends_whole(node(1), name)
 }
 
-/// Method: the destination's CRIU fails; the source's writer waits in a frozen file system until the thaw.
 #[test]
 fn a_migration_that_fails_after_the_freeze_thaws_the_volume() -> Result<()> {
-    let name = "aborted";
-    create(node(0), name, &[])?;
+    aborted("aborted", "ext4")
+}
+
+#[test]
+fn a_migration_that_fails_after_the_freeze_thaws_xfs_too() -> Result<()> {
+    aborted("aborted-xfs", "xfs")
+}
+
+/// Method: the destination's CRIU fails; the source's writer waits in a frozen file system until the thaw.
+fn aborted(name: &'static str, file_system: &str) -> Result<()> {
+    create(node(0), name, &["--fs", file_system])?;
     writer(name, "delete").start(node(0))?;
     goes_on(node(0), name, 30)?;
     criu::broken(node(1))?;
@@ -407,10 +422,7 @@ fn a_block_volume_lives_and_ends() -> Result<()> {
     ensure!(!at.ok(&["godwit", "volume", "ls"])?.contains(name), "a refused volume is there");
     create(at, name, &[])?;
     ensure!(refused(&["create", name])?.contains("exists on this node already"), "taken");
-    let listed: Value =
-        serde_json::from_str(&at.ok(&["godwit", "--output", "json", "volume", "ls"])?)?;
-    let line = listed.as_array().and_then(|all| all.iter().find(|one| one["id"] == name));
-    let line = line.context("it is listed")?;
+    let line = volume(at, name)?;
     ensure!(line["kind"] == "block" && line["file_system"] == "ext4", "{line}");
     ensure!(line["size_bytes"] == 320 << 20, "{line}");
 
@@ -475,6 +487,26 @@ fn a_node_that_admits_no_images_refuses_a_block_volume() -> Result<()> {
     nothing_is_mounted(node(2), name)?;
     goes_on(node(0), name, 10)?;
     remove(node(0), name)
+}
+
+/// Method: no volume is there beforehand, and the destination's command line knows nothing of its kind or size.
+#[test]
+fn an_annotation_brings_a_block_volume_with_all_that_is_known_of_it() -> Result<()> {
+    let name = "by-annotation";
+    create(node(0), name, &["--fs", "xfs"])?;
+    let known = volume(node(0), name)?;
+    ensure!(known["kind"] == "block" && known["file_system"] == "xfs", "{known}");
+    writer(name, "delete").start(node(0))?;
+    goes_on(node(0), name, 10)?;
+    let before = last_row(node(0), name)?;
+    let from = format!("edge-a/default/{name}");
+    writer(name, "delete").annotation("godwit.io/migrate-from", &from).start(node(1))?;
+    ensure!(last_row(node(1), name)? >= before, "rows are lost");
+    goes_on(node(1), name, 10)?;
+    ensure!(volume(node(1), name)? == known, "{} at the destination", volume(node(1), name)?);
+    node(0).run(&["ctr", "tasks", "rm", "-f", name])?;
+    node(0).ok(&["ctr", "containers", "rm", name])?;
+    ends_whole(node(1), name)
 }
 
 #[test]
