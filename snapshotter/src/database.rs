@@ -1,12 +1,17 @@
 //! Embedded databases (redb, one file each) that are there whole or not at all.
 
-use std::fs::{self, File};
+mod deferred;
+
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::Path;
 
+use redb::backends::FileBackend;
 use redb::{Builder, Database};
 
 use crate::step::reach;
+use deferred::Deferring;
+pub(crate) use deferred::Flushes;
 
 /// Opens the database at `path`, or makes one in which there is what `fill` puts there.
 ///
@@ -24,6 +29,34 @@ pub(crate) fn open(
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
 ) -> Result<Database, redb::Error> {
     builder.set_check_integrity_on_open(true);
+    make(path, &builder, fill)?;
+    Ok(builder.open(path)?)
+}
+
+/// The same for a database whose commits need not wait for the disk; what they name in `directory` is on disk before them.
+/// Caller: no other process has it open.
+pub(crate) fn open_deferring(
+    path: &Path,
+    directory: &Path,
+    mut builder: Builder,
+    fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
+) -> Result<(Database, Flushes), redb::Error> {
+    builder.set_check_integrity_on_open(true);
+    make(path, &builder, fill)?;
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let directory = File::open(directory)?;
+    // A process that was killed may not have come to it.
+    directory.sync_all()?;
+    let (file, flushes) = Deferring::new(FileBackend::new(file)?, move || directory.sync_all())?;
+    Ok((builder.create_with_backend(file)?, flushes))
+}
+
+/// Makes the database at `path` if there is none.
+fn make(
+    path: &Path,
+    builder: &Builder,
+    fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
+) -> Result<(), redb::Error> {
     let new = path.with_extension("redb.new");
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
@@ -43,7 +76,7 @@ pub(crate) fn open(
     } else if fs::metadata(path)?.len() == 0 {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty").into());
     }
-    Ok(builder.open(path)?)
+    Ok(())
 }
 
 #[cfg(test)]

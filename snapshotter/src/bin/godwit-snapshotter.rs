@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +14,8 @@ use godwit_snapshotter::layers::Layers;
 use godwit_snapshotter::node::Node;
 use godwit_snapshotter::peer::{PING_INTERVAL, SILENCE_MAX};
 use godwit_snapshotter::{caching, config, control, migrate, mirror, peer, snapshots};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
@@ -90,9 +90,8 @@ async fn run() -> anyhow::Result<()> {
     };
     let layers = node.config.layers.fetch && !node.config.peers.is_empty();
     let layers = layers.then(|| Layers::new(node.clone(), snapshots.clone()));
-    let served = Server::builder()
-        .add_service(snapshots::service(snapshots, layers))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(snapshotter_socket), stop);
+    let served = snapshots::serve(snapshotter_socket, snapshots, layers, stop)
+        .context("cannot serve the snapshotter socket")?;
     let late = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;
         tokio::time::sleep(STOP_MAX).await;

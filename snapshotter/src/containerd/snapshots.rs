@@ -139,13 +139,11 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshots::{Snapshots, service};
+    use crate::snapshots::{self, Snapshots};
+    use std::os::unix::net::UnixListener;
     use std::path::Path;
     use std::sync::Arc;
-    use tokio::net::UnixListener;
     use tokio::sync::oneshot;
-    use tokio::task::JoinHandle;
-    use tokio_stream::wrappers::UnixListenerStream;
 
     fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
         let options = options.iter().map(|option| (*option).to_owned()).collect();
@@ -166,16 +164,14 @@ mod tests {
     }
 
     /// Serves the state below `dir` until told to stop.
-    fn serve(dir: &Path) -> (oneshot::Sender<()>, JoinHandle<()>) {
+    fn serve(dir: &Path) -> (oneshot::Sender<()>, impl Future<Output = std::io::Result<()>>) {
         let snapshots = Arc::new(Snapshots::open(&dir.join("state")).unwrap());
         let socket = dir.join("socket");
         let _ = std::fs::remove_file(&socket);
-        let connections = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
-        let server = tonic::transport::Server::builder().add_service(service(snapshots, None));
         let (stop, stopped) = oneshot::channel();
         let stopped = async move { drop(stopped.await) };
-        let served = server.serve_with_incoming_shutdown(connections, stopped);
-        (stop, tokio::spawn(async move { drop(served.await) }))
+        let listener = UnixListener::bind(socket).unwrap();
+        (stop, snapshots::serve(listener, snapshots, None, stopped).unwrap())
     }
 
     /// Method: containerd speaks the same service to us as we to containerd, so our own snapshotter

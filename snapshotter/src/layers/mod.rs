@@ -180,6 +180,7 @@ pub struct Layers(Arc<Inner>);
 struct Inner {
     node: Arc<Node>,
     snapshots: Arc<Snapshots>,
+    runtime: tokio::runtime::Handle,
     turns: Semaphore,
     /// Who supplies which layer: a second who wants it finds it kept.
     busy: std::sync::Mutex<HashMap<Digest, Weak<Mutex<()>>>>,
@@ -194,10 +195,11 @@ struct Offer {
 }
 
 impl Layers {
-    /// For this node and its snapshots.
+    /// For this node and its snapshots. Caller: is on the runtime that is to do the work, whoever asks for it.
     pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
+        let runtime = tokio::runtime::Handle::current();
         let (turns, busy) = (Semaphore::new(SUPPLIES_MAX), std::sync::Mutex::default());
-        Self(Arc::new(Inner { node, snapshots, turns, busy }))
+        Self(Arc::new(Inner { node, snapshots, runtime, turns, busy }))
     }
 
     /// Commits the layer if it can be had without the registry, and says whether it is there now.
@@ -205,7 +207,7 @@ impl Layers {
     /// Cancel: it goes on; what nobody asks for again, containerd has removed.
     pub async fn supply(&self, wanted: Wanted) -> bool {
         let here = self.0.clone();
-        let supplied = tokio::spawn(async move {
+        let supplied = self.0.runtime.spawn(async move {
             let Ok(_turn) = here.turns.try_acquire() else { return false };
             let supplied = match tokio::time::timeout(SUPPLY_MAX, here.supply(&wanted)).await {
                 Ok(supplied) => supplied,
@@ -471,7 +473,7 @@ impl Inner {
     async fn clear(&self, key: String) {
         let removed = self.blocking(move |all| match all.remove(&key) {
             Err(SnapshotError::NotFound(_)) => Ok(()),
-            other => other,
+            other => other.and_then(|()| all.cleanup()),
         });
         if let Err(error) = removed.await {
             tracing::warn!(%error, "cannot remove a layer that was not unpacked");

@@ -7,7 +7,7 @@
 //! | `children` | parent's name, child's key or name | nothing |
 //!
 //! All writing goes through one [`Change`] at a time: redb has one writer, and a second waits. A
-//! change that is dropped leaves no trace; one that is committed is on disk when `commit` returns.
+//! change that is dropped leaves no trace; one that is committed waits for the one before to be on disk, not for itself.
 //! The rules of containerd's contract that concern metadata alone (what may be a parent, what may
 //! be removed) are checked here, inside the change.
 //!
@@ -25,6 +25,7 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use super::{Info, Kind, OpenError, SnapshotError, Usage};
+use crate::database::{self, Flushes};
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
@@ -66,14 +67,16 @@ pub(super) struct Chain {
 #[derive(Debug)]
 pub(super) struct Metadata {
     db: Database,
+    flushes: Flushes,
 }
 
 /// One write transaction.
-pub(super) struct Change {
+pub(super) struct Change<'a> {
     txn: WriteTransaction,
+    flushes: &'a Flushes,
 }
 
-fn database(source: impl Into<redb::Error>) -> SnapshotError {
+fn failed(source: impl Into<redb::Error>) -> SnapshotError {
     SnapshotError::Database(Box::new(source.into()))
 }
 
@@ -85,19 +88,19 @@ fn decode(name: &str, bytes: &[u8]) -> Result<Row, SnapshotError> {
 }
 
 impl Metadata {
-    /// Opens the database at `path`, or makes one if `may_create`.
-    pub(super) fn open(path: &Path, may_create: bool) -> Result<Self, OpenError> {
+    /// Opens the database of the snapshots whose directories are in `trees` at `path`, or makes one if `may_create`.
+    pub(super) fn open(path: &Path, trees: &Path, may_create: bool) -> Result<Self, OpenError> {
         let io_error = |source| OpenError::Io { path: path.to_owned(), source };
         if !may_create && !fs::exists(path).map_err(io_error)? {
             return Err(OpenError::MetadataMissing(path.to_owned()));
         }
-        let db = crate::database::open(path, Database::builder(), Self::fill);
-        let db = db.map_err(|error| Self::damaged(path, error))?;
+        let opened = database::open_deferring(path, trees, Database::builder(), Self::fill);
+        let (db, flushes) = opened.map_err(|error| Self::damaged(path, error))?;
         let found = Self::format(&db).map_err(|error| Self::damaged(path, error))?;
         if found != FORMAT {
             return Err(OpenError::Format { path: path.to_owned(), found, known: FORMAT });
         }
-        Ok(Self { db })
+        Ok(Self { db, flushes })
     }
 
     fn damaged(path: &Path, source: redb::Error) -> OpenError {
@@ -119,31 +122,31 @@ impl Metadata {
     }
 
     /// Waits for the change before, if there is one.
-    pub(super) fn begin(&self) -> Result<Change, SnapshotError> {
-        Ok(Change { txn: self.db.begin_write().map_err(database)? })
+    pub(super) fn begin(&self) -> Result<Change<'_>, SnapshotError> {
+        Ok(Change { txn: self.db.begin_write().map_err(failed)?, flushes: &self.flushes })
     }
 
     /// Errors: [`SnapshotError::NotFound`].
     pub(super) fn get(&self, key: &str) -> Result<Row, SnapshotError> {
-        let txn = self.db.begin_read().map_err(database)?;
-        let table = txn.open_table(SNAPSHOTS).map_err(database)?;
-        let found = table.get(key).map_err(database)?;
+        let txn = self.db.begin_read().map_err(failed)?;
+        let table = txn.open_table(SNAPSHOTS).map_err(failed)?;
+        let found = table.get(key).map_err(failed)?;
         decode(key, found.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?.value())
     }
 
     /// Errors: [`SnapshotError::NotFound`].
     pub(super) fn chain(&self, key: &str) -> Result<Chain, SnapshotError> {
-        let txn = self.db.begin_read().map_err(database)?;
-        chain_in(&txn.open_table(SNAPSHOTS).map_err(database)?, key)
+        let txn = self.db.begin_read().map_err(failed)?;
+        chain_in(&txn.open_table(SNAPSHOTS).map_err(failed)?, key)
     }
 
     /// Every snapshot with its name, as of one moment, in the order of names.
     pub(super) fn all(&self) -> Result<Vec<(String, Row)>, SnapshotError> {
-        let txn = self.db.begin_read().map_err(database)?;
-        let table = txn.open_table(SNAPSHOTS).map_err(database)?;
+        let txn = self.db.begin_read().map_err(failed)?;
+        let table = txn.open_table(SNAPSHOTS).map_err(failed)?;
         let mut all = Vec::new();
-        for entry in table.iter().map_err(database)? {
-            let (name, row) = entry.map_err(database)?;
+        for entry in table.iter().map_err(failed)? {
+            let (name, row) = entry.map_err(failed)?;
             all.push((name.value().to_owned(), decode(name.value(), row.value())?));
         }
         Ok(all)
@@ -155,7 +158,7 @@ fn chain_in(
     key: &str,
 ) -> Result<Chain, SnapshotError> {
     let get = |name: &str| -> Result<Option<Row>, SnapshotError> {
-        let found = table.get(name).map_err(database)?;
+        let found = table.get(name).map_err(failed)?;
         found.map(|bytes| decode(name, bytes.value())).transpose()
     };
     let row = get(key)?.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
@@ -180,10 +183,10 @@ fn links(rows: &BTreeMap<String, Row>) -> BTreeSet<(String, String)> {
     rows.iter().filter_map(|(name, row)| Some((row.parent.clone()?, name.clone()))).collect()
 }
 
-impl Change {
+impl Change<'_> {
     fn get(&self, key: &str) -> Result<Option<Row>, SnapshotError> {
-        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
-        let found = table.get(key).map_err(database)?;
+        let table = self.txn.open_table(SNAPSHOTS).map_err(failed)?;
+        let found = table.get(key).map_err(failed)?;
         found.map(|bytes| decode(key, bytes.value())).transpose()
     }
 
@@ -192,33 +195,33 @@ impl Change {
             key: key.to_owned(),
             reason: error.to_string(),
         })?;
-        let mut table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
-        table.insert(key, bytes.as_slice()).map_err(database)?;
+        let mut table = self.txn.open_table(SNAPSHOTS).map_err(failed)?;
+        table.insert(key, bytes.as_slice()).map_err(failed)?;
         Ok(())
     }
 
     fn link(&self, parent: Option<&str>, child: &str) -> Result<(), SnapshotError> {
         let Some(parent) = parent else { return Ok(()) };
-        let mut children = self.txn.open_table(CHILDREN).map_err(database)?;
-        children.insert((parent, child), ()).map_err(database)?;
+        let mut children = self.txn.open_table(CHILDREN).map_err(failed)?;
+        children.insert((parent, child), ()).map_err(failed)?;
         Ok(())
     }
 
     /// Takes `key` out of both tables.
     fn forget(&self, key: &str, row: &Row) -> Result<(), SnapshotError> {
-        let mut table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
-        table.remove(key).map_err(database)?;
+        let mut table = self.txn.open_table(SNAPSHOTS).map_err(failed)?;
+        table.remove(key).map_err(failed)?;
         if let Some(parent) = row.parent.as_deref() {
-            let mut children = self.txn.open_table(CHILDREN).map_err(database)?;
-            children.remove((parent, key)).map_err(database)?;
+            let mut children = self.txn.open_table(CHILDREN).map_err(failed)?;
+            children.remove((parent, key)).map_err(failed)?;
         }
         Ok(())
     }
 
     fn has_children(&self, name: &str) -> Result<bool, SnapshotError> {
-        let children = self.txn.open_table(CHILDREN).map_err(database)?;
-        let mut from_here = children.range((name, "")..).map_err(database)?;
-        let first = from_here.next().transpose().map_err(database)?;
+        let children = self.txn.open_table(CHILDREN).map_err(failed)?;
+        let mut from_here = children.range((name, "")..).map_err(failed)?;
+        let first = from_here.next().transpose().map_err(failed)?;
         Ok(first.is_some_and(|(key, _nothing)| key.value().0 == name))
     }
 
@@ -247,10 +250,10 @@ impl Change {
             return Err(SnapshotError::AlreadyExists(key.to_owned()));
         }
         let number = {
-            let mut meta = self.txn.open_table(META).map_err(database)?;
-            let next = meta.get("next_number").map_err(database)?.map_or(1, |next| next.value());
+            let mut meta = self.txn.open_table(META).map_err(failed)?;
+            let next = meta.get("next_number").map_err(failed)?.map_or(1, |next| next.value());
             let number = next.max(number_floor);
-            meta.insert("next_number", number + 1).map_err(database)?;
+            meta.insert("next_number", number + 1).map_err(failed)?;
             number
         };
         let now = SystemTime::now();
@@ -259,7 +262,7 @@ impl Change {
         let row = Row { number, kind, parent, labels, created: now, updated: now, usage };
         self.put(key, &row)?;
         self.link(row.parent.as_deref(), key)?;
-        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        let table = self.txn.open_table(SNAPSHOTS).map_err(failed)?;
         chain_in(&table, key)
     }
 
@@ -305,23 +308,21 @@ impl Change {
         Ok(row)
     }
 
-    /// Takes `key` out; its number comes back. Errors: [`SnapshotError::NotFound`];
-    /// [`SnapshotError::HasChildren`].
-    pub(super) fn remove(&self, key: &str) -> Result<u64, SnapshotError> {
+    /// Takes `key` out. Errors: [`SnapshotError::NotFound`]; [`SnapshotError::HasChildren`].
+    pub(super) fn remove(&self, key: &str) -> Result<(), SnapshotError> {
         let row = self.get(key)?.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
         if self.has_children(key)? {
             return Err(SnapshotError::HasChildren(key.to_owned()));
         }
-        self.forget(key, &row)?;
-        Ok(row.number)
+        self.forget(key, &row)
     }
 
     /// The numbers of all snapshots, this change's included.
     pub(super) fn numbers(&self) -> Result<Vec<u64>, SnapshotError> {
-        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        let table = self.txn.open_table(SNAPSHOTS).map_err(failed)?;
         let mut numbers = Vec::new();
-        for entry in table.iter().map_err(database)? {
-            let (name, row) = entry.map_err(database)?;
+        for entry in table.iter().map_err(failed)? {
+            let (name, row) = entry.map_err(failed)?;
             numbers.push(decode(name.value(), row.value())?.number);
         }
         Ok(numbers)
@@ -332,10 +333,10 @@ impl Change {
         &self,
     ) -> Result<(BTreeMap<String, Row>, Vec<String>), SnapshotError> {
         let mut rows = BTreeMap::new();
-        let table = self.txn.open_table(SNAPSHOTS).map_err(database)?;
+        let table = self.txn.open_table(SNAPSHOTS).map_err(failed)?;
         let mut found = Vec::new();
-        for entry in table.iter().map_err(database)? {
-            let (name, row) = entry.map_err(database)?;
+        for entry in table.iter().map_err(failed)? {
+            let (name, row) = entry.map_err(failed)?;
             match decode(name.value(), row.value()) {
                 Ok(row) => drop(rows.insert(name.value().to_owned(), row)),
                 Err(error) => found.push(error.to_string()),
@@ -349,10 +350,10 @@ impl Change {
                 None => found.push(format!("snapshot {name:?} has lost its parent {parent:?}")),
             }
         }
-        let children = self.txn.open_table(CHILDREN).map_err(database)?;
+        let children = self.txn.open_table(CHILDREN).map_err(failed)?;
         let mut linked = BTreeSet::new();
-        for entry in children.iter().map_err(database)? {
-            let (key, _nothing) = entry.map_err(database)?;
+        for entry in children.iter().map_err(failed)? {
+            let (key, _nothing) = entry.map_err(failed)?;
             let (parent, child) = key.value();
             linked.insert((parent.to_owned(), child.to_owned()));
         }
@@ -365,20 +366,29 @@ impl Change {
     /// Makes the table of children anew from the snapshots.
     pub(super) fn relink(&self) -> Result<(), SnapshotError> {
         let mut rows = BTreeMap::new();
-        for entry in self.txn.open_table(SNAPSHOTS).map_err(database)?.iter().map_err(database)? {
-            let (name, row) = entry.map_err(database)?;
+        for entry in self.txn.open_table(SNAPSHOTS).map_err(failed)?.iter().map_err(failed)? {
+            let (name, row) = entry.map_err(failed)?;
             rows.insert(name.value().to_owned(), decode(name.value(), row.value())?);
         }
-        let mut children = self.txn.open_table(CHILDREN).map_err(database)?;
-        children.retain(|_, ()| false).map_err(database)?;
+        let mut children = self.txn.open_table(CHILDREN).map_err(failed)?;
+        children.retain(|_, ()| false).map_err(failed)?;
         for (parent, child) in links(&rows) {
-            children.insert((parent.as_str(), child.as_str()), ()).map_err(database)?;
+            children.insert((parent.as_str(), child.as_str()), ()).map_err(failed)?;
         }
         Ok(())
     }
 
+    /// Everybody sees the change when this returns, and a kill does not undo it; to the disk it is on its way
+    /// ([`Flushes`]).
     pub(super) fn commit(self) -> Result<(), SnapshotError> {
-        self.txn.commit().map_err(database)
+        self.flushes.defer_next(true);
+        self.txn.commit().map_err(failed)
+    }
+
+    /// The same, and it is on disk when this returns.
+    pub(super) fn commit_to_disk(self) -> Result<(), SnapshotError> {
+        self.flushes.defer_next(false);
+        self.txn.commit().map_err(failed)
     }
 }
 
@@ -417,7 +427,7 @@ mod tests {
     #[test]
     fn a_name_that_is_the_beginning_of_another_has_not_its_children() {
         let dir = tempfile::tempdir().unwrap();
-        let metadata = Metadata::open(&path_in(dir.path()), true).unwrap();
+        let metadata = Metadata::open(&path_in(dir.path()), dir.path(), true).unwrap();
         let change = metadata.begin().unwrap();
         for name in ["a", "ab"] {
             let chain = change.add(Kind::Active, "key", None, BTreeMap::new(), 0).unwrap();
@@ -432,7 +442,7 @@ mod tests {
     #[test]
     fn contradictions_are_found_and_children_linked_anew() {
         let dir = tempfile::tempdir().unwrap();
-        let metadata = Metadata::open(&path_in(dir.path()), true).unwrap();
+        let metadata = Metadata::open(&path_in(dir.path()), dir.path(), true).unwrap();
         let change = metadata.begin().unwrap();
         let base = change.add(Kind::Active, "work", None, BTreeMap::new(), 0).unwrap();
         let active = ("work", base.row.number);
@@ -460,7 +470,7 @@ mod tests {
     #[test]
     fn a_chain_that_does_not_grow_older_is_damage() {
         let dir = tempfile::tempdir().unwrap();
-        let metadata = Metadata::open(&path_in(dir.path()), true).unwrap();
+        let metadata = Metadata::open(&path_in(dir.path()), dir.path(), true).unwrap();
         let change = metadata.begin().unwrap();
         let mut row = change.add(Kind::Active, "loop", None, BTreeMap::new(), 0).unwrap().row;
         row.parent = Some("loop".to_owned());

@@ -14,9 +14,10 @@
 //! mounts it, we never do.
 //!
 //! Promises: what the database names has a directory, whenever the machine stops; a committed layer
-//! is on disk before the database calls it committed; nothing is deleted that the database names;
-//! two daemons never work on one state; a damaged database is an error that leaves everything as it
-//! is. On open, in this order:
+//! is on disk before the database calls it committed; what was answered survives the daemon's death,
+//! and a power cut but for the last change, which is on its way to the disk then; nothing is deleted
+//! that the database on disk names; two daemons never work on one state; a damaged database is an
+//! error that leaves everything as it is. On open, in this order:
 //!
 //! 1. take the lock, or fail;
 //! 2. open the database and check it, or fail;
@@ -43,7 +44,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use containerd_client::types::Mount;
 use serde::{Deserialize, Serialize};
@@ -52,7 +53,7 @@ pub use error::{OpenError, SnapshotError};
 pub use filter::FilterError;
 use filter::Filters;
 use metadata::{Chain, Change, Metadata, Row};
-pub use service::service;
+pub use service::serve;
 pub use usage::Usage;
 
 use crate::step;
@@ -63,6 +64,12 @@ pub const KEY_BYTES_MAX: usize = 4096;
 
 /// Longest label, key and value together, in bytes: containerd's own limit.
 pub const LABEL_BYTES_MAX: usize = 4096;
+
+/// Most inodes of a layer that are synced one by one.
+const SYNCED_ALONE_MAX: u64 = 16;
+
+/// How long opening waits for the lock: a daemon that was killed while it flushed has it until the disk has answered.
+const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// What a snapshot is to containerd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,14 +128,14 @@ impl Snapshots {
             return Err(OpenError::Path(trees));
         }
         let lock = File::create(dir.join("lock")).map_err(io_error)?;
-        match lock.try_lock() {
+        match take(&lock) {
             Ok(()) => (),
             Err(TryLockError::WouldBlock) => return Err(OpenError::Locked(dir.to_owned())),
             Err(TryLockError::Error(error)) => return Err(io_error(error)),
         }
         let found = tree_names(&trees).map_err(io_error)?;
         let highest = found.iter().filter_map(|name| tree_number(name)).max();
-        let metadata = Metadata::open(&metadata::path_in(dir), highest.is_none())?;
+        let metadata = Metadata::open(&metadata::path_in(dir), &trees, highest.is_none())?;
         let snapshots = Self {
             metadata,
             trees,
@@ -229,7 +236,7 @@ impl Snapshots {
 
     /// Makes the active snapshot `key` the committed one `name`, with these labels and no others.
     ///
-    /// 1. write the file system's dirty pages out, 2. measure, 3. commit the database.
+    /// 1. measure, 2. write its files out, 3. commit the database.
     ///
     /// On open: without step 3 it is still active.
     ///
@@ -248,16 +255,15 @@ impl Snapshots {
         let usage = if row.kind == Kind::Active {
             let upper = self.upper(row.number);
             step::reach("commit 1");
-            // Otherwise a power cut leaves a layer of empty files that is never unpacked again.
-            File::open(&upper)
-                .and_then(|dir| nix::unistd::syncfs(dir).map_err(io::Error::from))
-                .map_err(|source| SnapshotError::Io {
-                    what: "sync",
-                    path: upper.clone(),
-                    source,
-                })?;
+            let usage = measure(&upper)?;
             step::reach("commit 2");
-            measure(&upper)?
+            // Otherwise a power cut leaves a layer of empty files that is never unpacked again.
+            write_out(&upper, usage.inodes).map_err(|source| SnapshotError::Io {
+                what: "sync",
+                path: upper.clone(),
+                source,
+            })?;
+            usage
         } else {
             Usage::default()
         };
@@ -325,20 +331,17 @@ impl Snapshots {
         if row.kind == Kind::Active { measure(&self.upper(row.number)) } else { Ok(row.usage) }
     }
 
-    /// Removes `key`: it is gone when this returns; its disk space, if it cannot be freed now, at
-    /// the next `cleanup`.
+    /// Removes `key`: it is gone when this returns; its directory goes at the next `cleanup`, which containerd asks for
+    /// once it has removed what it had to.
     ///
-    /// 1. commit the database without it, 2. delete its directory. On open: step 2 is done again.
+    /// 1. commit the database without it. On open: the directory is deleted.
     ///
     /// Errors: [`SnapshotError::NotFound`]; [`SnapshotError::HasChildren`].
     pub fn remove(&self, key: &str) -> Result<(), SnapshotError> {
         let change = self.metadata.begin()?;
-        let number = change.remove(key)?;
+        change.remove(key)?;
         step::reach("remove 1");
-        change.commit()?;
-        step::reach("remove 2");
-        self.discard(&self.tree(number));
-        Ok(())
+        change.commit()
     }
 
     /// All snapshots that any of `filters` matches, or all, in the order of names.
@@ -353,14 +356,18 @@ impl Snapshots {
     /// Deletes the directories that the database does not name. What cannot be deleted is logged
     /// and left.
     ///
-    /// 1. find them, 2. delete one after the other. On open: all of it is done again.
+    /// 1. find them, 2. commit the database, so that no removal can be undone, 3. delete one after the other. On open: all
+    /// of it is done again.
     pub fn cleanup(&self) -> Result<(), SnapshotError> {
         // Inside a change no snapshot is half added; after it, numbers are not used again.
         let change = self.metadata.begin()?;
         let orphans = self.orphans(&change)?;
-        drop(change);
+        step::reach("cleanup 2");
+        if !orphans.is_empty() {
+            change.commit_to_disk()?;
+        }
         for orphan in orphans {
-            step::reach("cleanup 2");
+            step::reach("cleanup 3");
             self.discard(&orphan);
         }
         Ok(())
@@ -405,7 +412,7 @@ impl Snapshots {
                 })?;
             }
         }
-        change.commit()?;
+        change.commit_to_disk()?;
         self.cleanup()
     }
 
@@ -534,6 +541,18 @@ fn mapped_root(labels: &BTreeMap<String, String>) -> Result<Option<(u32, u32)>, 
     Ok(Some((root_of(uids)?, root_of(gids)?)))
 }
 
+fn take(lock: &File) -> Result<(), TryLockError> {
+    let begun = Instant::now();
+    loop {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_WAIT => {
+                std::thread::sleep(LOCK_WAIT / 50);
+            }
+            done => return done,
+        }
+    }
+}
+
 fn tree_names(trees: &Path) -> io::Result<Vec<String>> {
     let name = |entry: io::Result<fs::DirEntry>| entry.map(|e| e.file_name().into_string().ok());
     fs::read_dir(trees)?.filter_map(|entry| name(entry).transpose()).collect()
@@ -542,6 +561,28 @@ fn tree_names(trees: &Path) -> io::Result<Vec<String>> {
 /// The number that a directory's name is, in the one way we write it.
 fn tree_number(name: &str) -> Option<u64> {
     name.parse().ok().filter(|number: &u64| number.to_string() == name)
+}
+
+/// Puts what lies in `upper` on disk. A few files by themselves: syncfs(2) waits for all that every container has written
+/// to the file system.
+fn write_out(upper: &Path, inodes: u64) -> io::Result<()> {
+    if inodes > SYNCED_ALONE_MAX {
+        return Ok(nix::unistd::syncfs(File::open(upper)?)?);
+    }
+    let mut pending = vec![upper.to_owned()];
+    while let Some(path) = pending.pop() {
+        let kind = fs::symlink_metadata(&path)?.file_type();
+        // What else there is, is all in its directory.
+        if kind.is_file() || kind.is_dir() {
+            File::open(&path)?.sync_all()?;
+        }
+        if kind.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                pending.push(entry?.path());
+            }
+        }
+    }
+    Ok(())
 }
 
 fn measure(upper: &Path) -> Result<Usage, SnapshotError> {

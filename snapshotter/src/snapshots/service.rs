@@ -1,18 +1,24 @@
 //! The gRPC side of [`Snapshots`]: containerd's snapshots service, which a proxy plugin of type
 //! "snapshot" calls.
 //!
-//! Each call runs on a thread for blocking work; one whose caller has gone away still ends. The
-//! request's `snapshotter` field is containerd's name for us and is ignored. SnapshotError codes
-//! are what containerd's callers act on: the unpacker, for one, takes `ALREADY_EXISTS` for
-//! "somebody else was faster".
+//! It has a thread of its own ([`serve`]), on which most calls are answered; one whose caller has gone away still ends.
+//! The request's `snapshotter` field is containerd's name for us and is ignored. SnapshotError codes are what containerd's
+//! callers act on: the unpacker, for one, takes `ALREADY_EXISTS` for "somebody else was faster".
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error as _;
+use std::fmt::Display;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 
 use containerd_client::services::v1::snapshots as api;
 use futures::Stream;
+use tokio::runtime::Builder;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
 
 use super::{Info, Kind, SnapshotError, Snapshots, Usage};
@@ -38,31 +44,70 @@ pub struct Service {
     pub(super) layers: Option<Layers>,
 }
 
-/// The service, to be added to a server on the socket that containerd's `proxy_plugins` names. With `layers` it is a
-/// remote snapshotter: it supplies layers that can be had without their registry.
-pub fn service(snapshots: Arc<Snapshots>, layers: Option<Layers>) -> SnapshotsServer<Service> {
-    SnapshotsServer::new(Service { snapshots, layers })
+/// Serves `listener`, the socket that containerd's `proxy_plugins` names, on a thread of its own until `stop`. With
+/// `layers` it is a remote snapshotter: it supplies layers that can be had without their registry.
+///
+/// Errors: the system's, when the thread cannot be started, and then the server's.
+pub fn serve(
+    listener: UnixListener,
+    snapshots: Arc<Snapshots>,
+    layers: Option<Layers>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<impl Future<Output = io::Result<()>>> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    listener.set_nonblocking(true)?;
+    let listener = {
+        let _here = runtime.enter();
+        UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?)
+    };
+    let service = SnapshotsServer::new(Service { snapshots, layers });
+    let server = Server::builder().add_service(service);
+    let (done, ended) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
+        let served = runtime.block_on(server.serve_with_incoming_shutdown(listener, stop));
+        // With it the last that has the snapshots open.
+        drop(runtime);
+        let _ = done.send(served.map_err(io::Error::other));
+    })?;
+    Ok(async { ended.await.unwrap_or_else(|died| Err(io::Error::other(died))) })
 }
 
 impl Service {
-    async fn run<T: Send + 'static>(
+    /// Answers in place what waits for one flush of the disk at most: a way to another thread and back would take as long
+    /// again. Caller: has no more to do on its thread than this.
+    fn at_once<T>(
+        &self,
+        call: &'static str,
+        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError>,
+    ) -> Result<T, Status> {
+        let done = catch_unwind(AssertUnwindSafe(|| work(&self.snapshots)));
+        answer(call, done.map_err(|_panicked| "a panic"))
+    }
+
+    /// Answers on a thread for blocking work what writes, reads or deletes whole trees.
+    async fn apart<T: Send + 'static>(
         &self,
         call: &'static str,
         work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, Status> {
         let snapshots = self.snapshots.clone();
-        match tokio::task::spawn_blocking(move || work(&snapshots)).await {
-            Ok(Ok(done)) => Ok(done),
-            Ok(Err(error)) => {
-                let status = status_of(&error);
-                if status.code() == Code::Internal {
-                    tracing::error!(call, error = status.message(), "snapshot call failed");
-                }
-                Err(status)
-            }
-            Err(panicked) => Err(Status::internal(format!("{call} was cut short: {panicked}"))),
-        }
+        answer(call, tokio::task::spawn_blocking(move || work(&snapshots)).await)
     }
+}
+
+fn answer<T>(
+    call: &'static str,
+    done: Result<Result<T, SnapshotError>, impl Display>,
+) -> Result<T, Status> {
+    let status = match done {
+        Ok(Ok(done)) => return Ok(done),
+        Ok(Err(error)) => status_of(&error),
+        Err(panicked) => Status::internal(format!("{call} was cut short: {panicked}")),
+    };
+    if status.code() == Code::Internal {
+        tracing::error!(call, error = status.message(), "snapshot call failed");
+    }
+    Err(status)
 }
 
 fn status_of(error: &SnapshotError) -> Status {
@@ -135,8 +180,8 @@ impl Api for Service {
                 return Err(Status::already_exists(format!("layer {chain_id} is there")));
             }
         }
-        let work = move |all: &Snapshots| all.prepare(&key, parent(&below), sorted(labels));
-        let mounts = self.run("prepare", work).await?;
+        let work = |all: &Snapshots| all.prepare(&key, parent(&below), sorted(labels));
+        let mounts = self.at_once("prepare", work)?;
         Ok(Response::new(api::PrepareSnapshotResponse { mounts }))
     }
 
@@ -145,8 +190,8 @@ impl Api for Service {
         request: Request<api::ViewSnapshotRequest>,
     ) -> Result<Response<api::ViewSnapshotResponse>, Status> {
         let api::ViewSnapshotRequest { key, parent: below, labels, .. } = request.into_inner();
-        let work = move |all: &Snapshots| all.view(&key, parent(&below), sorted(labels));
-        let mounts = self.run("view", work).await?;
+        let work = |all: &Snapshots| all.view(&key, parent(&below), sorted(labels));
+        let mounts = self.at_once("view", work)?;
         Ok(Response::new(api::ViewSnapshotResponse { mounts }))
     }
 
@@ -155,7 +200,7 @@ impl Api for Service {
         request: Request<api::MountsRequest>,
     ) -> Result<Response<api::MountsResponse>, Status> {
         let key = request.into_inner().key;
-        let mounts = self.run("mounts", move |all| all.mounts(&key)).await?;
+        let mounts = self.at_once("mounts", |all| all.mounts(&key))?;
         Ok(Response::new(api::MountsResponse { mounts }))
     }
 
@@ -164,7 +209,7 @@ impl Api for Service {
         request: Request<api::CommitSnapshotRequest>,
     ) -> Result<Response<Empty>, Status> {
         let api::CommitSnapshotRequest { name, key, labels, .. } = request.into_inner();
-        self.run("commit", move |all| all.commit(&name, &key, sorted(labels))).await?;
+        self.apart("commit", move |all| all.commit(&name, &key, sorted(labels))).await?;
         Ok(Response::new(()))
     }
 
@@ -173,7 +218,7 @@ impl Api for Service {
         request: Request<api::RemoveSnapshotRequest>,
     ) -> Result<Response<Empty>, Status> {
         let key = request.into_inner().key;
-        self.run("remove", move |all| all.remove(&key)).await?;
+        self.at_once("remove", |all| all.remove(&key))?;
         Ok(Response::new(()))
     }
 
@@ -182,7 +227,7 @@ impl Api for Service {
         request: Request<api::StatSnapshotRequest>,
     ) -> Result<Response<api::StatSnapshotResponse>, Status> {
         let key = request.into_inner().key;
-        let info = self.run("stat", move |all| all.stat(&key)).await?;
+        let info = self.at_once("stat", |all| all.stat(&key))?;
         Ok(Response::new(api::StatSnapshotResponse { info: Some(to_api(info)) }))
     }
 
@@ -193,8 +238,8 @@ impl Api for Service {
         let api::UpdateSnapshotRequest { info, update_mask, .. } = request.into_inner();
         let info = info.ok_or_else(|| Status::invalid_argument("update lacks the snapshot"))?;
         let fields = update_mask.map(|mask| mask.paths).unwrap_or_default();
-        let work = move |all: &Snapshots| all.update(&info.name, sorted(info.labels), &fields);
-        let info = self.run("update", work).await?;
+        let work = |all: &Snapshots| all.update(&info.name, sorted(info.labels), &fields);
+        let info = self.at_once("update", work)?;
         Ok(Response::new(api::UpdateSnapshotResponse { info: Some(to_api(info)) }))
     }
 
@@ -203,7 +248,7 @@ impl Api for Service {
         request: Request<api::ListSnapshotsRequest>,
     ) -> Result<Response<Self::ListStream>, Status> {
         let filters = request.into_inner().filters;
-        let infos = self.run("list", move |all| all.list(&filters)).await?;
+        let infos = self.apart("list", move |all| all.list(&filters)).await?;
         let messages: Vec<_> = infos
             .chunks(INFOS_PER_MESSAGE)
             .map(|some| {
@@ -219,7 +264,7 @@ impl Api for Service {
         request: Request<api::UsageRequest>,
     ) -> Result<Response<api::UsageResponse>, Status> {
         let key = request.into_inner().key;
-        let Usage { size_bytes, inodes } = self.run("usage", move |all| all.usage(&key)).await?;
+        let Usage { size_bytes, inodes } = self.apart("usage", move |all| all.usage(&key)).await?;
         let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         let usage = api::UsageResponse { size: signed(size_bytes), inodes: signed(inodes) };
         Ok(Response::new(usage))
@@ -229,7 +274,7 @@ impl Api for Service {
         &self,
         _request: Request<api::CleanupRequest>,
     ) -> Result<Response<Empty>, Status> {
-        self.run("cleanup", Snapshots::cleanup).await?;
+        self.apart("cleanup", Snapshots::cleanup).await?;
         Ok(Response::new(()))
     }
 }

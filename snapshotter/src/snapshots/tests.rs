@@ -188,6 +188,8 @@ fn removal_frees_the_directory_and_numbers_are_not_used_again() {
     assert!(matches!(snapshots.remove("a"), Err(SnapshotError::HasChildren(_))));
     snapshots.remove("x").unwrap();
     snapshots.remove("a").unwrap();
+    assert!(snapshots.list(&[]).unwrap().is_empty());
+    snapshots.cleanup().unwrap();
     assert!(trees(dir.path()).is_empty());
     drop(snapshots);
     let snapshots = Snapshots::open(dir.path()).unwrap();
@@ -364,17 +366,69 @@ fn a_commit_that_stops_anywhere_leaves_it_active() {
     }
 }
 
+/// Method: what a process that was killed leaves is copied, since this one goes on.
+fn killed(dir: &Path) -> (tempfile::TempDir, Snapshots) {
+    fn copy(from: &Path, to: &Path) {
+        for entry in fs::read_dir(from).unwrap() {
+            let (from, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
+            if from.is_dir() {
+                fs::create_dir(&to).unwrap();
+                copy(&from, &to);
+            } else {
+                fs::copy(&from, &to).unwrap();
+            }
+        }
+    }
+    let left = scratch();
+    copy(dir, left.path());
+    let snapshots = Snapshots::open(left.path()).unwrap();
+    (left, snapshots)
+}
+
 #[test]
 fn a_removal_that_stops_is_either_not_begun_or_finished_on_open() {
-    for (step, remaining) in [("remove 1", 1), ("remove 2", 0)] {
+    for (step, remaining) in [("remove 1", 1), ("cleanup 2", 0), ("cleanup 3", 0)] {
         let (dir, snapshots) = fixture();
         layer(&snapshots, "a", None);
-        stop_before(step, || snapshots.remove("a"));
-        drop(snapshots);
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let all = || snapshots.remove("a").and_then(|()| snapshots.cleanup());
+        stop_before(step, all);
+        assert_eq!(trees(dir.path()), ["1"], "{step}");
+        let (left, snapshots) = killed(dir.path());
         assert_eq!(snapshots.list(&[]).unwrap().len(), remaining, "{step}");
-        assert_eq!(trees(dir.path()).len(), remaining, "{step}");
+        assert_eq!(trees(left.path()).len(), remaining, "{step}");
     }
+}
+
+/// Prepares and removals do not wait for the disk, but the kernel has them when they return.
+#[test]
+fn nothing_that_returned_is_lost_by_a_kill() {
+    let (dir, snapshots) = fixture();
+    layer(&snapshots, "a", None);
+    snapshots.prepare("x", Some("a"), labels(&[("k", "v")])).unwrap();
+    snapshots.view("v", Some("a"), none()).unwrap();
+    let infos = snapshots.list(&[]).unwrap();
+    assert_eq!(killed(dir.path()).1.list(&[]).unwrap(), infos);
+    snapshots.remove("v").unwrap();
+    let infos = snapshots.list(&[]).unwrap();
+    assert_eq!(killed(dir.path()).1.list(&[]).unwrap(), infos);
+}
+
+/// Method: what cannot be opened, or would wait for somebody else.
+#[test]
+fn few_files_of_any_kind_are_written_out_one_by_one() {
+    let (dir, snapshots) = fixture();
+    snapshots.prepare("x", None, none()).unwrap();
+    let upper = dir.path().join("fs/1/fs");
+    fs::create_dir_all(upper.join("a/b")).unwrap();
+    fs::write(upper.join("a/b/file"), "content").unwrap();
+    std::os::unix::fs::symlink("/nowhere", upper.join("a/link")).unwrap();
+    nix::unistd::mkfifo(&upper.join("pipe"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(upper.join("socket")).unwrap();
+    snapshots.commit("layer", "x", none()).unwrap();
+    let inodes = snapshots.usage("layer").unwrap().inodes;
+    assert_eq!(inodes, 7);
+    assert!(inodes <= SYNCED_ALONE_MAX);
+    assert!(write_out(&upper.join("missing"), 1).is_err());
 }
 
 #[test]
@@ -408,7 +462,7 @@ fn a_cleanup_that_stops_is_done_again_on_open() {
     for name in ["7/fs", "9/fs"] {
         fs::create_dir_all(dir.path().join("fs").join(name)).unwrap();
     }
-    stop_before("cleanup 2", || snapshots.cleanup());
+    stop_before("cleanup 3", || snapshots.cleanup());
     assert_eq!(trees(dir.path()), ["1", "7", "9"]);
     drop(snapshots);
     Snapshots::open(dir.path()).unwrap();
@@ -543,7 +597,9 @@ proptest! {
                 }
                 Step::View(key, parent) => snapshots.view(key, parent.as_deref(), none()).is_ok(),
                 Step::Commit(name, key) => snapshots.commit(name, key, none()).is_ok(),
-                Step::Remove(key) => snapshots.remove(key).is_ok(),
+                Step::Remove(key) => {
+                    snapshots.remove(key).and_then(|()| snapshots.cleanup()).is_ok()
+                }
                 Step::Reopen => {
                     drop(snapshots);
                     snapshots = Snapshots::open(dir.path()).unwrap();
