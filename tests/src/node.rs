@@ -219,6 +219,16 @@ impl Node {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Where a log ends now, for [`Self::log_since`].
+    pub fn log_end(&self, name: &str) -> usize {
+        self.log(name).len()
+    }
+
+    /// What a log of this node says behind `end`: logs outlive tests, and daemons that are started again.
+    pub fn log_since(&self, name: &str, end: usize) -> String {
+        self.log(name).get(end..).unwrap_or_default().to_owned()
+    }
+
     /// Copies a program of the host into the node's PATH, in place of one of the same name.
     pub fn install(&self, program: &Path, name: &str) -> Result<()> {
         let to = self.path("/usr/local/bin").join(name);

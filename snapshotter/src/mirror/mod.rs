@@ -16,6 +16,7 @@
 //! else the connection breaks. Source: OCI distribution specification; containerd's docs/hosts.md ("ns").
 
 mod find;
+mod spool;
 
 use std::convert::Infallible;
 use std::io;
@@ -145,7 +146,7 @@ async fn found(node: &Arc<Node>, uri: &Uri) -> Response<Body> {
     let digest = match asked {
         Asked::Base => return with_content(whole("{}".into()), "application/json", 2, None),
         Asked::Blob(digest) => {
-            return match find::blob(node, digest).await {
+            return match find::blob(node, digest, u64::MAX).await {
                 None => unknown("BLOB_UNKNOWN"),
                 Some(Found { size_bytes, pieces }) => {
                     let pieces = verified(pieces, digest);

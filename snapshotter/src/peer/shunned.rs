@@ -34,6 +34,12 @@ impl Shunned {
         }
     }
 
+    /// How long one is passed over yet.
+    #[cfg(test)]
+    pub(crate) fn time_left(&self, node: &str) -> Option<Duration> {
+        Some(self.lock().get(node)?.saturating_duration_since(Instant::now()))
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

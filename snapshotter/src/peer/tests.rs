@@ -100,6 +100,26 @@ struct Scripted {
     asked: Mutex<Vec<Vec<Digest>>>,
     /// What it answers to a lookup; nothing at all without it.
     located: Option<LocateResponse>,
+    /// What it sends for any blob.
+    sends: Option<Sends>,
+}
+
+/// How a scripted node sends a blob.
+#[derive(Clone)]
+pub(crate) struct Sends {
+    /// The length that it says.
+    pub(crate) announced: u64,
+    /// What it sends, from where it is asked.
+    pub(crate) bytes: Vec<u8>,
+    /// Whether an error comes behind.
+    pub(crate) breaks: bool,
+}
+
+impl Sends {
+    /// All of it, whatever it is.
+    pub(crate) fn all(bytes: Vec<u8>) -> Self {
+        Self { announced: bytes.len() as u64, bytes, breaks: false }
+    }
 }
 
 impl Scripted {
@@ -275,8 +295,20 @@ impl Peer for Service {
 
     type ReadBlobStream = ReceiverStream<Result<BlobPiece, Status>>;
 
-    async fn read_blob(&self, _request: Request<ReadBlobRequest>) -> Answer<Self::ReadBlobStream> {
-        never()
+    async fn read_blob(&self, request: Request<ReadBlobRequest>) -> Answer<Self::ReadBlobStream> {
+        let Some(Sends { announced, bytes, breaks }) = self.0.sends.clone() else { return never() };
+        let begin = usize::try_from(request.into_inner().offset).unwrap().min(bytes.len());
+        let (send, receive) = mpsc::channel(1);
+        tokio::spawn(async move {
+            for data in bytes[begin..].chunks(30_000) {
+                let data = data.to_vec().into();
+                let _ = send.send(Ok(BlobPiece { data, total_bytes: announced })).await;
+            }
+            if breaks {
+                let _ = send.send(Err(Status::unavailable("going down"))).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receive)))
     }
 
     type MakeLayerStream = ReceiverStream<Result<MakeLayerProgress, Status>>;
@@ -359,7 +391,7 @@ async fn node(
 ) -> (Arc<Scripted>, Arc<Connection>) {
     let greeting = Greeting::Welcomes;
     let (name, asked) = (name.to_owned(), Mutex::default());
-    connect(Scripted { name, greeting, script, objects, asked, located: None }).await
+    connect(Scripted { name, greeting, script, objects, asked, located: None, sends: None }).await
 }
 
 async fn connect(node: Scripted) -> (Arc<Scripted>, Arc<Connection>) {
@@ -372,7 +404,7 @@ async fn connect(node: Scripted) -> (Arc<Scripted>, Arc<Connection>) {
 pub(crate) async fn locating(name: &str, located: Option<LocateResponse>) -> Arc<Connection> {
     let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
     let (greeting, script) = (Greeting::Welcomes, Script::Honest);
-    connect(Scripted { name, greeting, script, objects, asked, located }).await.1
+    connect(Scripted { name, greeting, script, objects, asked, located, sends: None }).await.1
 }
 
 /// Starts a node that says it has the blob and begins to make a layer of it, whose object is of `root`, and finishes or
@@ -383,7 +415,14 @@ pub(crate) async fn making(name: &str, blob: Digest, finishes: bool) -> Arc<Conn
     let blobs = vec![blob.to_string()];
     let located = Some(LocateResponse { blobs, ..LocateResponse::default() });
     let greeting = Greeting::Welcomes;
-    connect(Scripted { name, greeting, script, objects, asked, located }).await.1
+    connect(Scripted { name, greeting, script, objects, asked, located, sends: None }).await.1
+}
+
+/// Starts a node that sends any blob so, and connects to it.
+pub(crate) async fn sending(name: &str, sends: Sends) -> Arc<Connection> {
+    let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
+    let (greeting, script, sends) = (Greeting::Welcomes, Script::Honest, Some(sends));
+    connect(Scripted { name, greeting, script, objects, asked, located: None, sends }).await.1
 }
 
 /// Bytes that do not compress and are nowhere twice.
@@ -813,7 +852,7 @@ async fn a_connection_is_not_opened_to_a_node_that_does_not_say_a_proper_hello()
     let greet = |greeting| async move {
         let (script, objects, asked) = (Script::Honest, HashMap::new(), Mutex::default());
         let name = "near".to_owned();
-        let node = Scripted { name, greeting, script, objects, asked, located: None };
+        let node = Scripted { name, greeting, script, objects, asked, located: None, sends: None };
         serve(node).await.1
     };
     for greeting in [Greeting::Refuses, Greeting::SpeaksAnotherVersion] {
