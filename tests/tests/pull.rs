@@ -406,6 +406,29 @@ fn a_mirror_has_what_neighbours_have_while_the_registry_is_away() -> Result<()> 
     served
 }
 
+/// What is asked for is the length.
+#[test]
+fn a_head_of_a_blob_at_a_mirror_brings_none_of_it() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    let layer = manifest(node(0), &image.0)?["layers"][2].clone();
+    let (digest, size) = (layer["digest"].as_str(), layer["size"].as_u64());
+    let (digest, size) = (digest.context("a digest")?, size.context("a size")?);
+    ensure!(size > 1 << 20, "{layer} is too small to tell");
+    let path = format!("/v2/redis/blobs/{digest}");
+    let received = node(1).traffic()?.received;
+    let head = ask_mirror(node(1), "HEAD", &path)?;
+    let received = node(1).traffic()?.received - received;
+    let lines: BTreeSet<String> = head.lines().map(str::to_lowercase).collect();
+    ensure!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
+    ensure!(lines.contains(&format!("content-length: {size}")), "not {size}: {head}");
+    ensure!(lines.contains(&format!("docker-content-digest: {digest}")), "{head}");
+    ensure!(received < 64 << 10, "{received} bytes came");
+    let nothing = format!("/v2/redis/blobs/{}", Digest::of(b"nothing"));
+    let head = ask_mirror(node(1), "HEAD", &nothing)?;
+    ensure!(head.starts_with("HTTP/1.1 404"), "{head}");
+    Ok(())
+}
+
 /// Changes a byte of a blob in a node's content store.
 fn spoil_blob(node: &Node, digest: &Digest) -> Result<()> {
     let blobs = "/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256";

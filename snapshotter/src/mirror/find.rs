@@ -1,6 +1,7 @@
 //! Where the mirror has its answers from: containerd's content store and images of this node, else the neighbours'.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use godwit_protos::Digest;
-use godwit_protos::peer::LocateRequest;
+use godwit_protos::peer::{LocateRequest, LocateResponse};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
@@ -79,6 +80,18 @@ async fn neighbours(node: &Arc<Node>) -> Vec<Arc<Connection>> {
     connections
 }
 
+/// How long a blob of this node is, or as most of the neighbours say who have it; `None` if nobody has it.
+pub(super) async fn size(node: &Arc<Node>, digest: Digest) -> Option<u64> {
+    match node.containerd.find_blob(digest).await {
+        Ok(Some(found)) => return Some(found.size_bytes),
+        Ok(None) => {}
+        Err(error) => tracing::warn!(%digest, %error, "blob cannot be looked up here"),
+    }
+    let blobs = vec![digest.to_string()];
+    let answers = ask(node, LocateRequest { blobs, ..LocateRequest::default() }).await;
+    most_said(answers.iter().filter_map(|answer| answer.blob_sizes.first().copied()))
+}
+
 /// A manifest or index, checked, and its media type.
 pub(super) async fn manifest(node: &Arc<Node>, digest: Digest) -> Option<(String, Vec<u8>)> {
     let Found { size_bytes, mut pieces } = blob(node, digest, BLOB_BYTES_MAX_WHOLE).await?;
@@ -127,24 +140,43 @@ pub(super) async fn tag(node: &Arc<Node>, name: &str, tags: Tags) -> Option<Dige
         return None;
     }
     let asked = LocateRequest { images: vec![name.to_owned()], ..LocateRequest::default() };
+    let answers = ask(node, asked).await;
+    most_said(answers.iter().filter_map(|answer| {
+        let image = answer.images.first()?;
+        Digest::try_from(&image.digest[..]).ok()
+    }))
+}
+
+/// What the neighbours answer to a lookup.
+async fn ask(node: &Arc<Node>, asked: LocateRequest) -> Vec<LocateResponse> {
     let asks = neighbours(node).await.into_iter().map(|peer| {
         let asked = asked.clone();
         async move {
             let mut client = peer.client();
             let answer = tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await.ok()?.ok()?;
-            Digest::try_from(&answer.into_inner().images.first()?.digest[..]).ok()
+            Some(answer.into_inner())
         }
     });
-    let mut votes: HashMap<Digest, usize> = HashMap::new();
-    for digest in futures::future::join_all(asks).await.into_iter().flatten() {
-        *votes.entry(digest).or_default() += 1;
+    futures::future::join_all(asks).await.into_iter().flatten().collect()
+}
+
+fn most_said<T: Ord + Hash + Copy>(said: impl Iterator<Item = T>) -> Option<T> {
+    let mut votes: HashMap<T, usize> = HashMap::new();
+    for one in said {
+        *votes.entry(one).or_default() += 1;
     }
-    votes.into_iter().max_by_key(|(digest, votes)| (*votes, *digest)).map(|(digest, _)| digest)
+    votes.into_iter().max_by_key(|(one, votes)| (*votes, *one)).map(|(one, _)| one)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_most_say_counts() {
+        assert_eq!(most_said([7, 9, 7].into_iter()), Some(7));
+        assert_eq!(most_said([].into_iter()), None::<u64>);
+    }
 
     #[test]
     fn a_manifest_without_a_media_type_is_told_by_what_it_holds() {

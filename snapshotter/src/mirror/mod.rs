@@ -124,7 +124,7 @@ async fn answer(
 ) -> Result<Response<Body>, Infallible> {
     let (method, uri) = (request.method().clone(), request.uri().clone());
     let mut response = match method {
-        Method::GET | Method::HEAD => found(node, &uri).await,
+        Method::GET | Method::HEAD => found(node, &method, &uri).await,
         _ => {
             let mut refused = refusal(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", "read-only");
             refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -138,21 +138,27 @@ async fn answer(
     Ok(response)
 }
 
-async fn found(node: &Arc<Node>, uri: &Uri) -> Response<Body> {
+async fn found(node: &Arc<Node>, method: &Method, uri: &Uri) -> Response<Body> {
     let unknown = |code: &'static str| {
         refusal(StatusCode::NOT_FOUND, code, "neither this node nor a neighbour has it")
     };
     let Some(asked) = Asked::parse(uri.path()) else { return unknown("NAME_INVALID") };
     let digest = match asked {
         Asked::Base => return with_content(whole("{}".into()), "application/json", 2, None),
+        // For its length alone nothing is brought.
+        Asked::Blob(digest) if method == Method::HEAD => {
+            return match find::size(node, digest).await {
+                None => unknown("BLOB_UNKNOWN"),
+                Some(size_bytes) => blob(whole(Bytes::new()), size_bytes, digest),
+            };
+        }
         Asked::Blob(digest) => {
             return match find::blob(node, digest, u64::MAX).await {
                 None => unknown("BLOB_UNKNOWN"),
                 Some(Found { size_bytes, pieces }) => {
                     let pieces = verified(pieces, digest);
                     let frames = pieces.map(|piece| piece.map(Frame::data));
-                    let body = StreamBody::new(frames).boxed_unsync();
-                    with_content(body, "application/octet-stream", size_bytes, Some(digest))
+                    blob(StreamBody::new(frames).boxed_unsync(), size_bytes, digest)
                 }
             };
         }
@@ -172,6 +178,10 @@ async fn found(node: &Arc<Node>, uri: &Uri) -> Response<Body> {
             with_content(whole(bytes.into()), &media_type, length, Some(digest))
         }
     }
+}
+
+fn blob(body: Body, size_bytes: u64, digest: Digest) -> Response<Body> {
+    with_content(body, "application/octet-stream", size_bytes, Some(digest))
 }
 
 fn whole(bytes: Bytes) -> Body {

@@ -146,8 +146,9 @@ impl Peer for Service {
         let mut answer = LocateResponse { load: load(), ..LocateResponse::default() };
         for blob in asked.blobs {
             let Ok(digest) = blob.parse() else { continue };
-            if let Ok(Some(_)) = self.find_blob(&asked.namespace, digest).await {
+            if let Ok(Some((_, size_bytes))) = self.find_blob(&asked.namespace, digest).await {
                 answer.blobs.push(blob);
+                answer.blob_sizes.push(size_bytes);
             }
         }
         for name in asked.images {
