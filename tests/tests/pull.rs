@@ -98,6 +98,13 @@ fn diff_ids(node: &Node, reference: &str) -> Result<Vec<Digest>> {
     ids.iter().map(|id| Ok(id.as_str().unwrap_or_default().parse()?)).collect()
 }
 
+/// Which of the layers the registry was asked for, beyond the first `before` blobs that it ever was.
+fn asked_since(before: usize, layers: &BTreeSet<String>) -> Vec<String> {
+    let mut asked = registry().asked_for().split_off(before);
+    asked.retain(|digest| layers.contains(digest));
+    asked
+}
+
 /// Pulls, and returns which of the layers the registry was asked for meanwhile, and how long it took.
 fn pull_from(
     node: &Node,
@@ -105,9 +112,7 @@ fn pull_from(
 ) -> Result<(Vec<String>, Duration)> {
     let before = registry().asked_for().len();
     let took = pull(node, reference)?;
-    let mut asked = registry().asked_for().split_off(before);
-    asked.retain(|digest| layers.contains(digest));
-    Ok((asked, took))
+    Ok((asked_since(before, layers), took))
 }
 
 /// A digest of every file, link and mode that a container of the image sees.
@@ -156,6 +161,28 @@ fn a_layer_that_is_here_only_as_a_blob_makes_the_registry_give_none_of_the_other
     Ok(())
 }
 
+/// Method: both have all of it, behind links of the same rate.
+#[test]
+fn two_neighbours_share_a_layer() -> Result<()> {
+    let image = fresh(Image::Large)?;
+    pull(node(1), &image.0)?;
+    let holders = [node(0), node(1)];
+    let sent = || Ok::<_, anyhow::Error>([holders[0].traffic()?.sent, holders[1].traffic()?.sent]);
+    holders.iter().try_for_each(|holder| holder.set_rate(Some(50)))?;
+    let before = sent()?;
+    let pulled = pull_from(node(2), &image);
+    let after = sent()?;
+    holders.iter().try_for_each(|holder| holder.set_rate(None))?;
+    let (asked, took) = pulled?;
+    ensure!(asked.is_empty(), "the registry gave {asked:?}");
+    let shares = [after[0] - before[0], after[1] - before[1]];
+    let (sum, layer) = (shares[0] + shares[1], images::LARGE_BYTES as u64);
+    eprintln!("{shares:?} bytes in {took:?}");
+    ensure!(shares.iter().all(|share| *share > sum / 4), "one sent nearly all: {shares:?}");
+    ensure!(sum > layer && sum < layer * 13 / 10, "{shares:?} bytes of a layer of {layer}");
+    Ok(())
+}
+
 /// Bytes of objects that are not what their names say.
 #[test]
 fn a_neighbour_with_wrong_bytes_costs_time_and_nothing_else() -> Result<()> {
@@ -164,8 +191,15 @@ fn a_neighbour_with_wrong_bytes_costs_time_and_nothing_else() -> Result<()> {
     pull(node(2), &image.0)?;
     neighbours::forget(node(2))?;
     Bad::Lying.spoil(node(0))?;
+    let (told, sent) = (node(1).log_end("daemon"), node(0).traffic()?.sent);
     let (asked, took) = pull_from(node(1), &image)?;
     ensure!(asked.len() == 3 && took < BOUND, "{took:?}, the registry gave {asked:?}");
+    let log = node(1).log_since("daemon", told);
+    let is_refused = |line: &str| line.contains("peer failed") && line.contains("edge-a");
+    ensure!(log.lines().any(is_refused), "nothing was asked of the liar: {log}");
+    let sent = node(0).traffic()?.sent - sent;
+    // It is found out with the first object, the list of the layer's chunks.
+    ensure!(sent > 1 << 10, "the liar sent only {sent} bytes");
     ensure!(seen(node(0), &image.0)? == seen(node(1), &image.0)?, "the trees differ");
     Ok(())
 }
@@ -194,35 +228,42 @@ fn a_neighbour_that_passes_one_layer_off_as_another_is_found_out() -> Result<()>
     neighbours::start(node(0))?;
     // The second is honest, but away.
     node(1).stop_daemon()?;
+    let (told, sent) = (node(2).log_end("daemon"), node(0).traffic()?.sent);
     let (asked, took) = pull_from(node(2), &image)?;
     neighbours::start(node(1))?;
     ensure!(asked.len() == 3 && took < BOUND, "{took:?}, the registry gave {asked:?}");
-    ensure!(node(2).log("daemon").contains("bytes do not match"), "nobody noticed");
+    let log = node(2).log_since("daemon", told);
+    ensure!(log.contains("bytes do not match"), "nobody noticed: {log}");
+    let sent = node(0).traffic()?.sent - sent;
+    ensure!(sent > 512 << 10, "the liar sent only {sent} bytes");
     ensure!(seen(node(1), &image.0)? == seen(node(2), &image.0)?, "the trees differ");
     Ok(())
 }
 
-/// Method: it stops answering, or vanishes, before the pull or in the middle of a layer.
+/// Method: it stops answering, or vanishes, before the pull or in the middle of a layer, or sends it too slowly.
 #[test]
 fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
-    for bad in ["stopped", "cut off midway", "killed midway"] {
+    for bad in ["stopped", "cut off midway", "killed midway", "trickles"] {
         let image = fresh(Image::Redis)?;
         match bad {
             "stopped" => node(0).pause_daemon()?,
+            "trickles" => node(0).set_rate(Some(1))?,
             _ => node(0).set_rate(Some(8))?,
         }
+        let told = node(1).log_end("daemon");
+        let (before, received) = (registry().asked_for().len(), node(1).traffic()?.received);
         let (asked, took) = std::thread::scope(|scope| {
             let pulled = scope.spawn(|| pull_from(node(1), &image));
             if bad.ends_with("midway") {
                 wait_until("a layer is on its way", BOUND, || {
-                    Ok(node(1).traffic()?.received > 0
-                        && node(0).log("daemon").contains("made a layer"))
+                    Ok(node(1).traffic()?.received > received + (512 << 10))
                 })?;
-                std::thread::sleep(Duration::from_millis(300));
+                let asked = asked_since(before, &image.1);
                 match bad {
                     "cut off midway" => node(0).cut_link()?,
                     _ => node(0).kill_daemon()?,
                 }
+                ensure!(asked.is_empty(), "{bad}: it came from the registry: {asked:?}");
             }
             pulled.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
@@ -230,10 +271,13 @@ fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
         match bad {
             "stopped" => node(0).resume_daemon()?,
             "killed midway" => neighbours::start(node(0))?,
-            _ => node(0).mend_link()?,
+            "cut off midway" => node(0).mend_link()?,
+            _ => {}
         }
         node(0).set_rate(None)?;
         ensure!(!asked.is_empty() && took < BOUND, "{bad}: {took:?}, the registry gave {asked:?}");
+        let log = node(1).log_since("daemon", told);
+        ensure!(bad != "trickles" || log.contains("no layer from the neighbours"), "{log}");
         ensure!(seen(node(0), &image.0)? == seen(node(1), &image.0)?, "{bad}: the trees differ");
     }
     Ok(())
@@ -251,8 +295,7 @@ fn a_daemon_that_dies_while_it_brings_a_layer_fails_the_pull_and_leaves_nothing(
         wait_until("a layer is on its way", BOUND, || {
             Ok(at.traffic()?.received > received + (512 << 10))
         })?;
-        let mut asked = registry().asked_for().split_off(asked);
-        asked.retain(|digest| image.1.contains(digest));
+        let asked = asked_since(asked, &image.1);
         at.kill_daemon()?;
         let pulled = pulling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         ensure!(asked.is_empty(), "the registry gave {asked:?}");
@@ -315,19 +358,47 @@ fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() ->
         let blobs = image.1.iter().filter(|layer| content.contains(*layer)).count();
         ensure!(blobs <= 1, "{} has {blobs} layers as blobs", one.name());
     }
+    let contents = BED.nodes()[..3].iter().map(|one| one.ok(&["ctr", "content", "ls", "-q"]));
+    let contents = contents.collect::<Result<Vec<_>>>()?.concat();
+    let nowhere: Vec<_> = image.1.iter().filter(|layer| !contents.contains(*layer)).collect();
     registry().stop()?;
     let moved = (|| {
-        let script = "i=0; while :; do i=$((i+1)); echo $i > /count; usleep 20000; done";
+        // Mirrors have no use for chunks: the compressed bytes are not to be had of them.
+        for layer in &nowhere {
+            let answer = ask_mirror(node(2), "GET", &format!("/v2/redis/blobs/{layer}"))?;
+            ensure!(answer.starts_with("HTTP/1.1 404"), "{layer}: {:?}", answer.lines().next());
+        }
+        let script = "read id < /proc/sys/kernel/random/uuid; i=0; \
+                      while :; do i=$((i+1)); echo $id $i > /count; usleep 20000; done";
         let run = ["ctr", "run", "-d", "--runtime", "io.containerd.runc.godwit.v1"];
         let rest = ["--snapshotter", "godwit", &image.0, "moves", "sh", "-c", script];
         node(1).ok(&[&run[..], &rest].concat())?;
+        let (id, before) = counted(node(1), "moves")?;
         workload::migrated(node(2), "moves", node(1), node(2), &[])?;
         ensure!(workload::task(node(2), "moves")?.as_deref() == Some("RUNNING"), "it does not run");
+        let (same, after) = counted(node(2), "moves")?;
+        ensure!(same == id && after > before, "{id} {before} became {same} {after}");
+        wait_until("it goes on", BOUND, || Ok(counted(node(2), "moves")?.1 > after))?;
         node(2).ok(&["ctr", "tasks", "rm", "-f", "moves"])?;
         node(2).ok(&["ctr", "containers", "rm", "moves"]).map(drop)
     })();
     registry().restart()?;
+    ensure!(nowhere.len() == 2, "of the compressed layers there are blobs: {contents}");
     moved
+}
+
+/// What a container that counts has written last: who it is, and how far it has come.
+fn counted(node: &Node, name: &str) -> Result<(String, u64)> {
+    let mut found = None;
+    wait_until("it counts", BOUND, || {
+        let text =
+            node.ok(&["ctr", "tasks", "exec", "--exec-id", "look", name, "cat", "/count"])?;
+        // Nothing at all while it is written anew.
+        found = text.trim().split_once(' ').map(|(id, count)| (id.to_owned(), count.to_owned()));
+        Ok(found.is_some())
+    })?;
+    let (id, count) = found.context("a count")?;
+    Ok((id, count.parse()?))
 }
 
 /// Has clients in the node ask its mirror before the registry.
