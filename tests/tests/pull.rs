@@ -183,6 +183,23 @@ fn two_neighbours_share_a_layer() -> Result<()> {
     Ok(())
 }
 
+/// Method: the one keeps the layers, damaged; the other has them unpacked from its containerd's blobs.
+#[test]
+fn when_whoever_keeps_a_layer_is_of_no_use_another_makes_it() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    pull(node(1), &image.0)?;
+    neighbours::forget(node(0))?;
+    Bad::Lying.spoil(node(1))?;
+    let told = node(2).log_end("daemon");
+    let (asked, took) = pull_from(node(2), &image)?;
+    let log = node(2).log_since("daemon", told);
+    let is_refused = |line: &str| line.contains("peer failed") && line.contains("edge-b");
+    ensure!(log.lines().any(is_refused), "the damaged one was not asked: {log}");
+    ensure!(asked.is_empty() && took < BOUND, "{took:?}, the registry gave {asked:?}");
+    ensure!(seen(node(0), &image.0)? == seen(node(2), &image.0)?, "the trees differ");
+    Ok(())
+}
+
 /// Bytes of objects that are not what their names say.
 #[test]
 fn a_neighbour_with_wrong_bytes_costs_time_and_nothing_else() -> Result<()> {

@@ -6,8 +6,8 @@
 //!
 //! 1. find out which layer is meant: the image's configuration is here by now, and commits to its diff ID. If nobody has
 //!    anything, containerd goes on as with any snapshotter;
-//! 2. look up in the directory who keeps the layer as an object ([`crate::content::layer`]); if nobody does, have
-//!    neighbours make one of the blob that their containerd unpacked ([`make`]);
+//! 2. look up in the directory who keeps the layer as an object ([`crate::content::layer`]); if nobody does, or it cannot be
+//!    had of them, have other neighbours make one of the blob that their containerd unpacked ([`make`]);
 //! 3. fetch it from all of them at once, as long as that goes on fast enough ([`guard`]), and at the same time give the
 //!    uncompressed bytes, in their order, to containerd under the diff ID ([`arriving`]), which it checks;
 //! 4. have it unpack them into a snapshot, hashing them again, as it does with layers of its own;
@@ -18,33 +18,36 @@
 //!
 //! Promise: a snapshot is committed only with the bytes that its chain ID stands for, whoever sent them. Whatever else
 //! happens ends in "not supplied" within [`SUPPLY_MAX`], nothing is left but objects that the sweep takes, and containerd
-//! asks the registry. A neighbour that let us wait, or lied, is not asked for a while.
+//! asks the registry. A neighbour that let us wait, or lied, is not asked for a while; one whose bytes this node failed to
+//! keep is.
 
 mod arriving;
+mod guard;
 pub mod make;
+mod offers;
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::{Either, select};
 use godwit_protos::{Digest, Subject};
-use tokio::sync::{Mutex, Semaphore, watch};
+use tokio::sync::{Mutex, Semaphore};
 
 use crate::caching::retention::{free_bytes, has_room, record};
 use crate::containerd::{Client, ClientError, Descriptor, FoundLayer, LABEL_REF};
 use crate::content::object::{Kind, Layer};
 use crate::content::{ContentError, Source};
-use crate::contents::{connect, fetch_from};
-use crate::directory::{LOOKUP_MAX, Lookup, Query};
+use crate::contents::fetch_from;
 use crate::node::{Node, unix_ms};
-use crate::peer::Connection;
 use crate::peer::fetch::FetchError;
 use crate::peer::shunned::{SHUN_LIAR, SHUN_SILENT};
 use crate::snapshots::{self, SnapshotError, Snapshots};
 use crate::store::{Lease, Snapshot, Store, StoreError};
 use arriving::{Arriving, Coming, bytes_of};
+use guard::guard;
+use offers::{Neighbours, Offer, Way};
 
 /// Layers that are supplied at once; of further ones containerd asks the registry.
 const SUPPLIES_MAX: usize = 8;
@@ -53,35 +56,17 @@ const SUPPLIES_MAX: usize = 8;
 /// collection if that wants to begin meanwhile.
 const SUPPLY_MAX: Duration = Duration::from_secs(540);
 
-/// How long its objects may take, so that what has begun is ended in time.
-const FETCH_MAX: Duration = Duration::from_secs(480);
-
 /// How long what arrives is protected.
 const LEASE: Duration = Duration::from_secs(600);
-
-/// How long a neighbour has to answer a hello.
-const HELLO_MAX: Duration = Duration::from_millis(300);
 
 /// Longest wait for objects of one neighbour: the registry replaces everyone.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Bytes per second of all neighbours together below which the registry is asked instead ...
-const RATE_MIN: u64 = 256 << 10;
-
-/// ... over this long.
-const RATE_OVER: Duration = Duration::from_secs(5);
-
-/// How often that is looked at.
-const GUARD: Duration = Duration::from_millis(500);
-
 /// Largest layer, uncompressed.
 pub const LAYER_BYTES_MAX: u64 = 64 << 30;
 
-/// What a layer may cost beyond twice its announced size, lists and protocol included: an object is on its way from two
-/// neighbours when the one is late.
-const SIZE_SLACK: u64 = 16 << 20;
-
-/// Different objects that are tried for one layer: all honest nodes have the same.
+/// Different objects that are tried for one layer of those that are kept, and as many of those that are made: all honest
+/// nodes have the same.
 const OFFERS_MAX: usize = 2;
 
 /// Pieces of a layer that wait for their reader.
@@ -125,11 +110,41 @@ pub enum LayerError {
 impl LayerError {
     /// Whether the object is to blame, so that neither it nor who gave it is to be trusted.
     fn is_lie(&self) -> bool {
-        matches!(
-            self,
-            Self::Containerd(ClientError::WrongContent(_) | ClientError::Source { .. })
-                | Self::Content(ContentError::Object { .. } | ContentError::Missing(_))
-        )
+        let is_bad = matches!(self, Self::Containerd(ClientError::WrongContent(_)));
+        is_bad || matches!(self.content(), Some(ContentError::Object { .. }))
+    }
+
+    /// Whether what this node keeps of the layer is of no use: it is a lie, or the disk lost something of it.
+    fn is_damage(&self) -> bool {
+        use ContentError::{Missing, Store};
+        let is_lost = |error| matches!(error, &Missing(_) | &Store(StoreError::Corrupt { .. }));
+        self.is_lie() || self.content().is_some_and(is_lost)
+    }
+
+    /// How long those who gave the object are passed over; `None` if it is this node that failed.
+    fn shuns(&self) -> Option<Duration> {
+        match self {
+            _ if self.is_lie() => Some(SHUN_LIAR),
+            Self::Fetch(FetchError::Content(_) | FetchError::Interrupted) => None,
+            Self::Fetch(_) | Self::Guard(_) | Self::TooLarge(_) => Some(SHUN_SILENT),
+            Self::Containerd(_)
+            | Self::Content(_)
+            | Self::Store(_)
+            | Self::Snapshot(_)
+            | Self::Late
+            | Self::Interrupted => None,
+        }
+    }
+
+    /// Why the object could not be read, also where containerd was to be given what it holds.
+    fn content(&self) -> Option<&ContentError> {
+        match self {
+            Self::Content(error) => Some(error),
+            Self::Containerd(ClientError::Source { source, .. }) => {
+                source.get_ref()?.downcast_ref()
+            }
+            _ => None,
+        }
     }
 }
 
@@ -184,14 +199,6 @@ struct Inner {
     turns: Semaphore,
     /// Who supplies which layer: a second who wants it finds it kept.
     busy: std::sync::Mutex<HashMap<Digest, Weak<Mutex<()>>>>,
-}
-
-/// A layer's object and who has it.
-#[derive(Debug)]
-struct Offer {
-    root: Digest,
-    size_bytes: u64,
-    peers: Vec<Arc<Connection>>,
 }
 
 impl Layers {
@@ -250,13 +257,18 @@ impl Inner {
             return Ok(false);
         }
         let mut outcome = Ok(false);
-        for offer in self.offers(&layer).await.into_iter().take(OFFERS_MAX) {
-            match self.take(wanted, &layer, &offer, &lease).await {
-                Ok(()) => return Ok(true),
-                Err(error) => {
-                    let patience = if error.is_lie() { SHUN_LIAR } else { SHUN_SILENT };
-                    self.node.shunned.add(offer.peers.iter().map(|peer| &peer.node), patience);
-                    outcome = Err(error);
+        let mut neighbours = Neighbours::connect(&self.node).await;
+        for way in [Way::Kept, Way::Made] {
+            for offer in neighbours.offers(way, &layer).await.into_iter().take(OFFERS_MAX) {
+                match self.take(wanted, &layer, &offer, &lease).await {
+                    Ok(()) => return Ok(true),
+                    Err(error) => {
+                        // What is wrong with this node would be so with the next offer.
+                        let Some(time) = error.shuns() else { return Err(error) };
+                        let names = offer.peers.iter().map(|peer| &peer.node);
+                        self.node.shunned.add(names, time);
+                        outcome = Err(error);
+                    }
                 }
             }
         }
@@ -316,7 +328,7 @@ impl Inner {
         for (id, kept) in self.blocking_store(move |store| store.snapshots(&subject)).await? {
             match self.put_kept(wanted, layer, kept.root).await {
                 Ok(()) => return Ok(true),
-                Err(error) if error.is_lie() => {
+                Err(error) if error.is_damage() => {
                     tracing::warn!(layer = %layer.diff_id, "what was kept of a layer is damaged");
                     self.blocking_store(move |store| store.remove_snapshot(id)).await?;
                 }
@@ -324,28 +336,6 @@ impl Inner {
             }
         }
         Ok(false)
-    }
-
-    /// Who has the layer, or makes it; the object that most have comes first.
-    async fn offers(&self, layer: &FoundLayer) -> Vec<Offer> {
-        let except = self.node.shunned.names();
-        let (connections, absent) = connect(&self.node, HELLO_MAX, &except).await;
-        self.node.shunned.add(&absent, SHUN_SILENT);
-        let subjects = vec![Subject::ImageLayer(layer.diff_id)];
-        let (_, joined) = watch::channel(connections.clone());
-        let query = Query { subjects, ..Query::default() };
-        let found = Lookup::begin(&self.node.directory, query, joined).found(LOOKUP_MAX).await;
-        let of = |node: &str| connections.iter().find(|peer| peer.node == node).cloned();
-        let holders = found
-            .iter()
-            .filter_map(|entry| Some((entry.manifest, entry.size_bytes, of(&entry.node)?)));
-        let offers = grouped(holders);
-        if !offers.is_empty() {
-            return offers;
-        }
-        let (made, silent) = make::ask(&connections, layer).await;
-        self.node.shunned.add(&silent, SHUN_SILENT);
-        grouped(made)
     }
 
     /// Fetches what is offered and commits it. Errors: nothing is committed.
@@ -532,48 +522,54 @@ async fn keep(
     .await
 }
 
-/// Who offers the same belongs together.
-fn grouped(holders: impl IntoIterator<Item = (Digest, u64, Arc<Connection>)>) -> Vec<Offer> {
-    let mut offers: Vec<Offer> = Vec::new();
-    for (root, size_bytes, peer) in holders {
-        match offers.iter_mut().find(|one| (one.root, one.size_bytes) == (root, size_bytes)) {
-            Some(offer) => offer.peers.push(peer),
-            None => offers.push(Offer { root, size_bytes, peers: vec![peer] }),
-        }
-    }
-    offers.sort_by_key(|offer| std::cmp::Reverse(offer.peers.len()));
-    offers
-}
-
-/// Ends when the peers are too slow all together, or send more than they announced.
-async fn guard(peers: &[Arc<Connection>], size_bytes: u64) -> &'static str {
-    let received = || peers.iter().map(|peer| peer.traffic.received()).sum::<u64>();
-    let most = size_bytes.saturating_mul(2).saturating_add(SIZE_SLACK);
-    let begun = Instant::now();
-    let (mut since, mut before) = (begun, received());
-    loop {
-        tokio::time::sleep(GUARD).await;
-        if received() > most {
-            return "it is larger than it was announced";
-        }
-        if begun.elapsed() > FETCH_MAX {
-            return "it took too long";
-        }
-        if since.elapsed() >= RATE_OVER {
-            if received() - before < RATE_MIN * RATE_OVER.as_secs() {
-                return "it came too slowly";
-            }
-            (since, before) = (Instant::now(), received());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::content::object::ObjectError;
 
     fn labels(chain_id: &str) -> HashMap<String, String> {
         [(LABEL_REF.to_owned(), chain_id.to_owned())].into()
+    }
+
+    /// Method: what reading an object for containerd ends with.
+    #[test]
+    fn whoever_lied_is_passed_over_and_nobody_is_for_what_this_disk_did() {
+        let digest = Digest::of(b"x");
+        let reading = |error: ContentError| {
+            let source = std::io::Error::other(error);
+            LayerError::from(ClientError::Source { digest, source })
+        };
+        let rule = "pieces add up to the whole size";
+        let broken = || ContentError::Object {
+            digest,
+            source: ObjectError::Rule { kind: Kind::Layer, rule },
+        };
+        let unreadable = || {
+            let (doing, path, source) = ("read", "pack".into(), std::io::Error::other("EIO"));
+            ContentError::Store(StoreError::Io { doing, path, source })
+        };
+        let damaged = || {
+            let why = crate::store::Mismatch::Content;
+            ContentError::Store(StoreError::Corrupt { digest, pack: 1, offset: 2, why })
+        };
+        let cut = std::io::ErrorKind::UnexpectedEof.into();
+        let (lie, silent) = (Some(SHUN_LIAR), Some(SHUN_SILENT));
+        for (error, is_damage, shuns) in [
+            (reading(broken()), true, lie),
+            (broken().into(), true, lie),
+            (ClientError::WrongContent(digest).into(), true, lie),
+            (reading(unreadable()), false, None),
+            (unreadable().into(), false, None),
+            (reading(damaged()), true, None),
+            (reading(ContentError::Missing(digest)), true, None),
+            (ClientError::Source { digest, source: cut }.into(), false, None),
+            (FetchError::Content(unreadable()).into(), false, None),
+            (FetchError::Nowhere(digest).into(), false, silent),
+            (LayerError::Guard("it came too slowly"), false, silent),
+            (LayerError::Late, false, None),
+        ] {
+            assert_eq!((error.is_damage(), error.shuns()), (is_damage, shuns), "{error:?}");
+        }
     }
 
     #[test]
