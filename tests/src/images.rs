@@ -49,6 +49,8 @@ pub enum Image {
     Files,
     /// Busybox and one layer of [`LARGE_BYTES`] that nothing compresses.
     Large,
+    /// The same two layers the other way round, so that no chain ID is the same.
+    Turned,
     /// Busybox and more layers, [`DEEP_LAYERS`] in all; layer N adds the file `/layers/N`.
     Deep,
 }
@@ -78,6 +80,7 @@ impl Image {
             Self::Pause => "localhost/pause:test",
             Self::Files => "docker.io/library/files:test",
             Self::Large => "docker.io/library/large:test",
+            Self::Turned => "docker.io/library/turned:test",
             Self::Deep => "docker.io/library/deep:test",
         }
     }
@@ -93,15 +96,19 @@ impl Image {
             Self::Pause => "pause",
             Self::Files => "files",
             Self::Large => "large",
+            Self::Turned => "turned",
             Self::Deep => "deep",
         }
     }
 
     fn configuration(self) -> Configuration<'static> {
         let (command, working_directory): (&[&str], _) = match self {
-            Self::Busybox | Self::Sqlite | Self::Files | Self::Large | Self::Deep => {
-                (&["/bin/sh"], "/")
-            }
+            Self::Busybox
+            | Self::Sqlite
+            | Self::Files
+            | Self::Large
+            | Self::Turned
+            | Self::Deep => (&["/bin/sh"], "/"),
             Self::Redis => (
                 &["redis-server", "--protected-mode", "no", "--save", "", "--dir", "/data"],
                 "/data",
@@ -176,6 +183,7 @@ fn key(image: Image, root: &Root) -> Result<String> {
     match image {
         Image::Busybox
         | Image::Redis
+        | Image::Turned
         | Image::Sqlite
         | Image::Files
         | Image::Large
@@ -204,9 +212,12 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
             layers.push(Layer { tree: own, gzip: false });
             return Ok(layers);
         }
-        Image::Large => {
+        Image::Large | Image::Turned => {
             stage_large(&own)?;
             layers.push(Layer { tree: own, gzip: true });
+            if image == Image::Turned {
+                layers.reverse();
+            }
             return Ok(layers);
         }
         Image::Deep => {

@@ -183,6 +183,34 @@ fn two_neighbours_share_a_layer() -> Result<()> {
     Ok(())
 }
 
+/// Method: two images with the same layers the other way round. containerd unpacks each chain ID once at a time, but these
+/// have none in common, so it asks for the large layer twice at once.
+#[test]
+fn two_pulls_at_once_bring_a_layer_that_they_share_once() -> Result<()> {
+    let (image, turned) = (fresh(Image::Large)?, registry().push(Image::Turned)?);
+    let (told, asked) = (node(1).log_end("daemon"), registry().asked_for().len());
+    let before = node(1).traffic()?.received;
+    let pulled = std::thread::scope(|scope| {
+        let pulls = [&image.0, &turned].map(|image| scope.spawn(|| pull(node(1), image)));
+        let join = |pull: std::thread::ScopedJoinHandle<'_, Result<Duration>>| {
+            pull.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        pulls.map(join).into_iter().collect::<Result<Vec<_>>>()
+    });
+    let (took, received) = (pulled?, node(1).traffic()?.received - before);
+    eprintln!("{took:?}: {received} bytes");
+    let (asked, log) = (asked_since(asked, &image.1), node(1).log_since("daemon", told));
+    ensure!(asked.is_empty(), "the registry gave {asked:?}: {log}");
+    let layer = images::LARGE_BYTES as u64;
+    ensure!(received < layer * 13 / 10, "{received} bytes came, of a layer of {layer}: {log}");
+    for image in [&image.0, &turned] {
+        let run = ["ctr", "run", "--rm", "--snapshotter", "godwit", image, "look"];
+        let bytes = node(1).ok(&[&run[..], &["sh", "-c", "cat /data/* | wc -c"]].concat())?;
+        ensure!(bytes.trim() == layer.to_string(), "{image} has {bytes}");
+    }
+    Ok(())
+}
+
 /// Method: the one keeps the layers, damaged; the other has them unpacked from its containerd's blobs.
 #[test]
 fn when_whoever_keeps_a_layer_is_of_no_use_another_makes_it() -> Result<()> {
