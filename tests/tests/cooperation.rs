@@ -1,6 +1,7 @@
 //! What neighbours are worth: bytes of the source fall where they hold something, `godwit plan` tells beforehand, and
 //! neighbours that are of no use cost nothing but their grace.
 
+use std::fs;
 use std::net::Ipv4Addr;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -183,8 +184,20 @@ fn with_neighbours_of_no_use_everything_comes_from_the_source() -> Result<()> {
 fn a_read_only_volume_is_brought_from_whoever_has_it_by_digest() -> Result<()> {
     let (here, there) = (node(0), node(3));
     there.sh("mkdir -p /srv/model && head -c 20000000 /dev/urandom > /srv/model/weights && echo v1 > /srv/model/name")?;
+    let same_times = "touch -d @1700000000 /srv/model/* /srv/model";
+    there.sh(same_times)?;
     let digest = there.ok(&["godwit", "volume", "import", "/srv/model"])?;
     let digest = digest.trim();
+    // The same tree anywhere has the same digest.
+    let elsewhere = node(1);
+    elsewhere.sh("mkdir -p /srv/model")?;
+    for file in ["/srv/model/weights", "/srv/model/name"] {
+        fs::copy(there.path(file), elsewhere.path(file))?;
+    }
+    elsewhere.sh(same_times)?;
+    let again = elsewhere.ok(&["godwit", "volume", "import", "/srv/model"])?;
+    ensure!(again.trim() == digest, "{again} is not {digest}");
+    elsewhere.ok(&["godwit", "volume", "rm", digest])?;
     images::import(here, Image::Busybox, "godwit")?;
     let run = |name: &'static str, volume: &str| {
         let script = "sha256sum < /model/weights; cat /model/name; ! touch /model/x";
@@ -210,11 +223,25 @@ fn a_read_only_volume_is_brought_from_whoever_has_it_by_digest() -> Result<()> {
         !refused.succeeded() && refused.stderr.contains("neither on this node nor"),
         "{refused:?}"
     );
+    let holds = workload::Container::new("holds", Image::Busybox).volume(digest, "/model", "ro");
+    holds.command(&["sleep", "600"]).start(here)?;
+    let remove = ["godwit", "volume", "rm", digest];
+    let in_use = here.run(&remove)?;
+    ensure!(
+        !in_use.succeeded() && in_use.stderr.contains("in use by container default/holds"),
+        "{in_use:?}"
+    );
+    here.ok(&["ctr", "tasks", "exec", "--exec-id", "x", "holds", "cat", "/model/name"])?;
+    here.ok(&["ctr", "tasks", "rm", "-f", "holds"])?;
+    here.ok(&["ctr", "containers", "rm", "holds"])?;
     wait_until("it has ended", Duration::from_secs(10), || {
         Ok(workload::task(here, "reader")?.as_deref() == Some("STOPPED"))
     })?;
     here.ok(&["ctr", "tasks", "rm", "reader"])?;
-    here.sh("ctr containers rm reader; ctr containers rm nobody || true").map(drop)
+    here.sh("ctr containers rm reader; ctr containers rm nobody || true")?;
+    here.ok(&remove)?;
+    ensure!(!here.ok(&["godwit", "volume", "ls"])?.contains(digest), "it is still here");
+    Ok(())
 }
 
 /// Method: the destination's daemon is killed while memory arrives over a slow link; what had come is not sent again.
