@@ -406,6 +406,10 @@ fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() ->
     let contents = BED.nodes()[..3].iter().map(|one| one.ok(&["ctr", "content", "ls", "-q"]));
     let contents = contents.collect::<Result<Vec<_>>>()?.concat();
     let nowhere: Vec<_> = image.1.iter().filter(|layer| !contents.contains(*layer)).collect();
+    let layers = manifest(node(1), &image.0)?["layers"].as_array().context("layers")?.clone();
+    let is_nowhere = |layer: &&Value| nowhere.iter().any(|digest| layer["digest"] == ***digest);
+    let in_chunks: u64 =
+        layers.iter().filter(is_nowhere).filter_map(|layer| layer["size"].as_u64()).sum();
     registry().stop()?;
     let moved = (|| {
         // Mirrors have no use for chunks: the compressed bytes are not to be had of them.
@@ -419,6 +423,12 @@ fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() ->
         let rest = ["--snapshotter", "godwit", &image.0, "moves", "sh", "-c", script];
         node(1).ok(&[&run[..], &rest].concat())?;
         let (id, before) = counted(node(1), "moves")?;
+        let planned = planned_image("moves", node(1), node(2))?;
+        let of = |node: &Node| planned["wire_bytes_by_node"][node.name()].as_u64().unwrap_or(0);
+        // The first has no blob any more, and made the layers for the second.
+        ensure!(planned["candidates"][0]["node"] == node(0).name(), "{planned}");
+        let held = planned["candidates"][0]["held_bytes"].as_u64().unwrap_or(0);
+        ensure!(held == in_chunks && of(node(0)) == in_chunks, "not {in_chunks}: {planned}");
         workload::migrated(node(2), "moves", node(1), node(2), &[])?;
         ensure!(workload::task(node(2), "moves")?.as_deref() == Some("RUNNING"), "it does not run");
         let (same, after) = counted(node(2), "moves")?;
@@ -430,6 +440,16 @@ fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() ->
     registry().restart()?;
     ensure!(nowhere.len() == 2, "of the compressed layers there are blobs: {contents}");
     moved
+}
+
+/// What `godwit plan` says of an image.
+fn planned_image(name: &str, from: &Node, to: &Node) -> Result<Value> {
+    let words =
+        ["godwit", "--output", "json", "plan", name, "--from", from.name(), "--to", to.name()];
+    let plan: Value = serde_json::from_str(&to.ok(&words)?)?;
+    let subjects = plan["subjects"].as_array().context("subjects")?;
+    let image = subjects.iter().find(|one| one["subject"] == "image");
+    Ok(image.context("the image")?.clone())
 }
 
 /// What a container that counts has written last: who it is, and how far it has come.

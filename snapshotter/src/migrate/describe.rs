@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use godwit_protos::peer::{Blob, DescribeResponse, VolumeMount};
 use godwit_protos::{ContainerRef, FileSystem, Subject, VolumeId, VolumeSource, annotation, path};
 use oci_spec::runtime::Spec;
@@ -24,7 +25,7 @@ pub struct Described {
     /// The image's target, if it was made from one.
     pub image: Option<Descriptor>,
     /// What the image is made of, as far as it is here.
-    pub image_blobs: Vec<Descriptor>,
+    pub image_blobs: Vec<Blob>,
     /// Its specification as text and parsed.
     pub spec_json: String,
     /// All volumes that it mounts.
@@ -111,10 +112,24 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
 }
 
 /// What an image is made of; nothing if its lists are not all here, which matters to a plan only.
-async fn image_blobs(node: &Node, namespace: &str, target: Option<&Descriptor>) -> Vec<Descriptor> {
+async fn image_blobs(node: &Node, namespace: &str, target: Option<&Descriptor>) -> Vec<Blob> {
     let Some(target) = target else { return Vec::new() };
-    let content = node.containerd.image_content(namespace, target).await;
-    content.map(|content| content.blobs().cloned().collect()).unwrap_or_default()
+    let Ok(content) = node.containerd.image_content(namespace, target).await else {
+        return Vec::new();
+    };
+    let mut blobs = Vec::new();
+    for blob in content.blobs() {
+        let place = content.layers.iter().position(|layer| layer == blob);
+        let diff_id = place.and_then(|place| content.diff_ids.get(place));
+        let has = node.containerd.has_blob(namespace, blob.digest).await;
+        blobs.push(Blob {
+            digest: blob.digest.to_string(),
+            size_bytes: blob.size_bytes,
+            diff_id: diff_id.map_or_else(Bytes::new, |id| id.as_bytes().to_vec().into()),
+            is_absent: matches!(has, Ok(None)),
+        });
+    }
+    blobs
 }
 
 fn memory_subject(container: &ContainerRef, image: &str, spec: &Spec) -> Subject {
@@ -211,10 +226,6 @@ impl Described {
     pub fn response(&self, node: &Node) -> DescribeResponse {
         let pages: u64 = self.pids.iter().map(|pid| resident_pages(*pid)).sum();
         let target = self.image.as_ref();
-        let blob = |blob: &Descriptor| Blob {
-            digest: blob.digest.to_string(),
-            size_bytes: blob.size_bytes,
-        };
         DescribeResponse {
             image: self.record.image.clone(),
             image_media_type: target.map_or_else(String::new, |target| target.media_type.clone()),
@@ -231,7 +242,7 @@ impl Described {
             memory_bytes: pages * crate::content::object::PAGE_BYTES as u64,
             criu_version: node.criu_version.clone(),
             warnings: self.warnings.clone(),
-            image_blobs: self.image_blobs.iter().map(blob).collect(),
+            image_blobs: self.image_blobs.clone(),
         }
     }
 }

@@ -8,14 +8,18 @@
 //! 4. A few objects are fetched to see how well they compress.
 //! 5. [`predict`] makes bytes by node, rounds, time and downtime of it.
 //!
+//! What there is of the image is asked by name alone ([`image`]).
+//!
 //! Nothing is frozen, created or promised; the lists stay in the store until it is swept, and serve the migration.
+
+mod image;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use godwit_protos::peer::{Begin, DescribeResponse, LocateRequest, LocateResponse, RoundDone};
+use godwit_protos::peer::{Begin, DescribeResponse, RoundDone};
 use godwit_protos::{Digest, ServiceRef, Subject, VolumeSource};
 use serde::{Deserialize, Serialize};
 
@@ -129,7 +133,7 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
     let lease = Arc::new(node.store.lease("plan", PLAN_MAX));
     let survey = Survey { node, connections: &connections, lease: &lease };
     let mut surveyed = Vec::new();
-    surveyed.push(survey.image(&described, request.from.container.namespace()).await?);
+    surveyed.push(survey.image(&described, &request.from.container).await?);
     let volumes = described.volumes.iter().filter_map(|mount| mount.volume.parse().ok());
     let contents: Vec<Digest> = volumes
         .filter_map(|volume| match volume {
@@ -373,65 +377,6 @@ impl Survey<'_> {
             reason,
             ..known
         }
-    }
-
-    /// The image: its blobs by digest.
-    async fn image(
-        &self,
-        described: &DescribeResponse,
-        namespace: &str,
-    ) -> Result<Surveyed, MigrationError> {
-        let (mut size, mut missing) = (0, BTreeMap::new());
-        for blob in &described.image_blobs {
-            size += blob.size_bytes;
-            let has = self.node.containerd.has_blob(namespace, blob.digest.parse()?).await?;
-            if has.is_none() {
-                missing.insert(blob.digest.clone(), blob.size_bytes);
-            }
-        }
-        let blobs = missing.keys().cloned().collect();
-        let asked =
-            LocateRequest { blobs, namespace: namespace.to_owned(), ..LocateRequest::default() };
-        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let of = |blobs: &BTreeSet<String>| {
-            blobs.iter().filter_map(|blob| missing.get(blob)).sum::<u64>() as f64
-        };
-        let (mut union, mut holders) = (BTreeSet::new(), Vec::new());
-        for (peer, answer) in self.locate(asked).await {
-            let has: BTreeSet<String> = answer.blobs.into_iter().collect();
-            holders.push((peer, of(&has)));
-            union.extend(has);
-        }
-        holders.retain(|(_, bytes)| *bytes > 0.0);
-        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let part = Part {
-            size: size as f64,
-            missing: missing.values().sum::<u64>() as f64,
-            held: of(&union),
-            holders: holders
-                .iter()
-                .map(|(peer, bytes)| Held { node: peer.node.clone(), bytes: *bytes })
-                .collect(),
-            ..Part::default()
-        };
-        let candidate = |(peer, held): &(Arc<Connection>, f64)| {
-            let known = Candidate { chosen: true, ..Candidate::default() };
-            self.candidate(peer, known, *held, &part)
-        };
-        let candidates = holders.iter().map(candidate).collect();
-        Ok(Surveyed { name: "image".to_owned(), part, wire_ratio: 1.0, candidates })
-    }
-
-    /// Asks every neighbour for blobs; one that does not answer in time has nothing.
-    async fn locate(&self, asked: LocateRequest) -> Vec<(Arc<Connection>, LocateResponse)> {
-        let ask = self.connections.neighbours().into_iter().map(|peer| {
-            let (asked, mut client) = (asked.clone(), peer.client());
-            async move {
-                let answer = tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await;
-                answer.ok()?.ok().map(|answer| (peer, answer.into_inner()))
-            }
-        });
-        futures::future::join_all(ask).await.into_iter().flatten().collect()
     }
 
     /// The leaves of a version, whose lists are fetched if they are not here.
