@@ -75,7 +75,7 @@ enum Command {
 
 #[derive(Args)]
 struct Check {
-    /// Take what is damaged out of the store, and fetch it again from peers.
+    /// Take what is damaged out of the store, fetch it again from peers, and lay read-only volumes out again.
     #[arg(long)]
     repair: bool,
     /// The daemon's configuration, which says where the state is while no daemon runs.
