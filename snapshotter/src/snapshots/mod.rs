@@ -356,8 +356,9 @@ impl Snapshots {
     /// Deletes the directories that the database does not name. What cannot be deleted is logged
     /// and left.
     ///
-    /// 1. find them, 2. commit the database, so that no removal can be undone, 3. delete one after the other. On open: all
-    /// of it is done again.
+    /// 1. find them, 2. commit the database, so that no removal can be undone, 3. delete one after the other.
+    ///
+    /// On open: all of it is done again.
     pub fn cleanup(&self) -> Result<(), SnapshotError> {
         // Inside a change no snapshot is half added; after it, numbers are not used again.
         let change = self.metadata.begin()?;
