@@ -14,10 +14,11 @@
 //! mounts it, we never do.
 //!
 //! Promises: what the database names has a directory, whenever the machine stops; a committed layer
-//! is on disk before the database calls it committed; what was answered survives the daemon's death,
-//! and a power cut but for the last change, which is on its way to the disk then; nothing is deleted
-//! that the database on disk names; two daemons never work on one state; a damaged database is an
-//! error that leaves everything as it is. On open, in this order:
+//! is on disk before the database calls it committed, and that before containerd is told; what else
+//! was answered survives the daemon's death, and a power cut unless it was the last change, which is
+//! on its way to the disk then; nothing is deleted that the database on disk names; two daemons never
+//! work on one state; a damaged database is an error that leaves everything as it is. On open, in
+//! this order:
 //!
 //! 1. take the lock, or fail;
 //! 2. open the database and check it, or fail;
@@ -270,7 +271,8 @@ impl Snapshots {
         let change = self.metadata.begin()?;
         change.commit_active(name, (key, row.number), labels, usage)?;
         step::reach("commit 3");
-        change.commit()
+        // containerd never unpacks again what it was told is there.
+        change.commit_to_disk()
     }
 
     /// What to mount to see the view or active snapshot `key`.
