@@ -19,7 +19,6 @@ use crate::caching::retention::{free_bytes, has_room};
 use crate::config::Tags;
 use crate::containerd::{BLOB_BYTES_MAX_WHOLE, ClientError};
 use crate::contents::connect;
-use crate::directory::LOOKUP_MAX;
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::blobs;
@@ -149,15 +148,8 @@ pub(super) async fn tag(node: &Arc<Node>, name: &str, tags: Tags) -> Option<Dige
 
 /// What the neighbours answer to a lookup.
 async fn ask(node: &Arc<Node>, asked: LocateRequest) -> Vec<LocateResponse> {
-    let asks = neighbours(node).await.into_iter().map(|peer| {
-        let asked = asked.clone();
-        async move {
-            let mut client = peer.client();
-            let answer = tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await.ok()?.ok()?;
-            Some(answer.into_inner())
-        }
-    });
-    futures::future::join_all(asks).await.into_iter().flatten().collect()
+    let answers = blobs::locate(neighbours(node).await, asked).await;
+    answers.into_iter().filter_map(|(_, answer)| answer).collect()
 }
 
 fn most_said<T: Ord + Hash + Copy>(said: impl Iterator<Item = T>) -> Option<T> {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt as _, stream};
 use godwit_protos::Digest;
-use godwit_protos::peer::{LocateRequest, ReadBlobRequest};
+use godwit_protos::peer::{LocateRequest, LocateResponse, ReadBlobRequest};
 
 use super::{Connection, PeerError};
 use crate::directory::LOOKUP_MAX;
@@ -43,19 +43,30 @@ pub async fn holders(
         namespace: namespace.to_owned(),
         ..LocateRequest::default()
     };
-    let ask = peers.into_iter().map(|peer| {
-        let (mut client, asked) = (peer.client(), asked.clone());
-        async move { (peer, tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await) }
-    });
     let (mut holders, mut silent) = (Vec::new(), Vec::new());
-    for (peer, answer) in futures::future::join_all(ask).await {
+    for (peer, answer) in locate(peers, asked).await {
         match answer {
-            Ok(Ok(answer)) if answer.get_ref().blobs.is_empty() => {}
-            Ok(Ok(_)) => holders.push(peer),
-            Ok(Err(_)) | Err(_) => silent.push(peer.node.clone()),
+            Some(answer) if answer.blobs.is_empty() => {}
+            Some(_) => holders.push(peer),
+            None => silent.push(peer.node.clone()),
         }
     }
     (holders, silent)
+}
+
+/// What each of `peers` answers; `None` for one that does not in time.
+pub async fn locate(
+    peers: Vec<Arc<Connection>>,
+    asked: LocateRequest,
+) -> Vec<(Arc<Connection>, Option<LocateResponse>)> {
+    let asks = peers.into_iter().map(|peer| {
+        let (mut client, asked) = (peer.client(), asked.clone());
+        async move {
+            let answer = tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await;
+            (peer, answer.ok().and_then(Result::ok).map(tonic::Response::into_inner))
+        }
+    });
+    futures::future::join_all(asks).await
 }
 
 /// Begins to read a blob from `offset` on. Errors: at once when the peer refuses or is silent; later in the stream.

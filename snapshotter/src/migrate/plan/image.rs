@@ -5,13 +5,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use godwit_protos::peer::{Blob, DescribeResponse, LocateRequest, LocateResponse};
+use godwit_protos::peer::{Blob, DescribeResponse, LocateRequest};
 use godwit_protos::{ContainerRef, Digest, Subject};
 
 use super::{Candidate, MigrationError, Survey, Surveyed, blocking};
 use crate::directory::LOOKUP_MAX;
 use crate::migrate::predict::{Held, Part};
-use crate::peer::Connection;
+use crate::peer::{Connection, blobs};
 
 /// Names of blobs.
 type Blobs = BTreeSet<String>;
@@ -36,8 +36,8 @@ impl Survey<'_> {
             LocateRequest { blobs, namespace: namespace.to_owned(), ..LocateRequest::default() };
         let mut union = Blobs::new();
         let mut holders: BTreeMap<String, (Arc<Connection>, Blobs)> = BTreeMap::new();
-        for (peer, answer) in self.locate(asked).await {
-            let blobs = answer.blobs.into_iter();
+        for (peer, answer) in blobs::locate(self.connections.neighbours(), asked).await {
+            let blobs = answer.unwrap_or_default().blobs.into_iter();
             let has: Blobs = blobs.filter(|blob| missing.contains_key(blob)).collect();
             union.extend(has.iter().cloned());
             holders.insert(peer.node.clone(), (peer, has));
@@ -100,18 +100,6 @@ impl Survey<'_> {
             Some((peer.clone(), layers.get(entry.subject.as_ref()?)?.digest.clone()))
         };
         found.iter().filter_map(keeper).collect()
-    }
-
-    /// Asks every neighbour for blobs; one that does not answer in time has nothing.
-    async fn locate(&self, asked: LocateRequest) -> Vec<(Arc<Connection>, LocateResponse)> {
-        let ask = self.connections.neighbours().into_iter().map(|peer| {
-            let (asked, mut client) = (asked.clone(), peer.client());
-            async move {
-                let answer = tokio::time::timeout(LOOKUP_MAX, client.locate(asked)).await;
-                answer.ok()?.ok().map(|answer| (peer, answer.into_inner()))
-            }
-        });
-        futures::future::join_all(ask).await.into_iter().flatten().collect()
     }
 }
 
