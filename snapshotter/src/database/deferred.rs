@@ -310,4 +310,16 @@ mod tests {
         drop(database);
         assert_eq!(rows(&disk.after_power_cut(0)), 1);
     }
+
+    #[test]
+    fn nothing_is_flushed_without_what_comes_first() {
+        let disk = Disk::default();
+        let first = || Err(io::Error::other("broken"));
+        let (file, flushes) = Deferring::new(disk.clone(), first).unwrap();
+        let database = Database::builder().create_with_backend(file).unwrap();
+        add(&database, 0, None).unwrap();
+        add(&database, 1, Some(&flushes)).unwrap();
+        assert!(add(&database, 2, None).is_err());
+        assert_eq!(rows(&disk.after_power_cut(0)), 1);
+    }
 }
