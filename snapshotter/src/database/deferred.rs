@@ -40,6 +40,11 @@ impl Flushes {
         self.state().is_next_deferred = is_deferred;
     }
 
+    /// Whether the last change is on its way to the disk yet, so that a further one would wait.
+    pub(crate) fn is_due(&self) -> bool {
+        self.state().is_due
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

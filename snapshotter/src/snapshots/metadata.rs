@@ -17,6 +17,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use redb::{
@@ -68,12 +69,31 @@ pub(super) struct Chain {
 pub(super) struct Metadata {
     db: Database,
     flushes: Flushes,
+    /// Changes that are under way or wait for their turn.
+    changes: AtomicUsize,
 }
 
 /// One write transaction.
 pub(super) struct Change<'a> {
     txn: WriteTransaction,
     flushes: &'a Flushes,
+    _counted: Counted<'a>,
+}
+
+/// One more, as long as it lives.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 fn failed(source: impl Into<redb::Error>) -> SnapshotError {
@@ -100,7 +120,7 @@ impl Metadata {
         if found != FORMAT {
             return Err(OpenError::Format { path: path.to_owned(), found, known: FORMAT });
         }
-        Ok(Self { db, flushes })
+        Ok(Self { db, flushes, changes: AtomicUsize::new(0) })
     }
 
     fn damaged(path: &Path, source: redb::Error) -> OpenError {
@@ -123,7 +143,14 @@ impl Metadata {
 
     /// Waits for the change before, if there is one.
     pub(super) fn begin(&self) -> Result<Change<'_>, SnapshotError> {
-        Ok(Change { txn: self.db.begin_write().map_err(failed)?, flushes: &self.flushes })
+        let counted = Counted::new(&self.changes);
+        let txn = self.db.begin_write().map_err(failed)?;
+        Ok(Change { txn, flushes: &self.flushes, _counted: counted })
+    }
+
+    /// Whether a change would wait for another one, or for the disk to have the last.
+    pub(super) fn is_busy(&self) -> bool {
+        self.changes.load(Ordering::Relaxed) > 0 || self.flushes.is_due()
     }
 
     /// Errors: [`SnapshotError::NotFound`].

@@ -419,6 +419,11 @@ impl Snapshots {
         self.cleanup()
     }
 
+    /// Whether a prepare, a removal or another small change would wait: for a change that is under way, or for the disk.
+    fn is_busy(&self) -> bool {
+        self.metadata.is_busy()
+    }
+
     fn orphans(&self, change: &Change) -> Result<Vec<PathBuf>, SnapshotError> {
         let named: HashSet<u64> = change.numbers()?.into_iter().collect();
         let found = tree_names(&self.trees).map_err(|source| SnapshotError::Io {

@@ -1,7 +1,8 @@
 //! The gRPC side of [`Snapshots`]: containerd's snapshots service, which a proxy plugin of type
 //! "snapshot" calls.
 //!
-//! It has a thread of its own ([`serve`]), on which most calls are answered; one whose caller has gone away still ends.
+//! It has a thread of its own ([`serve`]), on which what waits for nobody is answered; the rest is on others. A call whose
+//! caller has gone away still ends.
 //! The request's `snapshotter` field is containerd's name for us and is ignored. SnapshotError codes are what containerd's
 //! callers act on: the unpacker, for one, takes `ALREADY_EXISTS` for "somebody else was faster".
 
@@ -73,8 +74,8 @@ pub fn serve(
 }
 
 impl Service {
-    /// Answers in place what waits for one flush of the disk at most: a way to another thread and back would take as long
-    /// again. Caller: has no more to do on its thread than this.
+    /// Answers in place what waits for nobody: a way to another thread and back would take as long again. Caller: has no
+    /// more to do on its thread than this.
     fn at_once<T>(
         &self,
         call: &'static str,
@@ -82,6 +83,18 @@ impl Service {
     ) -> Result<T, Status> {
         let done = catch_unwind(AssertUnwindSafe(|| work(&self.snapshots)));
         answer(call, done.map_err(|_panicked| "a panic"))
+    }
+
+    /// Makes a small change in place, but apart if it would wait, and others behind it.
+    async fn change<T: Send + 'static>(
+        &self,
+        call: &'static str,
+        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
+    ) -> Result<T, Status> {
+        if self.snapshots.is_busy() {
+            return self.apart(call, work).await;
+        }
+        self.at_once(call, work)
     }
 
     /// Answers on a thread for blocking work what writes, reads or deletes whole trees.
@@ -180,8 +193,8 @@ impl Api for Service {
                 return Err(Status::already_exists(format!("layer {chain_id} is there")));
             }
         }
-        let work = |all: &Snapshots| all.prepare(&key, parent(&below), sorted(labels));
-        let mounts = self.at_once("prepare", work)?;
+        let work = move |all: &Snapshots| all.prepare(&key, parent(&below), sorted(labels));
+        let mounts = self.change("prepare", work).await?;
         Ok(Response::new(api::PrepareSnapshotResponse { mounts }))
     }
 
@@ -190,8 +203,8 @@ impl Api for Service {
         request: Request<api::ViewSnapshotRequest>,
     ) -> Result<Response<api::ViewSnapshotResponse>, Status> {
         let api::ViewSnapshotRequest { key, parent: below, labels, .. } = request.into_inner();
-        let work = |all: &Snapshots| all.view(&key, parent(&below), sorted(labels));
-        let mounts = self.at_once("view", work)?;
+        let work = move |all: &Snapshots| all.view(&key, parent(&below), sorted(labels));
+        let mounts = self.change("view", work).await?;
         Ok(Response::new(api::ViewSnapshotResponse { mounts }))
     }
 
@@ -218,7 +231,7 @@ impl Api for Service {
         request: Request<api::RemoveSnapshotRequest>,
     ) -> Result<Response<Empty>, Status> {
         let key = request.into_inner().key;
-        self.at_once("remove", |all| all.remove(&key))?;
+        self.change("remove", move |all| all.remove(&key)).await?;
         Ok(Response::new(()))
     }
 
@@ -238,8 +251,8 @@ impl Api for Service {
         let api::UpdateSnapshotRequest { info, update_mask, .. } = request.into_inner();
         let info = info.ok_or_else(|| Status::invalid_argument("update lacks the snapshot"))?;
         let fields = update_mask.map(|mask| mask.paths).unwrap_or_default();
-        let work = |all: &Snapshots| all.update(&info.name, sorted(info.labels), &fields);
-        let info = self.at_once("update", work)?;
+        let work = move |all: &Snapshots| all.update(&info.name, sorted(info.labels), &fields);
+        let info = self.change("update", work).await?;
         Ok(Response::new(api::UpdateSnapshotResponse { info: Some(to_api(info)) }))
     }
 

@@ -484,6 +484,33 @@ fn a_cleanup_that_stops_is_done_again_on_open() {
     assert_eq!(trees(dir.path()), ["1"]);
 }
 
+/// Method: somebody else's change takes a second. The calls have one thread, as they have in the daemon.
+#[tokio::test]
+async fn who_only_asks_does_not_wait_behind_a_change_that_waits() {
+    let (_dir, snapshots) = fixture();
+    snapshots.prepare("x", None, none()).unwrap();
+    let snapshots = Arc::new(snapshots);
+    let (begun, is_begun) = std::sync::mpsc::channel();
+    let holding = std::thread::spawn({
+        let snapshots = snapshots.clone();
+        move || {
+            let _change = snapshots.metadata.begin().unwrap();
+            begun.send(()).unwrap();
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    });
+    is_begun.recv().unwrap();
+    let server = service::Service { snapshots, layers: None };
+    let request = api::PrepareSnapshotRequest { key: "y".to_owned(), ..Default::default() };
+    let mut prepared = server.prepare(Request::new(request));
+    assert!(futures::poll!(&mut prepared).is_pending());
+    let request = api::StatSnapshotRequest { key: "x".to_owned(), ..Default::default() };
+    server.stat(Request::new(request)).await.unwrap();
+    assert!(!holding.is_finished());
+    prepared.await.unwrap();
+    holding.join().unwrap();
+}
+
 #[tokio::test]
 async fn errors_arrive_as_the_codes_that_containerd_expects() {
     let (_dir, snapshots) = fixture();
