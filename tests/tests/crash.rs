@@ -295,7 +295,8 @@ const OF_SNAPSHOTS: [Operation; 4] = [
     },
     Operation {
         name: "commit",
-        before: "$ctr prepare step-$n $base > /dev/null",
+        before: "$ctr prepare step-$n $base > /dev/null
+                 upper=$($ctr mounts /mnt step-$n | sed 's/.*upperdir=\\([^,]*\\).*/\\1/'); echo $n > $upper/row",
         act: "$ctr commit layer-$n step-$n",
         after: "$ctr rm layer-$n || $ctr rm step-$n",
         steps_min: 2,

@@ -29,6 +29,8 @@ struct State {
     is_next_deferred: bool,
     /// The thread has one to do.
     is_due: bool,
+    /// With it, what comes first.
+    is_first_due: bool,
     /// One of the thread's has failed: nobody knows what is on disk.
     failed: Option<io::ErrorKind>,
     is_closed: bool,
@@ -38,6 +40,11 @@ impl Flushes {
     /// Whether the next commit does not wait for the disk. Caller: holds the write transaction that it commits next.
     pub(crate) fn defer_next(&self, is_deferred: bool) {
         self.state().is_next_deferred = is_deferred;
+    }
+
+    /// Has what comes first put on disk before the next flush.
+    pub(crate) fn also_first(&self) {
+        self.state().is_first_due = true;
     }
 
     /// Whether the last change is on its way to the disk yet, so that a further one would wait.
@@ -62,9 +69,15 @@ impl Flushes {
         Ok(state)
     }
 
-    fn run(&self, flush: impl Fn() -> io::Result<()>) {
-        while self.wait_while(|state| !state.is_due && !state.is_closed).is_due {
-            let done = flush();
+    fn run(&self, first: impl Fn() -> io::Result<()>, flush: impl Fn() -> io::Result<()>) {
+        loop {
+            let mut state = self.wait_while(|state| !state.is_due && !state.is_closed);
+            if !state.is_due {
+                return;
+            }
+            let is_first_due = std::mem::take(&mut state.is_first_due);
+            drop(state);
+            let done = if is_first_due { first().and_then(|()| flush()) } else { flush() };
             if let Err(error) = &done {
                 tracing::error!(%error, "a change of the database could not be written to disk");
             }
@@ -77,7 +90,8 @@ impl Flushes {
 }
 
 impl<B: StorageBackend> Deferring<B> {
-    /// With each flush that is left to the thread, `first` is put on disk before.
+    /// Before a flush that is left to the thread, `first` puts on disk what is said to be due
+    /// ([`Flushes::also_first`]).
     pub(super) fn new(
         inner: B,
         first: impl Fn() -> io::Result<()> + Send + 'static,
@@ -87,7 +101,7 @@ impl<B: StorageBackend> Deferring<B> {
         let (of_thread, file) = (flushes.clone(), inner.clone());
         let thread = std::thread::Builder::new()
             .name("flush".to_owned())
-            .spawn(move || of_thread.run(|| first().and_then(|()| file.sync_data())))?;
+            .spawn(move || of_thread.run(first, || file.sync_data()))?;
         let deferring = Self { inner, flushes: flushes.clone(), thread: Mutex::new(Some(thread)) };
         Ok((deferring, flushes))
     }
@@ -324,7 +338,10 @@ mod tests {
         let database = Database::builder().create_with_backend(file).unwrap();
         add(&database, 0, None).unwrap();
         add(&database, 1, Some(&flushes)).unwrap();
-        assert!(add(&database, 2, None).is_err());
-        assert_eq!(rows(&disk.after_power_cut(0)), 1);
+        drop(flushes.settled().unwrap());
+        flushes.also_first();
+        add(&database, 2, Some(&flushes)).unwrap();
+        assert!(add(&database, 3, None).is_err());
+        assert_eq!(rows(&disk.after_power_cut(0)), 2);
     }
 }

@@ -14,6 +14,7 @@
 //! It is made whole or not at all ([`crate::database`]). On open: a damaged one, one of another format, and a missing one
 //! beside snapshots that exist are errors and nothing is touched: the directories hold containers' data.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -77,6 +78,8 @@ pub(super) struct Metadata {
 pub(super) struct Change<'a> {
     txn: WriteTransaction,
     flushes: &'a Flushes,
+    /// Something was added, whose tree is to have its name on disk before.
+    has_tree: Cell<bool>,
     _counted: Counted<'a>,
 }
 
@@ -145,7 +148,7 @@ impl Metadata {
     pub(super) fn begin(&self) -> Result<Change<'_>, SnapshotError> {
         let counted = Counted::new(&self.changes);
         let txn = self.db.begin_write().map_err(failed)?;
-        Ok(Change { txn, flushes: &self.flushes, _counted: counted })
+        Ok(Change { txn, flushes: &self.flushes, has_tree: Cell::new(false), _counted: counted })
     }
 
     /// Whether a change would wait for another one, or for the disk to have the last.
@@ -289,6 +292,7 @@ impl Change<'_> {
         let row = Row { number, kind, parent, labels, created: now, updated: now, usage };
         self.put(key, &row)?;
         self.link(row.parent.as_deref(), key)?;
+        self.has_tree.set(true);
         let table = self.txn.open_table(SNAPSHOTS).map_err(failed)?;
         chain_in(&table, key)
     }
@@ -406,13 +410,16 @@ impl Change<'_> {
     }
 
     /// Everybody sees the change when this returns, and a kill does not undo it; to the disk it is on its way
-    /// ([`Flushes`]).
+    /// ([`Flushes`]). Caller: the trees of what was added have their names.
     pub(super) fn commit(self) -> Result<(), SnapshotError> {
+        if self.has_tree.get() {
+            self.flushes.also_first();
+        }
         self.flushes.defer_next(true);
         self.txn.commit().map_err(failed)
     }
 
-    /// The same, and it is on disk when this returns.
+    /// The same, and it is on disk when this returns. Caller: has added none.
     pub(super) fn commit_to_disk(self) -> Result<(), SnapshotError> {
         self.flushes.defer_next(false);
         self.txn.commit().map_err(failed)

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Each has a number, which is never used twice, and a directory of that number: `fs/<number>/fs`
-//! holds what it adds to its parents, `fs/<number>/work` is overlayfs's own. The names, the kinds
-//! and the chain are in a database ([`metadata`]). What is mounted ([`Snapshots::mounts`]) is
+//! holds what it adds to its parents, `fs/<number>/work` is overlayfs's own. Directories are made in advance ([`spare`]).
+//! The names, the kinds and the chain are in a database ([`metadata`]). What is mounted ([`Snapshots::mounts`]) is
 //! either a bind mount, where there is one tree only, or an overlay of the whole chain; containerd
 //! mounts it, we never do.
 //!
@@ -22,8 +22,8 @@
 //!
 //! 1. take the lock, or fail;
 //! 2. open the database and check it, or fail;
-//! 3. delete what the database does not name under `fs/`: prepares and removals that did not
-//!    finish;
+//! 3. delete what the database does not name under `fs/`: prepares and removals that did not finish, and what was made in
+//!    advance;
 //! 4. make anew what the directories of active snapshots lack: prepares that the file system had
 //!    not written yet.
 //!
@@ -35,6 +35,7 @@ mod error;
 mod filter;
 mod metadata;
 pub mod service;
+mod spare;
 #[cfg(test)]
 mod tests;
 mod usage;
@@ -55,6 +56,7 @@ pub use filter::FilterError;
 use filter::Filters;
 use metadata::{Chain, Change, Metadata, Row};
 pub use service::serve;
+use spare::Spares;
 pub use usage::Usage;
 
 use crate::step;
@@ -65,6 +67,15 @@ pub const KEY_BYTES_MAX: usize = 4096;
 
 /// Longest label, key and value together, in bytes: containerd's own limit.
 pub const LABEL_BYTES_MAX: usize = 4096;
+
+/// Owner and group of a new root directory.
+const ROOT: (u32, u32) = (0, 0);
+
+/// Mode of `work`, as overlayfs has it.
+const WORK_MODE: u32 = 0o711;
+
+/// Times of files are up to this much late: a tick of the slowest kernel clock.
+const TICK: Duration = Duration::from_millis(10);
 
 /// Most inodes of a layer that are synced one by one.
 const SYNCED_ALONE_MAX: u64 = 16;
@@ -108,6 +119,7 @@ pub struct Snapshots {
     metadata: Metadata,
     /// Absolute path of `fs/`.
     trees: PathBuf,
+    spares: Spares,
     /// Smallest number whose directory has not been touched yet, also by prepares that failed.
     number_floor: AtomicU64,
     /// overlayfs options that every overlay gets.
@@ -137,9 +149,11 @@ impl Snapshots {
         let found = tree_names(&trees).map_err(io_error)?;
         let highest = found.iter().filter_map(|name| tree_number(name)).max();
         let metadata = Metadata::open(&metadata::path_in(dir), &trees, highest.is_none())?;
+        let spares = Spares::open(trees.join(".spare")).map_err(io_error)?;
         let snapshots = Self {
             metadata,
             trees,
+            spares,
             number_floor: AtomicU64::new(highest.map_or(1, |number| number + 1)),
             overlay_options: overlay_options(),
             _lock: lock,
@@ -174,12 +188,12 @@ impl Snapshots {
         self.add(Kind::View, key, parent, labels)
     }
 
-    /// 1. make `<number>` with its subdirectories, 2. commit the database. All inside one change, so
-    ///    that `cleanup` cannot see it half done.
+    /// 1. rename a spare directory to `<number>`, 2. commit the database. All inside one change, so that `cleanup` cannot
+    ///    see it half done.
     ///
-    /// On open: without step 2 the database does not name the directory, and it is deleted. If the
-    /// machine stopped before the file system wrote step 1, the directory is made anew: nothing in
-    /// it can have been synced, and `commit` writes all of it out.
+    /// On open: without step 2 the database does not name the directory, and it is deleted. What is renamed is on disk, and
+    /// its name is flushed before the database; if a stopped machine had written the database only, the directory is made
+    /// anew, since nothing in it can have been synced.
     fn add(
         &self,
         kind: Kind,
@@ -196,7 +210,7 @@ impl Snapshots {
         // Only one change at a time comes here, so this does not race with the load above.
         self.number_floor.store(number + 1, Ordering::Relaxed);
         step::reach("add 1");
-        let made = self.make_tree(&chain);
+        let made = self.place_tree(&chain);
         step::reach("add 2");
         if let Err(error) = made.and_then(|()| change.commit()) {
             self.discard(&self.tree(number));
@@ -205,39 +219,33 @@ impl Snapshots {
         Ok(self.mounts_of(&chain))
     }
 
-    /// Makes what is not there of a snapshot's directory, `fs` last: where that is, all is.
-    fn make_tree(&self, chain: &Chain) -> Result<(), SnapshotError> {
+    /// Gives a snapshot its directory, whose name and owner are not on disk yet.
+    fn place_tree(&self, chain: &Chain) -> Result<(), SnapshotError> {
         let (tree, upper) = (self.tree(chain.row.number), self.upper(chain.row.number));
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| SnapshotError::Io { what, path, source }
         };
-        make_dir(&tree, 0o700).map_err(failed("make", &tree))?;
-        if chain.row.kind == Kind::Active {
-            make_dir(&tree.join("work"), 0o711).map_err(failed("make", &tree))?;
-        }
-        if !make_dir(&upper, 0o755).map_err(failed("make", &upper))? {
-            return Ok(());
-        }
         // The owner of "/" is not root where the container has a user namespace.
         let owner = match (mapped_root(&chain.row.labels)?, chain.parents.first()) {
-            (Some(owner), _) => Some(owner),
+            (Some(owner), _) => owner,
             (None, Some(parent)) => {
                 let parent = self.upper(*parent);
                 let found = fs::metadata(&parent).map_err(failed("look at", &parent))?;
-                Some((found.uid(), found.gid()))
+                (found.uid(), found.gid())
             }
-            (None, None) => None,
+            (None, None) => ROOT,
         };
-        if let Some((uid, gid)) = owner {
-            lchown(&upper, Some(uid), Some(gid)).map_err(failed("own", &upper))?;
+        self.spares.take(&tree).map_err(failed("make", &tree))?;
+        if owner != ROOT {
+            lchown(&upper, Some(owner.0), Some(owner.1)).map_err(failed("own", &upper))?;
         }
         Ok(())
     }
 
     /// Makes the active snapshot `key` the committed one `name`, with these labels and no others.
     ///
-    /// 1. measure, 2. write its files out, 3. commit the database.
+    /// 1. measure, 2. write its files out, if it is not as it was made, 3. commit the database.
     ///
     /// On open: without step 3 it is still active.
     ///
@@ -259,11 +267,10 @@ impl Snapshots {
             let usage = measure(&upper)?;
             step::reach("commit 2");
             // Otherwise a power cut leaves a layer of empty files that is never unpacked again.
-            write_out(&upper, usage.inodes).map_err(|source| SnapshotError::Io {
-                what: "sync",
-                path: upper.clone(),
-                source,
-            })?;
+            let is_on_disk =
+                usage.inodes == 1 && is_untouched(&upper, row.created).unwrap_or(false);
+            let written = if is_on_disk { Ok(()) } else { write_out(&upper, usage.inodes) };
+            written.map_err(|source| SnapshotError::Io { what: "sync", path: upper, source })?;
             usage
         } else {
             Usage::default()
@@ -408,11 +415,7 @@ impl Snapshots {
         for work in rows.values().filter_map(|row| self.missing_of(row)) {
             // An empty `fs` in place of one that is gone would hide that it is lost.
             if work.ends_with("work") {
-                make_dir(&work, 0o711).map_err(|source| SnapshotError::Io {
-                    what: "make",
-                    path: work,
-                    source,
-                })?;
+                self.make_work(&work)?;
             }
         }
         change.commit_to_disk()?;
@@ -421,7 +424,7 @@ impl Snapshots {
 
     /// Whether a prepare, a removal or another small change would wait: for a change that is under way, or for the disk.
     fn is_busy(&self) -> bool {
-        self.metadata.is_busy()
+        self.metadata.is_busy() || self.spares.is_empty()
     }
 
     fn orphans(&self, change: &Change) -> Result<Vec<PathBuf>, SnapshotError> {
@@ -449,23 +452,49 @@ impl Snapshots {
     /// That of a committed snapshot cannot be made anew: its layer is lost, and with it the owner of what lies directly
     /// above. What cannot be made is told, and does not keep the others from being served.
     fn make_missing_trees(&self) -> Result<(), SnapshotError> {
+        let mut has_made = false;
         for (name, row) in self.metadata.all()? {
             let Some(missing) = self.missing_of(&row) else { continue };
             let (path, kind) = (missing.display(), row.kind);
             tracing::warn!(snapshot = name, ?kind, %path, "a snapshot's directory is missing");
-            if kind == Kind::Committed {
+            // What is there and no directory, or cannot be looked at, was not lost by a power cut.
+            let looked = fs::symlink_metadata(&missing).map_err(|error| error.kind());
+            if kind == Kind::Committed || looked.err() != Some(io::ErrorKind::NotFound) {
                 continue;
             }
-            let made = self.metadata.chain(&name).and_then(|chain| self.make_tree(&chain));
-            if let Err(error) = made {
-                tracing::warn!(snapshot = name, %path, %error, "cannot make it anew");
+            let made = if missing.ends_with("work") {
                 // Where there is `fs`, it may hold a container's files.
-                if !missing.ends_with("work") {
-                    self.discard(&self.tree(row.number));
+                self.make_work(&missing)
+            } else {
+                self.discard(&self.tree(row.number));
+                self.metadata.chain(&name).and_then(|chain| self.place_tree(&chain))
+            };
+            match made {
+                Ok(()) => has_made = true,
+                Err(error) => {
+                    tracing::warn!(snapshot = name, %path, %error, "cannot make it anew");
                 }
             }
         }
-        Ok(())
+        if !has_made {
+            return Ok(());
+        }
+        // The database names it already.
+        let synced = File::open(&self.trees).and_then(|trees| trees.sync_all());
+        synced.map_err(|source| SnapshotError::Io {
+            what: "sync",
+            path: self.trees.clone(),
+            source,
+        })
+    }
+
+    fn make_work(&self, work: &Path) -> Result<(), SnapshotError> {
+        let failed = |source| SnapshotError::Io { what: "make", path: work.to_owned(), source };
+        match make_dir(work, WORK_MODE) {
+            // Something else is in its place.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.map_err(failed),
+        }
     }
 
     fn tree(&self, number: u64) -> PathBuf {
@@ -571,6 +600,17 @@ fn tree_number(name: &str) -> Option<u64> {
     name.parse().ok().filter(|number: &u64| number.to_string() == name)
 }
 
+/// Whether a directory is as it was when a snapshot that was prepared `since` got it: made in advance, and on disk
+/// ([`spare`]). Whatever is done to a directory gives it a new time of change, which is later than `since`; or another
+/// one, if somebody sets the clock.
+fn is_untouched(upper: &Path, since: SystemTime) -> io::Result<bool> {
+    let found = fs::symlink_metadata(upper)?;
+    let made = found.created()?;
+    let changed = u64::try_from(found.ctime()).ok().zip(u32::try_from(found.ctime_nsec()).ok());
+    let changed = changed.map(|(secs, nanos)| SystemTime::UNIX_EPOCH + Duration::new(secs, nanos));
+    Ok(changed == Some(made) && made + TICK < since)
+}
+
 /// Puts what lies in `upper` on disk. A few files by themselves: syncfs(2) waits for all that every container has written
 /// to the file system.
 fn write_out(upper: &Path, inodes: u64) -> io::Result<()> {
@@ -617,11 +657,11 @@ fn checked(
     Ok(labels)
 }
 
-/// Makes a directory of exactly this mode, whatever the umask is. Returns whether it was not there.
-fn make_dir(path: &Path, mode: u32) -> io::Result<bool> {
-    match fs::create_dir(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
-        made => made?,
+/// Makes a directory of exactly this mode, whatever the umask is.
+fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
+    fs::DirBuilder::new().mode(mode).create(path)?;
+    if fs::symlink_metadata(path)?.mode() & 0o7777 == mode {
+        return Ok(());
     }
-    fs::set_permissions(path, Permissions::from_mode(mode)).map(|()| true)
+    fs::set_permissions(path, Permissions::from_mode(mode))
 }

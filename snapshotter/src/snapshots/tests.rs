@@ -50,6 +50,7 @@ fn upper_of(mount: &Mount) -> PathBuf {
 /// Names of the directories in `fs/`, sorted.
 fn trees(dir: &Path) -> Vec<String> {
     let mut names = tree_names(&dir.join("fs")).unwrap();
+    names.retain(|name| name != ".spare");
     names.sort();
     names
 }
@@ -444,6 +445,45 @@ fn few_files_of_any_kind_are_written_out_one_by_one() {
     assert_eq!(inodes, 7);
     assert!(inodes <= SYNCED_ALONE_MAX);
     assert!(write_out(&upper.join("missing"), 1).is_err());
+}
+
+/// Method: all that an unpacker may do to a layer's own directory, also what leaves no entry, or the value from before.
+#[test]
+fn a_directory_is_untouched_only_if_nothing_was_done_to_it() {
+    let (dir, snapshots) = fixture();
+    snapshots.prepare("first", None, none()).unwrap();
+    let names = ["nothing", "entry", "mode", "owner", "attribute", "time", "other owner"];
+    for (number, name) in names.into_iter().enumerate() {
+        // Some wait, and have done so for more than a tick.
+        while snapshots.spares.is_empty() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(3 * TICK);
+        let owned = [
+            ("containerd.io/snapshot/uidmapping", "0:7:1"),
+            ("containerd.io/snapshot/gidmapping", "0:7:1"),
+        ];
+        let wanted = if name == "other owner" { labels(&owned) } else { none() };
+        snapshots.prepare(name, None, wanted).unwrap();
+        let upper = dir.path().join(format!("fs/{}/fs", number + 2));
+        let owner = |id| lchown(&upper, Some(id), Some(id)).unwrap();
+        let mode = |mode| fs::set_permissions(&upper, Permissions::from_mode(mode)).unwrap();
+        let (file, key) = (upper.join("file"), "trusted.overlay.opaque");
+        match name {
+            "entry" => fs::write(&file, "").and_then(|()| fs::remove_file(&file)).unwrap(),
+            "mode" => [0o700, 0o755].into_iter().for_each(mode),
+            "owner" => [7, 0].into_iter().for_each(owner),
+            "attribute" => {
+                xattr::set(&upper, key, b"y").and_then(|()| xattr::remove(&upper, key)).unwrap();
+            }
+            "time" => File::open(&upper).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap(),
+            _ => (),
+        }
+        let since = snapshots.stat(name).unwrap().created;
+        assert_eq!(is_untouched(&upper, since).unwrap(), name == "nothing", "{name}");
+        assert!(!is_untouched(&upper, since - 10 * TICK - Duration::from_secs(10)).unwrap());
+        snapshots.commit(&format!("layer {name}"), name, none()).unwrap();
+    }
 }
 
 #[test]

@@ -260,10 +260,12 @@ impl Snapshotter {
         Ok(self.call(message, async |client, asked| client.cleanup(asked).await)?)
     }
 
-    /// How many directories there are, after [`Self::free`].
+    /// How many directories of snapshots there are, after [`Self::free`].
     pub(crate) fn directories(&self) -> Result<usize> {
         self.free()?;
-        Ok(fs::read_dir(self.subject.trees)?.count())
+        let names = fs::read_dir(self.subject.trees)?.map(|entry| Ok(entry?.file_name()));
+        let names = names.collect::<Result<Vec<_>>>()?;
+        Ok(names.iter().filter(|name| !name.as_encoded_bytes().starts_with(b".")).count())
     }
 
     /// Makes a committed snapshot `name` over `parent`, with what `fill` does in it.
