@@ -3,6 +3,8 @@
 //! Making one takes ext4 0.15 ms, and without a journal, when many files were deleted in the minutes before, 1 ms; renaming
 //! one takes 0.03 ms. They wait under `fs/.spare`, where a thread makes more: when nobody has wanted one for a moment, or
 //! when few are left. What is there when the snapshots are opened belongs to none and is deleted.
+//!
+//! Where a file system puts a directory is decided when it is made, and here it is asked to give each a place of its own.
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File};
@@ -14,6 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::{WORK_MODE, make_dir};
+use crate::sys::spread_out;
 
 /// How many there are: for some containers at once and the layers of an image.
 const COUNT: usize = 32;
@@ -143,8 +146,9 @@ impl Shared {
     }
 
     fn make(&self) -> io::Result<PathBuf> {
-        // It is there, as a rule.
-        let _ = DirBuilder::new().mode(0o700).create(&self.dir);
+        if DirBuilder::new().mode(0o700).create(&self.dir).is_ok() {
+            spread_out(&self.dir);
+        }
         let spare = loop {
             let mut state = self.state();
             let spare = self.dir.join(state.next.to_string());

@@ -35,6 +35,7 @@ use super::VolumeError;
 use crate::content::{ContentError, on};
 use crate::migrate::journal::{Journal, VolumeEntry};
 use crate::step::reach;
+use crate::sys::spread_out;
 
 /// The places of one node. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -64,6 +65,9 @@ impl Places {
         for name in ["volumes", "content", "trash"] {
             let path = state_dir.join(name);
             fs::create_dir_all(&path).map_err(on("make directory", &path))?;
+            if name != "trash" {
+                spread_out(&path);
+            }
         }
         for name in places.names("volumes")? {
             if let Ok(id) = name.parse() {
