@@ -1,13 +1,20 @@
 //! System calls that neither std nor nix has.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use nix::libc;
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+
+/// `RWF_DONTCACHE` of Linux 6.14 (`linux/fs.h`), which rustix does not name yet.
+const DONT_CACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+/// The smallest page there is. Of a larger one more would stay in memory, and nothing worse.
+const PAGE_BYTES: u64 = 4096;
 
 /// Has the kernel begin to write these bytes of `file` to the disk, and does not wait for it (`sync_file_range(2)`). It is
 /// advice: a file system that does not take it loses time at the next fsync and nothing else.
@@ -16,6 +23,28 @@ pub(crate) fn begin_writing(file: &File, bytes: Range<u32>) {
     let (begin, length) = (bytes.start.into(), (bytes.end - bytes.start).into());
     // SAFETY: the call takes a descriptor, which `file` keeps open, and integers; it reads no memory of ours.
     unsafe { libc::sync_file_range(file.as_raw_fd(), begin, length, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
+/// As `write_all_at`, and no copy stays in memory once it is on the disk: it takes no memory from what is in use, and the
+/// same pages serve again. Kernels before 6.14 and some file systems cannot; it is an ordinary write there.
+pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    // The last page, if it is not full, stays: the next write goes on in it.
+    let rest = (offset + bytes.len() as u64) % PAGE_BYTES;
+    let (mut bytes, rest) = bytes.split_at(bytes.len().saturating_sub(rest as usize));
+    while !bytes.is_empty() {
+        match pwritev2(file, &[IoSlice::new(bytes)], offset, DONT_CACHE) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                bytes = &bytes[written..];
+                offset += written as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    file.write_all_at(bytes, offset)?;
+    file.write_all_at(rest, offset + bytes.len() as u64)
 }
 
 /// Says that the directories in `directory` have nothing to do with each other (`T` of chattr(1)): ext4 then puts each
@@ -42,6 +71,28 @@ mod tests {
     use nix::sys::statfs::{EXT4_SUPER_MAGIC, statfs};
 
     use super::*;
+
+    #[test]
+    fn what_is_written_uncached_is_there() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+        // Also what ends at a page, in the one it began in, and nothing.
+        let (first, others) = bytes.split_at(3 * 4096 - 5);
+        for (part, offset) in [(first, 5), (&others[..7], 3 * 4096), (&others[7..], 3 * 4096 + 7)] {
+            write_uncached(&file, part, offset).unwrap();
+        }
+        write_uncached(&file, &[], 5).unwrap();
+        let mut found = vec![0; bytes.len()];
+        file.read_exact_at(&mut found, 5).unwrap();
+        assert_eq!(
+            (found == bytes, file.metadata().unwrap().len()),
+            (true, bytes.len() as u64 + 5)
+        );
+        // No file system takes the flag for a pipe, and a pipe takes no offset.
+        let (_end, pipe) = io::pipe().unwrap();
+        let pipe = File::from(std::os::fd::OwnedFd::from(pipe));
+        write_uncached(&pipe, &bytes, 0).unwrap_err();
+    }
 
     #[test]
     fn ext4_takes_the_advice_and_what_is_no_directory_does_no_harm() {

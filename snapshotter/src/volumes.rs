@@ -395,7 +395,7 @@ impl Volumes {
     }
 
     fn capture(&self, directory: &Path, lease: &Lease) -> Result<Digest, VolumeError> {
-        let mut writer = self.store.writer(lease);
+        let mut writer = self.store.writer(lease).cold();
         let none = HashSet::new();
         let captured = capture(directory, &mut writer, &mut Unchanged::default(), &none)?;
         writer.flush()?;

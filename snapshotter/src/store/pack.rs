@@ -27,7 +27,7 @@ use godwit_protos::Digest;
 use super::encoding::Encoding;
 use super::error::{Mismatch, OpenError, StoreError};
 use super::index::Location;
-use crate::sys::begin_writing;
+use crate::sys::{begin_writing, write_uncached};
 
 /// Version of the packs' format and of the index's.
 ///
@@ -201,8 +201,9 @@ impl Packs {
 
     /// Appends records, all of them to one pack. Returns the pack and where the first begins.
     ///
-    /// The bytes are readable but not durable; they are nothing until the index names them.
-    pub(super) fn append(&self, records: &[u8]) -> Result<(u32, u32), StoreError> {
+    /// The bytes are readable but not durable; they are nothing until the index names them. Cold ones are not kept in
+    /// memory.
+    pub(super) fn append(&self, records: &[u8], are_cold: bool) -> Result<(u32, u32), StoreError> {
         let len = u32::try_from(records.len()).expect("callers append a few MiB at most");
         let mut appender = self.lock();
         let has_room = |active: &Active| active.end.saturating_add(len) <= self.bytes_max;
@@ -213,7 +214,12 @@ impl Packs {
             unreachable!("begin_pack has made one");
         };
         let begin = active.end;
-        if let Err(source) = active.file.write_all_at(records, u64::from(begin)) {
+        let (file, at) = (&active.file, u64::from(begin));
+        let written = match are_cold {
+            true => write_uncached(file, records, at),
+            false => file.write_all_at(records, at),
+        };
+        if let Err(source) = written {
             return Err(StoreError::io("append to", &self.path(active.number), source));
         }
         active.end += len;

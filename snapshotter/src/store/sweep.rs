@@ -351,7 +351,7 @@ impl Inner {
                 count += 1;
             }
             self.ensure_room(records.len())?;
-            let (pack, begin) = self.packs.append(&records)?;
+            let (pack, begin) = self.packs.append(&records, true)?;
             let (copied, others) = rest.split_at_mut(count);
             for Move { to, .. } in copied {
                 (to.pack, to.offset) = (pack, begin + to.offset);

@@ -31,6 +31,7 @@ pub struct Writer {
     pending: HashMap<Digest, Option<Location>>,
     /// The index as of some moment, and the count of removals then.
     known: Option<(ObjectsTable, u64)>,
+    is_cold: bool,
 }
 
 impl Writer {
@@ -42,7 +43,15 @@ impl Writer {
             unspilled: Vec::new(),
             pending: HashMap::new(),
             known: None,
+            is_cold: false,
         }
+    }
+
+    /// Nobody is about to read what it writes: no copy of it is kept in memory.
+    #[must_use]
+    pub fn cold(mut self) -> Self {
+        self.is_cold = true;
+        self
     }
 
     /// Stores `bytes` (1 byte to 4 MiB) and returns their name. Costs a hash and a look-up if they
@@ -197,7 +206,7 @@ impl Writer {
             return Ok(());
         }
         self.store.ensure_room(self.records.len())?;
-        let (pack, begin) = self.store.packs.append(&self.records)?;
+        let (pack, begin) = self.store.packs.append(&self.records, self.is_cold)?;
         for (digest, at) in self.unspilled.drain(..) {
             let at = Location { pack, offset: begin + at.offset, ..at };
             self.pending.insert(digest, Some(at));
