@@ -4,7 +4,7 @@ mod deferred;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use redb::backends::FileBackend;
 use redb::{Builder, Database};
@@ -33,11 +33,13 @@ pub(crate) fn open(
     Ok(builder.open(path)?)
 }
 
-/// The same for a database whose commits need not wait for the disk; what they name in `directory` is on disk before them.
+/// The same for a database whose commits need not wait for the disk; what they name in `directory` is flushed before them,
+/// and after it that it is no longer in `source`, which may be missing.
 /// Caller: no other process has it open.
 pub(crate) fn open_deferring(
     path: &Path,
     directory: &Path,
+    source: PathBuf,
     mut builder: Builder,
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
 ) -> Result<(Database, Flushes), redb::Error> {
@@ -45,9 +47,16 @@ pub(crate) fn open_deferring(
     make(path, &builder, fill)?;
     let file = OpenOptions::new().read(true).write(true).open(path)?;
     let directory = File::open(directory)?;
+    let first = move || {
+        directory.sync_all()?;
+        match File::open(&source) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            opened => opened?.sync_all(),
+        }
+    };
     // A process that was killed may not have come to it.
-    directory.sync_all()?;
-    let (file, flushes) = Deferring::new(FileBackend::new(file)?, move || directory.sync_all())?;
+    first()?;
+    let (file, flushes) = Deferring::new(FileBackend::new(file)?, first)?;
     Ok((builder.create_with_backend(file)?, flushes))
 }
 

@@ -26,7 +26,7 @@ use redb::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Info, Kind, OpenError, SnapshotError, Usage};
+use super::{Info, Kind, OpenError, SPARES, SnapshotError, Usage};
 use crate::database::{self, Flushes};
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
@@ -117,7 +117,9 @@ impl Metadata {
         if !may_create && !fs::exists(path).map_err(io_error)? {
             return Err(OpenError::MetadataMissing(path.to_owned()));
         }
-        let opened = database::open_deferring(path, trees, Database::builder(), Self::fill);
+        // Without a journal a renamed directory may be on disk under both names, and the old one is deleted on open.
+        let spares = trees.join(SPARES);
+        let opened = database::open_deferring(path, trees, spares, Database::builder(), Self::fill);
         let (db, flushes) = opened.map_err(|error| Self::damaged(path, error))?;
         let found = Self::format(&db).map_err(|error| Self::damaged(path, error))?;
         if found != FORMAT {

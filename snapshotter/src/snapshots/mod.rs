@@ -71,6 +71,9 @@ pub const LABEL_BYTES_MAX: usize = 4096;
 /// Owner and group of a new root directory.
 const ROOT: (u32, u32) = (0, 0);
 
+/// Where directories are made in advance, under `fs/`.
+const SPARES: &str = ".spare";
+
 /// Mode of `work`, as overlayfs has it.
 const WORK_MODE: u32 = 0o711;
 
@@ -149,7 +152,7 @@ impl Snapshots {
         let found = tree_names(&trees).map_err(io_error)?;
         let highest = found.iter().filter_map(|name| tree_number(name)).max();
         let metadata = Metadata::open(&metadata::path_in(dir), &trees, highest.is_none())?;
-        let spares = Spares::open(trees.join(".spare")).map_err(io_error)?;
+        let spares = Spares::open(trees.join(SPARES)).map_err(io_error)?;
         let snapshots = Self {
             metadata,
             trees,
@@ -219,7 +222,7 @@ impl Snapshots {
         Ok(self.mounts_of(&chain))
     }
 
-    /// Gives a snapshot its directory, whose name and owner are not on disk yet.
+    /// Gives a snapshot its directory, whose name is not on disk yet. If that fails, it has none.
     fn place_tree(&self, chain: &Chain) -> Result<(), SnapshotError> {
         let (tree, upper) = (self.tree(chain.row.number), self.upper(chain.row.number));
         let failed = |what, path: &Path| {
@@ -238,7 +241,10 @@ impl Snapshots {
         };
         self.spares.take(&tree).map_err(failed("make", &tree))?;
         if owner != ROOT {
-            lchown(&upper, Some(owner.0), Some(owner.1)).map_err(failed("own", &upper))?;
+            let owned = lchown(&upper, Some(owner.0), Some(owner.1))
+                .and_then(|()| File::open(&upper)?.sync_all())
+                .map_err(failed("own", &upper));
+            owned.inspect_err(|_| self.discard(&tree))?;
         }
         Ok(())
     }
