@@ -25,8 +25,8 @@ pub(crate) fn begin_writing(file: &File, bytes: Range<u32>) {
     unsafe { libc::sync_file_range(file.as_raw_fd(), begin, length, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
-/// As `write_all_at`, and no copy stays in memory once it is on the disk: it takes no memory from what is in use, and the
-/// same pages serve again. Kernels before 6.14 and some file systems cannot; it is an ordinary write there.
+/// As `write_all_at`, and but for the last page no copy stays in memory once it is on the disk: it takes no memory from what
+/// is in use, and the same pages serve again. Where kernel or file system cannot, it is an ordinary write.
 pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::Result<()> {
     // The last page, if it is not full, stays: the next write goes on in it.
     let rest = (offset + bytes.len() as u64) % PAGE_BYTES;

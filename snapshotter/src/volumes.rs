@@ -23,7 +23,7 @@ use crate::content::image::{capture_image, write_image};
 use crate::content::materialize::materialize;
 use crate::content::{ContentError, Sink, on};
 use crate::migrate::journal::{Journal, JournalError, VolumeEntry};
-use crate::store::{Lease, Store, StoreError};
+use crate::store::{Store, StoreError, Writer};
 use places::Places;
 
 /// How long an import may take before the sweep no longer waits for it.
@@ -327,12 +327,12 @@ impl Volumes {
         let lease = self.store.lease("volume import", IMPORT_LEASE);
         let tree = if fs::metadata(from).map_err(on("import", from))?.is_file() {
             let unpacked = self.places.temporary("import")?;
-            let tree =
-                archive::unpack(from, &unpacked).and_then(|()| self.capture(&unpacked, &lease));
+            let tree = archive::unpack(from, &unpacked)
+                .and_then(|()| put_tree(&unpacked, self.store.writer(&lease).cold()));
             places::remove(&unpacked)?;
             tree?
         } else {
-            self.capture(from, &lease)?
+            put_tree(from, self.store.writer(&lease).cold())?
         };
         self.store.sync()?;
         self.places.keep(&tree)?;
@@ -357,7 +357,7 @@ impl Volumes {
             source => self.path(source, true)?,
         };
         let Some(file_system) = self.file_system(source)? else {
-            let tree = self.capture(&path, &lease)?;
+            let tree = put_tree(&path, self.store.writer(&lease))?;
             return Ok(materialize(&self.store, &tree, None, directory)?);
         };
         let mut writer = self.store.writer(&lease);
@@ -390,16 +390,8 @@ impl Volumes {
             }
         };
         let lease = self.store.lease("volume verify", IMPORT_LEASE);
-        let found = self.capture(&path, &lease)?;
+        let found = put_tree(&path, self.store.writer(&lease).cold())?;
         if found == *digest { Ok(()) } else { Err(VolumeError::Damaged { digest: *digest, found }) }
-    }
-
-    fn capture(&self, directory: &Path, lease: &Lease) -> Result<Digest, VolumeError> {
-        let mut writer = self.store.writer(lease).cold();
-        let none = HashSet::new();
-        let captured = capture(directory, &mut writer, &mut Unchanged::default(), &none)?;
-        writer.flush()?;
-        Ok(captured.tree)
     }
 
     /// Lays out a tree that the store holds as read-only content, unless it is there already. Its objects are durable
@@ -468,4 +460,12 @@ impl Volumes {
         }));
         Ok(listed)
     }
+}
+
+/// Writes a directory's objects, and says what names it then.
+fn put_tree(directory: &Path, mut writer: Writer) -> Result<Digest, VolumeError> {
+    let none = HashSet::new();
+    let captured = capture(directory, &mut writer, &mut Unchanged::default(), &none)?;
+    writer.flush()?;
+    Ok(captured.tree)
 }

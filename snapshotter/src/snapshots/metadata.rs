@@ -503,6 +503,31 @@ mod tests {
         assert_eq!((count, found.len()), (4, 3), "{found:?}");
     }
 
+    /// Method: one of the directories that are flushed first cannot be opened.
+    #[test]
+    fn the_directories_are_flushed_before_what_adds_a_tree_and_before_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let metadata = Metadata::open(&path_in(dir.path()), dir.path(), true).unwrap();
+        let add = |key| {
+            let change = metadata.begin()?;
+            change.add(Kind::Active, key, None, BTreeMap::new(), 0)?;
+            change.commit()
+        };
+        let relabel = || {
+            let change = metadata.begin()?;
+            change.relabel("a", BTreeMap::clear)?;
+            change.commit()
+        };
+        add("a").unwrap();
+        // Waits for that flush.
+        relabel().unwrap();
+        std::os::unix::fs::symlink(SPARES, dir.path().join(SPARES)).unwrap();
+        relabel().unwrap();
+        relabel().unwrap();
+        add("b").unwrap();
+        relabel().unwrap_err();
+    }
+
     #[test]
     fn a_chain_that_does_not_grow_older_is_damage() {
         let dir = tempfile::tempdir().unwrap();

@@ -134,7 +134,7 @@ pub struct Snapshots {
 impl Snapshots {
     /// Opens the snapshots in `dir`, which is made if it is not there; see the rules above.
     ///
-    /// Errors: [`OpenError`]; in every case the directory is as it was.
+    /// Errors: [`OpenError`]; in every case what snapshots have is as it was.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
         let io_error = |source| OpenError::Io { path: dir.to_owned(), source };
         let trees = dir.join("fs");
@@ -458,7 +458,7 @@ impl Snapshots {
     /// That of a committed snapshot cannot be made anew: its layer is lost, and with it the owner of what lies directly
     /// above. What cannot be made is told, and does not keep the others from being served.
     fn make_missing_trees(&self) -> Result<(), SnapshotError> {
-        let mut has_made = false;
+        let mut has_placed = false;
         for (name, row) in self.metadata.all()? {
             let Some(missing) = self.missing_of(&row) else { continue };
             let (path, kind) = (missing.display(), row.kind);
@@ -473,24 +473,19 @@ impl Snapshots {
                 self.make_work(&missing)
             } else {
                 self.discard(&self.tree(row.number));
-                self.metadata.chain(&name).and_then(|chain| self.place_tree(&chain))
+                let chain = self.metadata.chain(&name);
+                let placed = chain.and_then(|chain| self.place_tree(&chain));
+                placed.inspect(|()| has_placed = true)
             };
-            match made {
-                Ok(()) => has_made = true,
-                Err(error) => {
-                    tracing::warn!(snapshot = name, %path, %error, "cannot make it anew");
-                }
+            if let Err(error) = made {
+                tracing::warn!(snapshot = name, %path, %error, "cannot make it anew");
             }
         }
-        if !has_made {
-            return Ok(());
-        }
-        // The database names it already.
-        let synced = File::open(&self.trees).and_then(|trees| trees.sync_all());
-        synced.map_err(|source| SnapshotError::Io {
-            what: "sync",
-            path: self.trees.clone(),
-            source,
+        // The database names them already.
+        let renamed = [self.trees.clone(), self.trees.join(SPARES)];
+        renamed.into_iter().filter(|_| has_placed).try_for_each(|path| {
+            let synced = File::open(&path).and_then(|directory| directory.sync_all());
+            synced.map_err(|source| SnapshotError::Io { what: "sync", path, source })
         })
     }
 
