@@ -34,16 +34,18 @@
 mod error;
 mod filter;
 mod metadata;
+mod mounts;
 pub mod service;
 mod spare;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod usage;
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{self, File, Permissions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, lchown};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -55,8 +57,10 @@ pub use error::{OpenError, SnapshotError};
 pub use filter::FilterError;
 use filter::Filters;
 use metadata::{Chain, Change, Metadata, Row};
+use mounts::overlay_options;
 pub use service::serve;
 use spare::Spares;
+use tree::{WORK_MODE, discard, is_untouched, make_dir, tree_names, tree_number, write_out};
 pub use usage::Usage;
 
 use crate::step;
@@ -73,15 +77,6 @@ const ROOT: (u32, u32) = (0, 0);
 
 /// Where directories are made in advance, under `fs/`.
 const SPARES: &str = ".spare";
-
-/// Mode of `work`, as overlayfs has it.
-const WORK_MODE: u32 = 0o711;
-
-/// Times of files are up to this much late: a tick of the slowest kernel clock.
-const TICK: Duration = Duration::from_millis(10);
-
-/// Most inodes of a layer that are synced one by one.
-const SYNCED_ALONE_MAX: u64 = 16;
 
 /// How long opening waits for the lock: a daemon that was killed while it flushed has it until the disk has answered.
 const LOCK_WAIT: Duration = Duration::from_secs(3);
@@ -216,7 +211,7 @@ impl Snapshots {
         let made = self.place_tree(&chain);
         step::reach("add 2");
         if let Err(error) = made.and_then(|()| change.commit()) {
-            self.discard(&self.tree(number));
+            discard(&self.tree(number));
             return Err(error);
         }
         Ok(self.mounts_of(&chain))
@@ -244,7 +239,7 @@ impl Snapshots {
             let owned = lchown(&upper, Some(owner.0), Some(owner.1))
                 .and_then(|()| File::open(&upper)?.sync_all())
                 .map_err(failed("own", &upper));
-            owned.inspect_err(|_| self.discard(&tree))?;
+            owned.inspect_err(|_| discard(&tree))?;
         }
         Ok(())
     }
@@ -384,7 +379,7 @@ impl Snapshots {
         }
         for orphan in orphans {
             step::reach("cleanup 3");
-            self.discard(&orphan);
+            discard(&orphan);
         }
         Ok(())
     }
@@ -445,16 +440,6 @@ impl Snapshots {
         Ok(found.into_iter().filter(is_orphan).map(|name| self.trees.join(name)).collect())
     }
 
-    fn discard(&self, tree: &Path) {
-        match fs::remove_dir_all(tree) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let path = tree.display();
-                tracing::warn!(%path, %error, "cannot delete a snapshot's directory");
-            }
-            _ => (),
-        }
-    }
-
     /// That of a committed snapshot cannot be made anew: its layer is lost, and with it the owner of what lies directly
     /// above. What cannot be made is told, and does not keep the others from being served.
     fn make_missing_trees(&self) -> Result<(), SnapshotError> {
@@ -472,7 +457,7 @@ impl Snapshots {
                 // Where there is `fs`, it may hold a container's files.
                 self.make_work(&missing)
             } else {
-                self.discard(&self.tree(row.number));
+                discard(&self.tree(row.number));
                 let chain = self.metadata.chain(&name);
                 let placed = chain.and_then(|chain| self.place_tree(&chain));
                 placed.inspect(|()| has_placed = true)
@@ -505,52 +490,6 @@ impl Snapshots {
     fn upper(&self, number: u64) -> PathBuf {
         self.tree(number).join("fs")
     }
-
-    /// overlayfs needs two trees at least, so a single one is bound.
-    fn mounts_of(&self, chain: &Chain) -> Vec<Mount> {
-        let text = |path: PathBuf| path.to_string_lossy().into_owned();
-        let own = chain.row.number;
-        let writable = chain.row.kind == Kind::Active;
-        let single = match chain.parents.as_slice() {
-            [] => Some(own),
-            [parent] if !writable => Some(*parent),
-            _ => None,
-        };
-        if let Some(number) = single {
-            return vec![Mount {
-                r#type: "bind".to_owned(),
-                source: text(self.upper(number)),
-                target: String::new(),
-                options: vec![if writable { "rw" } else { "ro" }.to_owned(), "rbind".to_owned()],
-            }];
-        }
-        let lower: Vec<_> = chain.parents.iter().map(|parent| text(self.upper(*parent))).collect();
-        let mut options = Vec::new();
-        if writable {
-            options.push(format!("workdir={}", text(self.tree(own).join("work"))));
-            options.push(format!("upperdir={}", text(self.upper(own))));
-        }
-        options.push(format!("lowerdir={}", lower.join(":")));
-        options.extend_from_slice(&self.overlay_options);
-        let overlay = || "overlay".to_owned();
-        vec![Mount { r#type: overlay(), source: overlay(), target: String::new(), options }]
-    }
-}
-
-/// Options of every overlay, on this kernel and where this process runs.
-fn overlay_options() -> Vec<String> {
-    let has_index = fs::exists("/sys/module/overlay/parameters/index").unwrap_or(false);
-    overlay_options_for(has_index, &fs::read_to_string("/proc/self/uid_map").unwrap_or_default())
-}
-
-/// Options of every overlay, by whether the kernel knows `index`, and the process's `uid_map`. docs/snapshotter.md says
-/// why these and no others.
-fn overlay_options_for(has_index: bool, ids: &str) -> Vec<String> {
-    // The first user namespace maps all ids to themselves (user_namespaces(7)).
-    let in_user_namespace = !ids.is_empty() && !ids.split_whitespace().eq(["0", "0", "4294967295"]);
-    let options = [("index=off", has_index), ("userxattr", in_user_namespace)];
-    let wanted = options.into_iter().filter(|(_, is_wanted)| *is_wanted);
-    wanted.map(|(option, _)| option.to_owned()).collect()
 }
 
 /// Owner and group that labels of an id mapping give the root of the container.
@@ -591,49 +530,6 @@ fn take(lock: &File) -> Result<(), TryLockError> {
     }
 }
 
-fn tree_names(trees: &Path) -> io::Result<Vec<String>> {
-    let name = |entry: io::Result<fs::DirEntry>| entry.map(|e| e.file_name().into_string().ok());
-    fs::read_dir(trees)?.filter_map(|entry| name(entry).transpose()).collect()
-}
-
-/// The number that a directory's name is, in the one way we write it.
-fn tree_number(name: &str) -> Option<u64> {
-    name.parse().ok().filter(|number: &u64| number.to_string() == name)
-}
-
-/// Whether a directory is as it was when a snapshot that was prepared `since` got it: made in advance, and on disk
-/// ([`spare`]). Whatever is done to a directory gives it a new time of change, which is later than `since`; or another
-/// one, if somebody sets the clock.
-fn is_untouched(upper: &Path, since: SystemTime) -> io::Result<bool> {
-    let found = fs::symlink_metadata(upper)?;
-    let made = found.created()?;
-    let changed = u64::try_from(found.ctime()).ok().zip(u32::try_from(found.ctime_nsec()).ok());
-    let changed = changed.map(|(secs, nanos)| SystemTime::UNIX_EPOCH + Duration::new(secs, nanos));
-    Ok(changed == Some(made) && made + TICK < since)
-}
-
-/// Puts what lies in `upper` on disk. A few files by themselves: syncfs(2) waits for all that every container has written
-/// to the file system.
-fn write_out(upper: &Path, inodes: u64) -> io::Result<()> {
-    if inodes > SYNCED_ALONE_MAX {
-        return Ok(nix::unistd::syncfs(File::open(upper)?)?);
-    }
-    let mut pending = vec![upper.to_owned()];
-    while let Some(path) = pending.pop() {
-        let kind = fs::symlink_metadata(&path)?.file_type();
-        // What else there is, is all in its directory.
-        if kind.is_file() || kind.is_dir() {
-            File::open(&path)?.sync_all()?;
-        }
-        if kind.is_dir() {
-            for entry in fs::read_dir(&path)? {
-                pending.push(entry?.path());
-            }
-        }
-    }
-    Ok(())
-}
-
 fn measure(upper: &Path) -> Result<Usage, SnapshotError> {
     usage::of(upper).map_err(|(path, source)| SnapshotError::Io { what: "measure", path, source })
 }
@@ -656,13 +552,4 @@ fn checked(
     }
     labels.retain(|_, value| !value.is_empty());
     Ok(labels)
-}
-
-/// Makes a directory of exactly this mode, whatever the umask is.
-fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
-    fs::DirBuilder::new().mode(mode).create(path)?;
-    if fs::symlink_metadata(path)?.mode() & 0o7777 == mode {
-        return Ok(());
-    }
-    fs::set_permissions(path, Permissions::from_mode(mode))
 }

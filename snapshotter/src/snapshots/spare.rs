@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::{WORK_MODE, make_dir};
+use super::tree::{WORK_MODE, discard, make_dir};
 use crate::sys::spread_out;
 
 /// How many there are: for some containers at once and the layers of an image.
@@ -168,12 +168,6 @@ impl Shared {
                     .try_for_each(|path| File::open(path)?.sync_all())
             });
         made.inspect_err(|_| discard(&spare)).map(|()| spare)
-    }
-}
-
-fn discard(spare: &Path) {
-    if let Err(error) = fs::remove_dir_all(spare) {
-        tracing::debug!(path = %spare.display(), %error, "a directory of no snapshot is left");
     }
 }
 

@@ -4,11 +4,14 @@
 
 mod model;
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 
 use tonic::{Code, Request};
 
 use super::service::generated::snapshots_server::Snapshots as _;
+use super::tree::{SYNCED_ALONE_MAX, TICK};
 use super::*;
 use crate::step::stop_before;
 use containerd_client::services::v1::snapshots as api;
@@ -80,16 +83,6 @@ fn one_tree_is_bound_and_several_are_overlaid() {
     assert_eq!(snapshots.mounts("c").unwrap(), over);
     let view = snapshots.view("view b", Some("b"), none()).unwrap();
     assert_eq!(view[0].options, [vec![lower], overlay_options()].concat());
-}
-
-#[test]
-fn overlays_get_what_the_kernel_and_the_user_namespace_ask_for_and_no_more() {
-    let first = "         0          0 4294967295\n";
-    let other = "         0     100000      65536\n";
-    assert_eq!(overlay_options_for(true, first), ["index=off"]);
-    assert_eq!(overlay_options_for(true, other), ["index=off", "userxattr"]);
-    assert_eq!(overlay_options_for(false, other), ["userxattr"]);
-    assert!(overlay_options_for(false, first).is_empty());
 }
 
 #[test]
