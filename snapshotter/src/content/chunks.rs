@@ -16,8 +16,8 @@ const CHUNK_BYTES: (usize, usize, usize) = (16 << 10, 64 << 10, 256 << 10);
 /// Pieces that stand in the object itself; a file with more gets [`Pieces`] objects.
 const PIECES_INLINE_MAX: usize = 32;
 
-/// Bytes that are read and cut while those before them are hashed and stored.
-const BLOCK_BYTES: usize = 4 << 20;
+/// Bytes that are read and cut at a time, while those before them are hashed and those before these are stored.
+const BLOCK_BYTES: usize = 1 << 20;
 
 /// Entries or pieces per object, at most; on average a quarter of it.
 pub(super) const LIST_MAX: usize = 1024;
@@ -32,18 +32,44 @@ pub fn cut(
     pieces: &mut Vec<Piece>,
 ) -> Result<u64, ContentError> {
     let mut cutter = Cutter { data, rest: Vec::new(), has_ended: false };
-    let (mut block, mut next) = (Block::default(), Block::default());
-    let mut read = 0;
-    cutter.fill(&mut block).map_err(on("read", path))?;
-    while !block.bytes.is_empty() {
-        read += block.bytes.len() as u64;
-        let (filled, put) =
-            rayon::join(|| cutter.fill(&mut next), || put_block(&block, sink, pieces));
+    let mut first = Block::default();
+    cutter.fill(&mut first).map_err(on("read", path))?;
+    if cutter.has_ended && first.ends.len() <= 1 {
+        // Most files: nothing to share out, and waking a thread takes longer than the hash.
+        let bytes = first.bytes.len() as u64;
+        if bytes > 0 {
+            pieces.push(Piece { bytes, chunk: Some(sink.put(&first.bytes)?) });
+        }
+        return Ok(bytes);
+    }
+    rayon::scope(|_| cut_on(cutter, first, path, sink, pieces))
+}
+
+/// Goes on behind `first`. To be called in the pool, so that what is shared out need not first get there.
+fn cut_on(
+    mut cutter: Cutter<impl Read + Send>,
+    first: Block,
+    path: &Path,
+    sink: &mut dyn Sink,
+    pieces: &mut Vec<Piece>,
+) -> Result<u64, ContentError> {
+    let mut read = first.bytes.len() as u64;
+    let mut blocks = [Block::default(), first, Block::default()];
+    loop {
+        let [next, cut, hashed] = &mut blocks;
+        // What only one processor can do goes first; the hashes fill the gaps.
+        let (put, (filled, ())) = rayon::join(
+            || hashed.put(sink, pieces),
+            || rayon::join(|| cutter.fill(next), || cut.hash()),
+        );
         put?;
         filled.map_err(on("read", path))?;
-        std::mem::swap(&mut block, &mut next);
+        read += next.bytes.len() as u64;
+        if next.bytes.is_empty() && cut.bytes.is_empty() {
+            return Ok(read);
+        }
+        blocks.rotate_right(1);
     }
-    Ok(read)
 }
 
 /// Whole chunks, one behind the other.
@@ -52,6 +78,31 @@ struct Block {
     bytes: Vec<u8>,
     /// Where each chunk ends.
     ends: Vec<usize>,
+    digests: Vec<Digest>,
+}
+
+impl Block {
+    fn chunks(&self) -> impl Iterator<Item = &[u8]> {
+        let begins = std::iter::once(&0).chain(&self.ends);
+        begins.zip(&self.ends).map(|(begin, end)| &self.bytes[*begin..*end])
+    }
+
+    fn hash(&mut self) {
+        let chunks: Vec<&[u8]> = self.chunks().collect();
+        self.digests = chunks.into_par_iter().map(Digest::of).collect();
+    }
+
+    fn put(&self, sink: &mut dyn Sink, pieces: &mut Vec<Piece>) -> Result<(), ContentError> {
+        let chunks: Vec<(Digest, &[u8])> =
+            self.digests.iter().copied().zip(self.chunks()).collect();
+        sink.put_all(&chunks)?;
+        let piece = |(digest, chunk): &(Digest, &[u8])| Piece {
+            bytes: chunk.len() as u64,
+            chunk: Some(*digest),
+        };
+        pieces.extend(chunks.iter().map(piece));
+        Ok(())
+    }
 }
 
 /// Reads and cuts a block at a time.
@@ -65,7 +116,7 @@ struct Cutter<R> {
 impl<R: Read> Cutter<R> {
     /// Reads the next block; it is empty behind the last one.
     fn fill(&mut self, block: &mut Block) -> std::io::Result<()> {
-        let Block { bytes, ends } = block;
+        let Block { bytes, ends, .. } = block;
         ends.clear();
         bytes.clear();
         bytes.append(&mut self.rest);
@@ -85,25 +136,6 @@ impl<R: Read> Cutter<R> {
         bytes.truncate(end);
         Ok(())
     }
-}
-
-fn put_block(
-    block: &Block,
-    sink: &mut dyn Sink,
-    pieces: &mut Vec<Piece>,
-) -> Result<(), ContentError> {
-    let begins = std::iter::once(&0).chain(&block.ends);
-    let chunks: Vec<&[u8]> =
-        begins.zip(&block.ends).map(|(begin, end)| &block.bytes[*begin..*end]).collect();
-    let chunks: Vec<(Digest, &[u8])> =
-        chunks.into_par_iter().map(|chunk| (Digest::of(chunk), chunk)).collect();
-    sink.put_all(&chunks)?;
-    let piece = |(digest, chunk): &(Digest, &[u8])| Piece {
-        bytes: chunk.len() as u64,
-        chunk: Some(*digest),
-    };
-    pieces.extend(chunks.iter().map(piece));
-    Ok(())
 }
 
 /// Puts a list of pieces where an object can refer to it.
