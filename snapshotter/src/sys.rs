@@ -16,8 +16,8 @@ const DONT_CACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 /// The smallest page there is. Of a larger one more would stay in memory, and nothing worse.
 const PAGE_BYTES: u64 = 4096;
 
-/// Has the kernel begin to write these bytes of `file` to the disk, and does not wait for it (`sync_file_range(2)`). It is
-/// advice: a file system that does not take it loses time at the next fsync and nothing else.
+/// Has the kernel begin to write these bytes of `file` to the disk, and does not wait for it (`sync_file_range(2)`); with no
+/// bytes, all from there on. It is advice: a file system that does not take it loses time at the next fsync and nothing else.
 #[expect(unsafe_code, reason = "nix has no sync_file_range")]
 pub(crate) fn begin_writing(file: &File, bytes: Range<u32>) {
     let (begin, length) = (bytes.start.into(), (bytes.end - bytes.start).into());

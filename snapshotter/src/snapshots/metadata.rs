@@ -341,13 +341,14 @@ impl Change<'_> {
         Ok(row)
     }
 
-    /// Takes `key` out. Errors: [`SnapshotError::NotFound`]; [`SnapshotError::HasChildren`].
-    pub(super) fn remove(&self, key: &str) -> Result<(), SnapshotError> {
+    /// Takes `key` out and returns its number. Errors: [`SnapshotError::NotFound`]; [`SnapshotError::HasChildren`].
+    pub(super) fn remove(&self, key: &str) -> Result<u64, SnapshotError> {
         let row = self.get(key)?.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
         if self.has_children(key)? {
             return Err(SnapshotError::HasChildren(key.to_owned()));
         }
-        self.forget(key, &row)
+        self.forget(key, &row)?;
+        Ok(row.number)
     }
 
     /// The numbers of all snapshots, this change's included.
@@ -524,8 +525,8 @@ mod tests {
         std::os::unix::fs::symlink(SPARES, dir.path().join(SPARES)).unwrap();
         relabel().unwrap();
         relabel().unwrap();
-        add("b").unwrap();
-        relabel().unwrap_err();
+        // Whoever comes first after the flush has failed is told.
+        add("b").and_then(|()| relabel()).unwrap_err();
     }
 
     #[test]

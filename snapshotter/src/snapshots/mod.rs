@@ -41,6 +41,7 @@ mod spare;
 mod tests;
 mod tree;
 mod usage;
+mod writeback;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, TryLockError};
@@ -60,8 +61,9 @@ use metadata::{Chain, Change, Metadata, Row};
 use mounts::overlay_options;
 pub use service::serve;
 use spare::Spares;
-use tree::{WORK_MODE, discard, is_untouched, make_dir, tree_names, tree_number, write_out};
+use tree::{WORK_MODE, discard, make_dir, measure, tree_names, tree_number, write_out};
 pub use usage::Usage;
+use writeback::Writeback;
 
 use crate::step;
 
@@ -118,6 +120,7 @@ pub struct Snapshots {
     /// Absolute path of `fs/`.
     trees: PathBuf,
     spares: Spares,
+    writeback: Writeback,
     /// Smallest number whose directory has not been touched yet, also by prepares that failed.
     number_floor: AtomicU64,
     /// overlayfs options that every overlay gets.
@@ -152,6 +155,7 @@ impl Snapshots {
             metadata,
             trees,
             spares,
+            writeback: Writeback::default(),
             number_floor: AtomicU64::new(highest.map_or(1, |number| number + 1)),
             overlay_options: overlay_options(),
             _lock: lock,
@@ -214,6 +218,9 @@ impl Snapshots {
             discard(&self.tree(number));
             return Err(error);
         }
+        if kind == Kind::Active && Writeback::is_for(key) {
+            self.writeback.follow(number, self.upper(number));
+        }
         Ok(self.mounts_of(&chain))
     }
 
@@ -246,9 +253,9 @@ impl Snapshots {
 
     /// Makes the active snapshot `key` the committed one `name`, with these labels and no others.
     ///
-    /// 1. measure, 2. write its files out, if it is not as it was made, 3. commit the database.
+    /// 1. write its files out, if it is not as it was made, and measure it, 2. commit the database.
     ///
-    /// On open: without step 3 it is still active.
+    /// On open: without step 2 it is still active.
     ///
     /// Caller: nothing writes to it any more. Errors: [`SnapshotError::NotFound`],
     /// [`SnapshotError::NotActive`], [`SnapshotError::AlreadyExists`] for `name`,
@@ -263,22 +270,16 @@ impl Snapshots {
         let labels = checked(labels)?;
         let row = self.metadata.get(key)?;
         let usage = if row.kind == Kind::Active {
-            let upper = self.upper(row.number);
+            self.writeback.leave(row.number);
             step::reach("commit 1");
-            let usage = measure(&upper)?;
-            step::reach("commit 2");
             // Otherwise a power cut leaves a layer of empty files that is never unpacked again.
-            let is_on_disk =
-                usage.inodes == 1 && is_untouched(&upper, row.created).unwrap_or(false);
-            let written = if is_on_disk { Ok(()) } else { write_out(&upper, usage.inodes) };
-            written.map_err(|source| SnapshotError::Io { what: "sync", path: upper, source })?;
-            usage
+            write_out(&self.upper(row.number), row.created)?
         } else {
             Usage::default()
         };
         let change = self.metadata.begin()?;
         change.commit_active(name, (key, row.number), labels, usage)?;
-        step::reach("commit 3");
+        step::reach("commit 2");
         // containerd never unpacks again what it was told is there.
         change.commit_to_disk()
     }
@@ -349,9 +350,11 @@ impl Snapshots {
     /// Errors: [`SnapshotError::NotFound`]; [`SnapshotError::HasChildren`].
     pub fn remove(&self, key: &str) -> Result<(), SnapshotError> {
         let change = self.metadata.begin()?;
-        change.remove(key)?;
+        let number = change.remove(key)?;
         step::reach("remove 1");
-        change.commit()
+        change.commit()?;
+        self.writeback.leave(number);
+        Ok(())
     }
 
     /// All snapshots that any of `filters` matches, or all, in the order of names.
@@ -528,10 +531,6 @@ fn take(lock: &File) -> Result<(), TryLockError> {
             done => return done,
         }
     }
-}
-
-fn measure(upper: &Path) -> Result<Usage, SnapshotError> {
-    usage::of(upper).map_err(|(path, source)| SnapshotError::Io { what: "measure", path, source })
 }
 
 fn check_key(key: &str) -> Result<(), SnapshotError> {

@@ -1,10 +1,16 @@
 //! A snapshot's directory on disk: made, found untouched or written out, deleted.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, Metadata, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::unistd::syncfs;
+
+use super::{SnapshotError, Usage, usage};
 
 /// Mode of `work`, as overlayfs has it.
 pub(super) const WORK_MODE: u32 = 0o711;
@@ -13,7 +19,7 @@ pub(super) const WORK_MODE: u32 = 0o711;
 pub(super) const TICK: Duration = Duration::from_millis(10);
 
 /// Most inodes of a layer that are synced one by one.
-pub(super) const SYNCED_ALONE_MAX: u64 = 16;
+const SYNCED_ALONE_MAX: usize = 16;
 
 pub(super) fn tree_names(trees: &Path) -> io::Result<Vec<String>> {
     let name = |entry: io::Result<fs::DirEntry>| entry.map(|e| e.file_name().into_string().ok());
@@ -40,31 +46,59 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
 pub(super) fn is_untouched(upper: &Path, since: SystemTime) -> io::Result<bool> {
     let found = fs::symlink_metadata(upper)?;
     let made = found.created()?;
-    let changed = u64::try_from(found.ctime()).ok().zip(u32::try_from(found.ctime_nsec()).ok());
-    let changed = changed.map(|(secs, nanos)| SystemTime::UNIX_EPOCH + Duration::new(secs, nanos));
-    Ok(changed == Some(made) && made + TICK < since)
+    Ok(changed(&found) == made && made + TICK < since)
 }
 
-/// Puts what lies in `upper` on disk. A few files by themselves: syncfs(2) waits for all that every container has written
-/// to the file system.
-pub(super) fn write_out(upper: &Path, inodes: u64) -> io::Result<()> {
-    if inodes > SYNCED_ALONE_MAX {
-        return Ok(nix::unistd::syncfs(File::open(upper)?)?);
-    }
-    let mut pending = vec![upper.to_owned()];
-    while let Some(path) = pending.pop() {
-        let kind = fs::symlink_metadata(&path)?.file_type();
-        // What else there is, is all in its directory.
-        if kind.is_file() || kind.is_dir() {
-            File::open(&path)?.sync_all()?;
+/// When a file or directory was last changed, its attributes included.
+pub(super) fn changed(found: &Metadata) -> SystemTime {
+    let since_epoch = u64::try_from(found.ctime()).ok().zip(u32::try_from(found.ctime_nsec()).ok());
+    since_epoch.map_or(UNIX_EPOCH, |(secs, nanos)| UNIX_EPOCH + Duration::new(secs, nanos))
+}
+
+/// Puts what lies in `upper`, of a snapshot that was prepared `since`, on disk, and measures it. A few files by themselves:
+/// syncfs(2) waits for all that every container has written to the file system.
+pub(super) fn write_out(upper: &Path, since: SystemTime) -> Result<Usage, SnapshotError> {
+    let failed = |source| SnapshotError::Io { what: "sync", path: upper.to_owned(), source };
+    if let Some(few) = few_inodes(upper).map_err(failed)? {
+        if few.len() > 1 || !is_untouched(upper, since).unwrap_or(false) {
+            few.iter().try_for_each(|path| sync(path)).map_err(failed)?;
         }
-        if kind.is_dir() {
+        return measure(upper);
+    }
+    // One waits for the disk, the other for the processor.
+    thread::scope(|scope| {
+        let usage = scope.spawn(|| measure(upper));
+        let written = File::open(upper).and_then(|upper| Ok(syncfs(upper)?));
+        let usage = usage.join().unwrap_or_else(|panicked| resume_unwind(panicked));
+        written.map_err(failed).and(usage)
+    })
+}
+
+/// All that lies in `upper`, with itself, unless there is more than can be synced one by one.
+pub(super) fn few_inodes(upper: &Path) -> io::Result<Option<Vec<PathBuf>>> {
+    let (mut found, mut pending) = (Vec::new(), vec![upper.to_owned()]);
+    while let Some(path) = pending.pop() {
+        if fs::symlink_metadata(&path)?.is_dir() {
             for entry in fs::read_dir(&path)? {
                 pending.push(entry?.path());
+                if 1 + found.len() + pending.len() > SYNCED_ALONE_MAX {
+                    return Ok(None);
+                }
             }
         }
+        found.push(path);
     }
-    Ok(())
+    Ok(Some(found))
+}
+
+fn sync(path: &Path) -> io::Result<()> {
+    let kind = fs::symlink_metadata(path)?.file_type();
+    // What else there is, is all in its directory.
+    if kind.is_file() || kind.is_dir() { File::open(path)?.sync_all() } else { Ok(()) }
+}
+
+pub(super) fn measure(upper: &Path) -> Result<Usage, SnapshotError> {
+    usage::of(upper).map_err(|(path, source)| SnapshotError::Io { what: "measure", path, source })
 }
 
 /// Deletes a directory that no snapshot has. What cannot be deleted is logged and left.

@@ -1,9 +1,10 @@
 //! How much a directory tree takes on its disk.
 
 use std::collections::HashSet;
+use std::fs::{self, Metadata};
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,31 +22,39 @@ pub struct Usage {
 /// The tree may change meanwhile (a container may run in it): what disappears between being listed
 /// and being looked at is not counted. Errors: any other I/O error, with the path.
 pub(super) fn of(top: &Path) -> Result<Usage, (PathBuf, io::Error)> {
-    let mut usage = Usage::default();
-    let mut seen = HashSet::new();
-    let mut pending = vec![top.to_owned()];
-    while let Some(path) = pending.pop() {
-        let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound && path != top;
-        let metadata = match fs::symlink_metadata(&path) {
-            Err(error) if gone(&error) => continue,
-            other => other.map_err(|error| (path.clone(), error))?,
-        };
-        if metadata.nlink() > 1
-            && !metadata.is_dir()
-            && !seen.insert((metadata.dev(), metadata.ino()))
-        {
-            continue;
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |error| (path, error)
+    };
+    let (mut usage, mut seen) = (Usage::default(), HashSet::new());
+    let mut count = |found: &Metadata| {
+        if found.nlink() > 1 && !found.is_dir() && !seen.insert((found.dev(), found.ino())) {
+            return;
         }
         usage.inodes += 1;
         // st_blocks counts 512 bytes whatever the file system's block size is (stat(2)).
-        usage.size_bytes += metadata.blocks() * 512;
-        if metadata.is_dir() {
-            let entries = match fs::read_dir(&path) {
-                Err(error) if gone(&error) => continue,
-                other => other.map_err(|error| (path.clone(), error))?,
-            };
-            for entry in entries {
-                pending.push(entry.map_err(|error| (path.clone(), error))?.path());
+        usage.size_bytes += found.blocks() * 512;
+    };
+    count(&fs::symlink_metadata(top).map_err(failed(top))?);
+    let mut pending = vec![top.to_owned()];
+    while let Some(directory) = pending.pop() {
+        let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound && directory != top;
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if gone(&error) => continue,
+            entries => entries.map_err(failed(&directory))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed(&directory))?;
+            // Through the directory's descriptor, so that its path is not looked up for each.
+            match entry.metadata() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+                Err(error) => return Err((entry.path(), error)),
+                Ok(found) => {
+                    count(&found);
+                    if found.is_dir() {
+                        pending.push(entry.path());
+                    }
+                }
             }
         }
     }
