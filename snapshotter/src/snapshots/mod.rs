@@ -214,12 +214,14 @@ impl Snapshots {
         step::reach("add 1");
         let made = self.place_tree(&chain);
         step::reach("add 2");
-        if let Err(error) = made.and_then(|()| change.commit()) {
-            discard(&self.tree(number));
-            return Err(error);
-        }
+        // Before anybody can commit or remove it.
         if kind == Kind::Active && Writeback::is_for(key) {
             self.writeback.follow(number, self.upper(number));
+        }
+        if let Err(error) = made.and_then(|()| change.commit()) {
+            self.writeback.leave(number);
+            discard(&self.tree(number));
+            return Err(error);
         }
         Ok(self.mounts_of(&chain))
     }
