@@ -15,12 +15,15 @@
 //! docs/formats.md has them, and the tests pin them. Decoding takes bytes from peers: it returns errors and
 //! checks every rule that the writers keep.
 
+mod raw;
+
 use std::borrow::Cow;
 
 use godwit_protos::{Digest, FileSystem};
 use serde::{Deserialize, Serialize};
 
 use super::alias::{Aliases, Area};
+use raw::{digest, digests, optional_digest};
 
 /// Version byte in front of every object but chunks and memory images.
 const VERSION: u8 = 1;
@@ -568,56 +571,6 @@ pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectE
                 .collect::<Result<_, _>>()?
         }
     })
-}
-
-/// A digest as 32 raw bytes.
-mod digest {
-    use super::Digest;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(digest: &Digest, to: S) -> Result<S::Ok, S::Error> {
-        digest.as_bytes().serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Digest, D::Error> {
-        <[u8; 32]>::deserialize(from).map(Digest::from_bytes)
-    }
-}
-
-/// A digest that may be absent.
-mod optional_digest {
-    use super::Digest;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(one: &Option<Digest>, to: S) -> Result<S::Ok, S::Error> {
-        one.map(|digest| *digest.as_bytes()).serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        from: D,
-    ) -> Result<Option<Digest>, D::Error> {
-        Ok(Option::<[u8; 32]>::deserialize(from)?.map(Digest::from_bytes))
-    }
-}
-
-/// Digests side by side in one byte string.
-mod digests {
-    use super::Digest;
-    use serde::de::Error as _;
-    use serde::{Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(all: &[Digest], to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_bytes(&all.iter().flat_map(|one| *one.as_bytes()).collect::<Vec<u8>>())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Digest>, D::Error> {
-        let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
-        let (digests, rest) = bytes.as_chunks::<32>();
-        if !rest.is_empty() {
-            return Err(D::Error::custom("digests have 32 bytes each"));
-        }
-        Ok(digests.iter().map(|one| Digest::from_bytes(*one)).collect())
-    }
 }
 
 #[cfg(test)]

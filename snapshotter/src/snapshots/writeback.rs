@@ -236,4 +236,22 @@ mod tests {
         snapshots.view("default/1/extract-view", Some("layer"), Default::default()).unwrap();
         assert_eq!(followed(), FOLLOWED_MAX - 2);
     }
+    #[test]
+    fn what_is_removed_as_soon_as_it_is_there_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let (key, deadline) = ("default/1/extract-1 x", Instant::now() + Duration::from_secs(10));
+        let again_and_again = |work: &(dyn Fn() -> bool + Sync)| {
+            for _ in 0..2 * FOLLOWED_MAX {
+                while !work() {
+                    assert!(Instant::now() < deadline);
+                }
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| again_and_again(&|| snapshots.remove(key).is_ok()));
+            again_and_again(&|| snapshots.prepare(key, None, Default::default()).is_ok());
+        });
+        assert_eq!(snapshots.writeback.followed().len(), 0);
+    }
 }

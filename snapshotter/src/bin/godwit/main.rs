@@ -1,12 +1,16 @@
 //! `godwit`: the command line. It asks this node's daemon over its control socket; run it as root.
 
-use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+mod arguments;
+mod output;
+
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use arguments::{
+    Arguments, Command, Migrate, Mode, Output, SnapshotCommand, VolumeCommand, VolumeKind, YesNo,
+};
+use clap::Parser as _;
 use godwit_protos::FileSystem;
 use godwit_protos::control::{
     CheckRequest, Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest,
@@ -15,73 +19,15 @@ use godwit_protos::control::{
     VerifyVolumeRequest, Volume,
 };
 use godwit_snapshotter::check;
-use godwit_snapshotter::config::{self, Config};
+use godwit_snapshotter::config::Config;
 use godwit_snapshotter::migrate::plan::Plan;
+use output::Out;
 use serde_json::json;
 use ttrpc::asynchronous::{Client, ClientStreamReceiver};
 use ttrpc::context::{Context, with_duration};
 
 /// Longest wait for an answer; a migration of a large container takes its time.
 const PATIENCE: Duration = Duration::from_secs(3600);
-
-/// Moves running containers between nodes.
-#[derive(Parser)]
-#[command(name = "godwit", version)]
-struct Arguments {
-    /// The daemon's control socket.
-    #[arg(long, global = true, default_value = godwit_protos::path::CONTROL_SOCKET)]
-    socket: PathBuf,
-    /// containerd's namespace.
-    #[arg(short, long, global = true, default_value = "default")]
-    namespace: String,
-    /// Form of the output.
-    #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
-    output: Output,
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// For people.
-    Text,
-    /// For programs; docs/protocol.md explains the fields.
-    Json,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Move a running container from one node to another.
-    Migrate(Migrate),
-    /// Tell what a migration would cost and what stands in its way, before anything moves.
-    Plan(Migrate),
-    /// What is cached of containers and volumes on this node.
-    #[command(subcommand)]
-    Snapshot(SnapshotCommand),
-    /// Volumes on this node.
-    #[command(subcommand)]
-    Volume(VolumeCommand),
-    /// The nodes that this node knows, and how they answer.
-    Peers,
-    /// This node: versions, what the store holds, who owns which container.
-    Status,
-    /// Follow every migration that this node takes part in.
-    Watch,
-    /// Free what no snapshot, volume or migration needs any more.
-    Sweep,
-    /// Read all that is kept here and tell what is damaged: exit code 0 if nothing is, 3 if something is.
-    Check(Check),
-}
-
-#[derive(Args)]
-struct Check {
-    /// Take what is damaged out of the store, fetch it again from peers, and lay read-only volumes out again.
-    #[arg(long)]
-    repair: bool,
-    /// The daemon's configuration, which says where the state is while no daemon runs.
-    #[arg(long, default_value = config::DEFAULT_PATH)]
-    config: PathBuf,
-}
 
 /// Exit code when damage was found, and is left.
 const DAMAGED: u8 = 3;
@@ -90,156 +36,6 @@ const DAMAGED: u8 = 3;
 #[derive(Debug, thiserror::Error)]
 #[error("damage was found")]
 struct DamageFound;
-
-#[derive(Args)]
-struct Migrate {
-    /// The container.
-    name: String,
-    /// Node that runs it.
-    #[arg(long)]
-    from: String,
-    /// Node that is to run it.
-    #[arg(long)]
-    to: String,
-    /// Whom the destination asks.
-    #[arg(long, value_enum, default_value_t = Mode::Cooperative)]
-    mode: Mode,
-    /// Rounds of pre-copy at most; 0 lets the change between rounds decide.
-    #[arg(long, default_value_t = 0)]
-    max_rounds: u32,
-    /// Whether the container's writable layer moves too.
-    #[arg(long, value_enum, default_value_t = YesNo::Yes)]
-    writable_layer: YesNo,
-    /// Network namespace to join at the destination, if not the one of the same path.
-    #[arg(long)]
-    netns: Option<String>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Mode {
-    /// Neighbours first, the source for the rest.
-    Cooperative,
-    /// The source alone.
-    Traditional,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum YesNo {
-    Yes,
-    No,
-}
-
-#[derive(Subcommand)]
-enum SnapshotCommand {
-    /// List cached snapshots.
-    #[command(alias = "ls")]
-    List,
-    /// Take a snapshot of a running container's memory, layer and volumes, without stopping it.
-    Create {
-        /// The container.
-        name: String,
-        /// Freeze the container meanwhile, and keep what is needed to start it on another node.
-        #[arg(long)]
-        consistent: bool,
-    },
-    /// Start a container on this node from a consistent snapshot, after its host died. What it did since is lost.
-    Restore {
-        /// The number of a snapshot of a whole container (`container|...`).
-        id: String,
-        /// Start it although a peer does not answer or still has it: there may be two of it then.
-        #[arg(long)]
-        although_it_may_run_elsewhere: bool,
-        /// Network namespace to join, if not the one of the same path.
-        #[arg(long)]
-        netns: Option<String>,
-    },
-    /// Show one snapshot.
-    Show {
-        /// Its number.
-        id: String,
-    },
-    /// Delete a cached snapshot.
-    #[command(alias = "rm")]
-    Delete {
-        /// Its number.
-        id: String,
-    },
-    /// Keep a snapshot until it is unpinned or deleted.
-    Pin {
-        /// Its number.
-        id: String,
-    },
-    /// Let a snapshot be retired again.
-    Unpin {
-        /// Its number.
-        id: String,
-    },
-}
-
-#[derive(Subcommand)]
-enum VolumeCommand {
-    /// Make an empty writable volume.
-    Create {
-        /// Its id: letters, digits, '_', '.' and '-'.
-        id: String,
-        /// A directory, or a file with a file system of its own, in which files keep their inode numbers when they move.
-        #[arg(long, value_enum, default_value_t = VolumeKind::Tree)]
-        kind: VolumeKind,
-        /// Size of a block volume, for example 512M or 10G; only what is written takes room on the disk.
-        #[arg(long, value_parser = size, required_if_eq("kind", "block"))]
-        size: Option<u64>,
-        /// File system of a block volume: ext4 (the default) or xfs.
-        #[arg(long)]
-        fs: Option<FileSystem>,
-    },
-    /// Read a directory or a tar archive and print the digest by which it can be mounted read-only, here or anywhere.
-    Import {
-        /// The directory, or the archive: compressed or not.
-        from: PathBuf,
-    },
-    /// Write a copy of a volume into a directory, which must be new or empty.
-    Export {
-        /// A volume id or sha256:...
-        id: String,
-        /// The directory.
-        directory: PathBuf,
-    },
-    /// Check that read-only content is what its name says, or that the file system of a block volume is sound.
-    Verify {
-        /// sha256:..., or the id of a block volume that no container uses.
-        id: String,
-    },
-    /// List volumes.
-    #[command(alias = "list")]
-    Ls,
-    /// Remove a volume.
-    Rm {
-        /// A volume id or sha256:...
-        id: String,
-    },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum VolumeKind {
-    Tree,
-    Block,
-}
-
-/// Bytes, or a number of them with K, M, G or T behind it for powers of 1024.
-fn size(text: &str) -> Result<u64, String> {
-    let end = text.find(|one: char| !one.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, unit) = text.split_at(end);
-    let power = match unit {
-        "" => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        _ => return Err("a number, with K, M, G or T behind it".to_owned()),
-    };
-    let number: u64 = digits.parse().map_err(|error| format!("{error}"))?;
-    number.checked_mul(1 << power).ok_or_else(|| "more than there can be".to_owned())
-}
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
@@ -551,70 +347,4 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
         ),
     )?;
     out.table(&ownership, &["container", "state", "epoch", "peer"])
-}
-
-fn cell(value: &serde_json::Value) -> String {
-    match value {
-        serde_json::Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
-}
-
-/// Where results go: tables and sentences for people, JSON for programs.
-struct Out {
-    json: bool,
-}
-
-impl Out {
-    fn raw(&self, json: &str, text: &str) -> anyhow::Result<()> {
-        let text = if self.json { json } else { text };
-        Ok(writeln!(std::io::stdout(), "{text}")?)
-    }
-
-    fn object(&self, object: &serde_json::Value, text: &str) -> anyhow::Result<()> {
-        self.raw(&object.to_string(), text)
-    }
-
-    /// One object, a line for each field.
-    fn fields(&self, object: &serde_json::Value) -> anyhow::Result<()> {
-        let lines = object.as_object().into_iter().flatten();
-        let lines = lines.map(|(key, value)| format!("{}: {}", key.replace('_', " "), cell(value)));
-        self.object(object, &lines.collect::<Vec<_>>().join("\n"))
-    }
-
-    fn event(&self, event: &Progress) -> anyhow::Result<()> {
-        let object = json!({"migration": event.migration, "step": event.step, "text": event.text});
-        self.object(&object, &format!("{} {}: {}", event.migration, event.step, event.text))
-    }
-
-    fn table(&self, lines: &[serde_json::Value], columns: &[&str]) -> anyhow::Result<()> {
-        if self.json {
-            return self.raw(&serde_json::Value::from(lines).to_string(), "");
-        }
-        let rows: Vec<Vec<String>> = lines
-            .iter()
-            .map(|line| columns.iter().map(|key| cell(&line[*key])).collect())
-            .collect();
-        let head: Vec<String> =
-            columns.iter().map(|key| key.to_uppercase().replace('_', " ")).collect();
-        let widths: Vec<usize> = (0..columns.len())
-            .map(|at| rows.iter().chain([&head]).map(|row| row[at].len()).max().unwrap_or(0))
-            .collect();
-        let mut stdout = std::io::stdout().lock();
-        for row in std::iter::once(&head).chain(&rows) {
-            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-            writeln!(stdout, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
-        }
-        Ok(())
-    }
-
-    /// A line that shows what is going on, on a terminal; nothing elsewhere.
-    fn bar(&self) -> indicatif::ProgressBar {
-        if self.json || !std::io::stderr().is_terminal() {
-            return indicatif::ProgressBar::hidden();
-        }
-        let bar = indicatif::ProgressBar::new_spinner();
-        bar.enable_steady_tick(Duration::from_millis(100));
-        bar
-    }
 }
