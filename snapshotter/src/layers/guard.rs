@@ -25,7 +25,7 @@ const SIZE_SLACK: u64 = 16 << 20;
 pub(super) async fn guard(peers: &[Arc<Connection>], size_bytes: u64) -> &'static str {
     let received = || peers.iter().map(|peer| peer.traffic.received()).sum::<u64>();
     let (begun, before) = (Instant::now(), received());
-    let mut guard = Guard::new(size_bytes);
+    let mut guard = Guard::new(size_bytes, RATE_OVER);
     loop {
         tokio::time::sleep(LOOK).await;
         if let Some(why) = guard.look(begun.elapsed(), received() - before) {
@@ -35,20 +35,22 @@ pub(super) async fn guard(peers: &[Arc<Connection>], size_bytes: u64) -> &'stati
 }
 
 /// What is remembered from one look to the next.
-struct Guard {
+pub(super) struct Guard {
     most: u64,
+    over: Duration,
     /// When the rate was looked at last, since the beginning, and what had come by then.
     last: (Duration, u64),
 }
 
 impl Guard {
-    fn new(size_bytes: u64) -> Self {
+    /// For a layer of that size, which must come fast enough `over` each such time.
+    pub(super) fn new(size_bytes: u64, over: Duration) -> Self {
         let most = size_bytes.saturating_mul(2).saturating_add(SIZE_SLACK);
-        Self { most, last: (Duration::ZERO, 0) }
+        Self { most, over, last: (Duration::ZERO, 0) }
     }
 
     /// Why to give up, `elapsed` after the beginning, when so many bytes have come by then.
-    fn look(&mut self, elapsed: Duration, received: u64) -> Option<&'static str> {
+    pub(super) fn look(&mut self, elapsed: Duration, received: u64) -> Option<&'static str> {
         if received > self.most {
             return Some("it is larger than it was announced");
         }
@@ -56,8 +58,8 @@ impl Guard {
             return Some("it took too long");
         }
         let (since, before) = self.last;
-        if elapsed - since >= RATE_OVER {
-            if received - before < RATE_MIN * RATE_OVER.as_secs() {
+        if elapsed - since >= self.over {
+            if received.saturating_sub(before) < RATE_MIN * self.over.as_secs() {
                 return Some("it came too slowly");
             }
             self.last = (elapsed, received);
@@ -72,7 +74,8 @@ mod tests {
 
     /// When a layer of `size_bytes` is given up on and why, if so many bytes come with each look.
     fn given_up(size_bytes: u64, bytes: impl Fn(Duration) -> u64) -> (Duration, &'static str) {
-        let (mut guard, mut elapsed, mut received) = (Guard::new(size_bytes), Duration::ZERO, 0);
+        let (mut guard, mut elapsed, mut received) =
+            (Guard::new(size_bytes, RATE_OVER), Duration::ZERO, 0);
         loop {
             elapsed += LOOK;
             received += bytes(elapsed);
@@ -96,5 +99,8 @@ mod tests {
         let much = given_up(16 << 20, |_| 1 << 20);
         assert_eq!(much, (49 * LOOK, "it is larger than it was announced"));
         assert_eq!(given_up(u64::MAX, |_| gib).1, "it took too long", "no overflow");
+        let mut guard = Guard::new(gib, RATE_OVER);
+        assert_eq!(guard.look(5 * second, gib), None);
+        assert_eq!(guard.look(10 * second, 0), Some("it came too slowly"), "fewer than before");
     }
 }

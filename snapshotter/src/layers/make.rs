@@ -9,7 +9,7 @@ use std::io::{self, BufReader, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
@@ -20,6 +20,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tonic::Status;
 
+use super::guard::Guard;
 use super::{LAYER_BYTES_MAX, LEASE, LayerError, QUEUE, blocking, keep};
 use crate::caching::retention::has_room;
 use crate::containerd::{ClientError, FoundLayer};
@@ -36,6 +37,9 @@ const MAKE_MAX: Duration = Duration::from_secs(300);
 /// How often one says that it works, and how long it is waited for to say so.
 const PROGRESS: Duration = Duration::from_millis(500);
 const PROGRESS_MAX: Duration = Duration::from_secs(2);
+
+/// How long one may do next to nothing ([`Guard`]): others come first, or what is made is being flushed.
+const IDLE_MAX: Duration = Duration::from_secs(30);
 
 /// Layers that wait to be made, with the one that is.
 const QUEUED_MAX: usize = 16;
@@ -57,7 +61,7 @@ impl Default for Making {
 type Made = (Digest, u64);
 
 /// Has neighbours that have the layer's blob make its object. Returns those who did, and the names of those who left a
-/// question without an answer.
+/// question without an answer, or make it too slowly.
 ///
 /// They begin at the same time; once the first is done, the others have as long again.
 pub(super) async fn ask(
@@ -69,7 +73,7 @@ pub(super) async fn ask(
     let makers = holders.into_iter().rev().take(MAKERS_MAX);
     let mut makers: FuturesUnordered<_> = makers
         .map(|peer| async move {
-            let made = ask_one(&peer, layer).await;
+            let made = ask_one(&peer, layer, IDLE_MAX).await;
             (peer, made)
         })
         .collect();
@@ -93,8 +97,12 @@ pub(super) async fn ask(
     (made, silent)
 }
 
-/// Errors: why it was not made; nothing where there was no answer in time.
-async fn ask_one(peer: &Connection, layer: &FoundLayer) -> Result<Made, Option<String>> {
+/// Errors: why it was not made; nothing where there was no answer in time, or too little was done in one `idle_max`.
+async fn ask_one(
+    peer: &Connection,
+    layer: &FoundLayer,
+    idle_max: Duration,
+) -> Result<Made, Option<String>> {
     let asked = MakeLayerRequest {
         diff_id: layer.diff_id.as_bytes().to_vec().into(),
         blob: layer.blob.digest.as_bytes().to_vec().into(),
@@ -104,6 +112,7 @@ async fn ask_one(peer: &Connection, layer: &FoundLayer) -> Result<Made, Option<S
     let failed = |status: Status| Some(status.message().to_owned());
     let call = tokio::time::timeout(PROGRESS_MAX, client.make_layer(asked));
     let mut answer = call.await.map_err(late)?.map_err(failed)?.into_inner();
+    let (begun, mut guard) = (Instant::now(), Guard::new(LAYER_BYTES_MAX, idle_max));
     loop {
         let progress = tokio::time::timeout(PROGRESS_MAX, answer.message());
         let Some(progress) = progress.await.map_err(late)?.map_err(failed)? else {
@@ -112,6 +121,9 @@ async fn ask_one(peer: &Connection, layer: &FoundLayer) -> Result<Made, Option<S
         if !progress.root.is_empty() {
             let root = Digest::try_from(&progress.root[..]);
             return Ok((root.map_err(|error| Some(error.to_string()))?, progress.done_bytes));
+        }
+        if guard.look(begun.elapsed(), progress.done_bytes).is_some() {
+            return Err(None);
         }
     }
 }
@@ -269,7 +281,7 @@ impl<R: Read> Read for Hashed<R> {
 mod tests {
     use super::*;
     use crate::containerd::Descriptor;
-    use crate::peer::tests::{locating, making};
+    use crate::peer::tests::{Script, locating, making};
     use godwit_protos::peer::LocateResponse;
     use std::io::Write as _;
 
@@ -280,10 +292,10 @@ mod tests {
         let layer = FoundLayer { diff_id: Digest::of(b"layer"), blob, above: Vec::new() };
         let peers = [
             locating("empty", Some(LocateResponse::default())).await,
-            making("mute", digest, false).await,
-            making("honest", digest, true).await,
+            making("mute", digest, Script::Stalls).await,
+            making("honest", digest, Script::Honest).await,
         ];
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let (made, _) = ask(&peers, &layer).await;
         assert!(begun.elapsed() < PROGRESS_MAX, "{:?}", begun.elapsed());
         let made: Vec<_> =
@@ -292,6 +304,18 @@ mod tests {
         let (made, silent) = ask(&peers[..2], &layer).await;
         assert!(made.is_empty() && silent == ["mute"], "{silent:?}");
         assert!(begun.elapsed() < 3 * PROGRESS_MAX, "{:?}", begun.elapsed());
+    }
+
+    /// Method: it says that it works, and has done as much as before.
+    #[tokio::test]
+    async fn whoever_only_says_that_he_makes_a_layer_is_given_up_on() {
+        let digest = Digest::of(b"blob");
+        let blob = Descriptor { media_type: String::new(), digest, size_bytes: 1 };
+        let layer = FoundLayer { diff_id: Digest::of(b"layer"), blob, above: Vec::new() };
+        let peer = making("idle", digest, Script::Chatters).await;
+        let (begun, second) = (Instant::now(), Duration::from_secs(1));
+        assert_eq!(ask_one(&peer, &layer, second).await.unwrap_err(), None);
+        assert!((second..2 * second).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     }
 
     /// Pieces as short as can be, so that a header never comes in one.

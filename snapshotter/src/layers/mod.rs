@@ -96,9 +96,17 @@ pub enum LayerError {
     /// It arrived too slowly, or is more than it should be.
     #[error("{0}")]
     Guard(&'static str),
-    /// Announced larger than any layer, or than the disk has room.
+    /// Offered as larger than any layer, or than the disk has room.
     #[error("{0} bytes are too many")]
     TooLarge(u64),
+    /// It has another length than its giver said.
+    #[error("{found} bytes, and {offered} were offered")]
+    Length {
+        /// What the object says.
+        found: u64,
+        /// What was said of it.
+        offered: u64,
+    },
     /// It took longer than it may.
     #[error("it took longer than {} s", SUPPLY_MAX.as_secs())]
     Late,
@@ -111,7 +119,8 @@ impl LayerError {
     /// Whether the object is to blame, so that neither it nor who gave it is to be trusted.
     fn is_lie(&self) -> bool {
         let is_bad = matches!(self, Self::Containerd(ClientError::WrongContent(_)));
-        is_bad || matches!(self.content(), Some(ContentError::Object { .. }))
+        let is_other = matches!(self, Self::Length { .. });
+        is_bad || is_other || matches!(self.content(), Some(ContentError::Object { .. }))
     }
 
     /// Whether what this node keeps of the layer is of no use: it is a lie, or the disk lost something of it.
@@ -126,8 +135,10 @@ impl LayerError {
         match self {
             _ if self.is_lie() => Some(SHUN_LIAR),
             Self::Fetch(FetchError::Content(_) | FetchError::Interrupted) => None,
-            Self::Fetch(_) | Self::Guard(_) | Self::TooLarge(_) => Some(SHUN_SILENT),
-            Self::Containerd(_)
+            Self::Fetch(_) | Self::Guard(_) => Some(SHUN_SILENT),
+            Self::TooLarge(_)
+            | Self::Length { .. }
+            | Self::Containerd(_)
             | Self::Content(_)
             | Self::Store(_)
             | Self::Snapshot(_)
@@ -259,7 +270,14 @@ impl Inner {
         let mut outcome = Ok(false);
         let mut neighbours = Neighbours::connect(&self.node).await;
         for way in [Way::Kept, Way::Made] {
-            for offer in neighbours.offers(way, &layer).await.into_iter().take(OFFERS_MAX) {
+            let offers = neighbours.offers(way, &layer).await;
+            let free = free_bytes(&self.node).unwrap_or(u64::MAX);
+            let (small, large): (Vec<_>, Vec<_>) =
+                offers.into_iter().partition(|one| one.size_bytes <= LAYER_BYTES_MAX.min(free));
+            if let Some(offer) = large.first() {
+                outcome = Err(LayerError::TooLarge(offer.size_bytes));
+            }
+            for offer in small.into_iter().take(OFFERS_MAX) {
                 match self.take(wanted, &layer, &offer, &lease).await {
                     Ok(()) => return Ok(true),
                     Err(error) => {
@@ -326,7 +344,7 @@ impl Inner {
     async fn supply_kept(&self, wanted: &Wanted, layer: &FoundLayer) -> Result<bool, LayerError> {
         let subject = Subject::ImageLayer(layer.diff_id);
         for (id, kept) in self.blocking_store(move |store| store.snapshots(&subject)).await? {
-            match self.put_kept(wanted, layer, kept.root).await {
+            match self.put_kept(wanted, layer, (kept.root, kept.size_bytes)).await {
                 Ok(()) => return Ok(true),
                 Err(error) if error.is_damage() => {
                     tracing::warn!(layer = %layer.diff_id, "what was kept of a layer is damaged");
@@ -347,14 +365,10 @@ impl Inner {
         lease: &Arc<Lease>,
     ) -> Result<(), LayerError> {
         let Offer { root, size_bytes, peers } = offer;
-        let free = free_bytes(&self.node).unwrap_or(u64::MAX);
-        if *size_bytes > LAYER_BYTES_MAX.min(free) {
-            return Err(LayerError::TooLarge(*size_bytes));
-        }
         let held = self.node.containerd.lease(&wanted.namespace).await?;
         let coming = Coming::default();
         let arriving = Arriving::new(self.node.store.clone(), &coming);
-        let write = pin!(self.write(held.client(), wanted, layer, arriving, *root));
+        let write = pin!(self.write(held.client(), wanted, layer, arriving, (*root, *size_bytes)));
         let fetch = pin!(async {
             let root = (Kind::Layer, *root);
             tokio::select! {
@@ -390,7 +404,7 @@ impl Inner {
         &self,
         wanted: &Wanted,
         layer: &FoundLayer,
-        root: Digest,
+        root: (Digest, u64),
     ) -> Result<(), LayerError> {
         let held = self.node.containerd.lease(&wanted.namespace).await?;
         let store = self.node.store.clone();
@@ -399,7 +413,7 @@ impl Inner {
         self.unpack(held.client(), wanted, here, layer.diff_id).await
     }
 
-    /// Gives containerd the bytes of the object `root` under their diff ID.
+    /// Gives containerd the bytes of the object `root`, of which there are `offered`, under their diff ID.
     ///
     /// It drops its copy once the lease of `containerd` is gone. Letting go of that is not waited for: its garbage
     /// collection waits for the call that this answers.
@@ -409,22 +423,23 @@ impl Inner {
         wanted: &Wanted,
         layer: &FoundLayer,
         objects: impl Source + Clone + Send + 'static,
-        root: Digest,
+        (root, offered): (Digest, u64),
     ) -> Result<Descriptor, LayerError> {
         let of = objects.clone();
-        let size_bytes = blocking(move || Ok(of.decode::<Layer>(&root)?.bytes)).await?;
-        if size_bytes > LAYER_BYTES_MAX {
-            return Err(LayerError::TooLarge(size_bytes));
+        let found = blocking(move || Ok(of.decode::<Layer>(&root)?.bytes)).await?;
+        // One chunk, named again and again, would fill the disk and cost the sender nothing.
+        if found != offered {
+            return Err(LayerError::Length { found, offered });
         }
         let (namespace, digest) = (wanted.namespace.as_str(), layer.diff_id);
         let bytes = |offset| bytes_of(objects, root, offset);
-        let written = containerd.write_blob(namespace, digest, size_bytes, bytes).await;
+        let written = containerd.write_blob(namespace, digest, offered, bytes).await;
         if let Err(ClientError::Source { .. }) = &written {
             // Or the next attempt would go on behind what a broken object began with.
             containerd.abort_write(namespace, digest).await?;
         }
         written?;
-        Ok(Descriptor { media_type: MEDIA_TYPE.to_owned(), digest, size_bytes })
+        Ok(Descriptor { media_type: MEDIA_TYPE.to_owned(), digest, size_bytes: offered })
     }
 
     /// Has the layer `blob` of `namespace` unpacked into a snapshot, and commits that. Errors: nothing is left.
@@ -567,6 +582,8 @@ mod tests {
             (FetchError::Nowhere(digest).into(), false, silent),
             (LayerError::Guard("it came too slowly"), false, silent),
             (LayerError::Late, false, None),
+            (LayerError::TooLarge(1 << 40), false, None),
+            (LayerError::Length { found: 1 << 36, offered: 1 }, true, lie),
         ] {
             assert_eq!((error.is_damage(), error.shuns()), (is_damage, shuns), "{error:?}");
         }

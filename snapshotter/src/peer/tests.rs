@@ -47,7 +47,7 @@ const LEVELS: usize = 5;
 
 /// What a peer does when it is asked for objects. Those that fail send one good object first where that says more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Script {
+pub(crate) enum Script {
     Honest,
     /// Honest, with this many milliseconds in front of each answer.
     Slow(u64),
@@ -321,9 +321,12 @@ impl Peer for Service {
         let script = self.0.script;
         tokio::spawn(async move {
             let progress = MakeLayerProgress { done_bytes: 1, ..MakeLayerProgress::default() };
-            let _ = send.send(Ok(progress)).await;
+            let _ = send.send(Ok(progress.clone())).await;
             if script == Script::Stalls {
                 return send.closed().await;
+            }
+            while script == Script::Chatters && send.send(Ok(progress.clone())).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
             let root = Digest::of(b"root").as_bytes().to_vec().into();
             let _ = send.send(Ok(MakeLayerProgress { done_bytes: 7, root })).await;
@@ -407,11 +410,10 @@ pub(crate) async fn locating(name: &str, located: Option<LocateResponse>) -> Arc
     connect(Scripted { name, greeting, script, objects, asked, located, sends: None }).await.1
 }
 
-/// Starts a node that says it has the blob and begins to make a layer of it, whose object is of `root`, and finishes or
-/// not; and connects to it.
-pub(crate) async fn making(name: &str, blob: Digest, finishes: bool) -> Arc<Connection> {
+/// Starts a node that says it has the blob and begins to make a layer of it, whose object is of `root`, and goes on by
+/// `script`; and connects to it.
+pub(crate) async fn making(name: &str, blob: Digest, script: Script) -> Arc<Connection> {
     let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
-    let script = if finishes { Script::Honest } else { Script::Stalls };
     let blobs = vec![blob.to_string()];
     let located = Some(LocateResponse { blobs, ..LocateResponse::default() });
     let greeting = Greeting::Welcomes;
