@@ -34,4 +34,5 @@ pub mod snapshots;
 mod step;
 pub mod store;
 mod sys;
+mod trees;
 pub mod volumes;

@@ -77,6 +77,10 @@ pub const LABEL_BYTES_MAX: usize = 4096;
 /// Owner and group of a new root directory.
 const ROOT: (u32, u32) = (0, 0);
 
+/// Labels of a snapshot for a container with a user namespace.
+const MAPPINGS: [&str; 2] =
+    ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
+
 /// Where directories are made in advance, under `fs/`.
 const SPARES: &str = ".spare";
 
@@ -503,9 +507,8 @@ impl Snapshots {
 /// commas, as user_namespaces(7) has them. Errors: [`SnapshotError::IdMapping`] if one cannot be read, maps no root, or
 /// stands alone.
 fn mapped_root(labels: &BTreeMap<String, String>) -> Result<Option<(u32, u32)>, SnapshotError> {
-    let keys = ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
-    let [Some(uids), Some(gids)] = keys.map(|key| labels.get(key)) else {
-        let alone = keys.iter().find_map(|key| labels.get(*key));
+    let [Some(uids), Some(gids)] = MAPPINGS.map(|key| labels.get(key)) else {
+        let alone = MAPPINGS.iter().find_map(|key| labels.get(*key));
         return alone.map_or(Ok(None), |one| Err(SnapshotError::IdMapping(one.clone())));
     };
     let root_of = |text: &String| {

@@ -16,13 +16,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use containerd_client::services::v1::snapshots as api;
+use containerd_client::types::Mount;
 use futures::Stream;
 use tokio::runtime::Builder;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
 
-use super::{Info, Kind, SnapshotError, Snapshots, Usage};
+use super::{Info, Kind, MAPPINGS, SnapshotError, Snapshots, Usage};
 use crate::layers::{Layers, Wanted};
 use generated::snapshots_server::{Snapshots as Api, SnapshotsServer};
 
@@ -95,6 +96,20 @@ impl Service {
             return self.apart(call, work).await;
         }
         self.at_once(call, work)
+    }
+
+    /// Adds a snapshot in place, but apart where its root directory gets an owner, which is flushed.
+    async fn add(
+        &self,
+        call: &'static str,
+        labels: HashMap<String, String>,
+        work: impl FnOnce(&Snapshots, BTreeMap<String, String>) -> Result<Vec<Mount>, SnapshotError>
+        + Send
+        + 'static,
+    ) -> Result<Vec<Mount>, Status> {
+        let has_owner = MAPPINGS.iter().any(|key| labels.contains_key(*key));
+        let work = move |all: &Snapshots| work(all, labels.into_iter().collect());
+        if has_owner { self.apart(call, work).await } else { self.change(call, work).await }
     }
 
     /// Answers on a thread for blocking work what writes, reads or deletes whole trees.
@@ -193,8 +208,8 @@ impl Api for Service {
                 return Err(Status::already_exists(format!("layer {chain_id} is there")));
             }
         }
-        let work = move |all: &Snapshots| all.prepare(&key, parent(&below), sorted(labels));
-        let mounts = self.change("prepare", work).await?;
+        let work = move |all: &Snapshots, labels| all.prepare(&key, parent(&below), labels);
+        let mounts = self.add("prepare", labels, work).await?;
         Ok(Response::new(api::PrepareSnapshotResponse { mounts }))
     }
 
@@ -203,8 +218,8 @@ impl Api for Service {
         request: Request<api::ViewSnapshotRequest>,
     ) -> Result<Response<api::ViewSnapshotResponse>, Status> {
         let api::ViewSnapshotRequest { key, parent: below, labels, .. } = request.into_inner();
-        let work = move |all: &Snapshots| all.view(&key, parent(&below), sorted(labels));
-        let mounts = self.change("view", work).await?;
+        let work = move |all: &Snapshots, labels| all.view(&key, parent(&below), labels);
+        let mounts = self.add("view", labels, work).await?;
         Ok(Response::new(api::ViewSnapshotResponse { mounts }))
     }
 

@@ -1,6 +1,6 @@
 //! A snapshot's directory on disk: made, found untouched or written out, deleted.
 
-use std::fs::{self, File, Metadata, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::panic::resume_unwind;
@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::unistd::syncfs;
 
 use super::{SnapshotError, Usage, usage};
+use crate::trees;
 
 /// Mode of `work`, as overlayfs has it.
 pub(super) const WORK_MODE: u32 = 0o711;
@@ -46,22 +47,23 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
 pub(super) fn is_untouched(upper: &Path, since: SystemTime) -> io::Result<bool> {
     let found = fs::symlink_metadata(upper)?;
     let made = found.created()?;
-    Ok(changed(&found) == made && made + TICK < since)
+    Ok(time(found.ctime(), found.ctime_nsec()) == made && made + TICK < since)
 }
 
-/// When a file or directory was last changed, its attributes included.
-pub(super) fn changed(found: &Metadata) -> SystemTime {
-    let since_epoch = u64::try_from(found.ctime()).ok().zip(u32::try_from(found.ctime_nsec()).ok());
+/// A time as stat(2) has it.
+pub(super) fn time(secs: impl TryInto<u64>, nanos: impl TryInto<u32>) -> SystemTime {
+    let since_epoch = secs.try_into().ok().zip(nanos.try_into().ok());
     since_epoch.map_or(UNIX_EPOCH, |(secs, nanos)| UNIX_EPOCH + Duration::new(secs, nanos))
 }
 
-/// Puts what lies in `upper`, of a snapshot that was prepared `since`, on disk, and measures it. A few files by themselves:
-/// syncfs(2) waits for all that every container has written to the file system.
+/// Puts what lies in `upper`, of a snapshot that was prepared `since`, on disk, and measures it. A few files and directories
+/// by themselves: syncfs(2) waits for all that every container has written to the file system.
 pub(super) fn write_out(upper: &Path, since: SystemTime) -> Result<Usage, SnapshotError> {
     let failed = |source| SnapshotError::Io { what: "sync", path: upper.to_owned(), source };
     if let Some(few) = few_inodes(upper).map_err(failed)? {
         if few.len() > 1 || !is_untouched(upper, since).unwrap_or(false) {
-            few.iter().try_for_each(|path| sync(path)).map_err(failed)?;
+            let sync = |path: &PathBuf| File::open(path)?.sync_all();
+            few.iter().try_for_each(sync).map_err(failed)?;
         }
         return measure(upper);
     }
@@ -74,27 +76,25 @@ pub(super) fn write_out(upper: &Path, since: SystemTime) -> Result<Usage, Snapsh
     })
 }
 
-/// All that lies in `upper`, with itself, unless there is more than can be synced one by one.
+/// All that lies in `upper`, with itself, unless there is more than can be synced one by one, or something that cannot be:
+/// a symbolic link or a whiteout has no descriptor to fsync, and without a journal its directory's fsync does not write it.
 pub(super) fn few_inodes(upper: &Path) -> io::Result<Option<Vec<PathBuf>>> {
     let (mut found, mut pending) = (Vec::new(), vec![upper.to_owned()]);
     while let Some(path) = pending.pop() {
-        if fs::symlink_metadata(&path)?.is_dir() {
+        let kind = fs::symlink_metadata(&path)?.file_type();
+        if kind.is_dir() {
             for entry in fs::read_dir(&path)? {
                 pending.push(entry?.path());
                 if 1 + found.len() + pending.len() > SYNCED_ALONE_MAX {
                     return Ok(None);
                 }
             }
+        } else if !kind.is_file() {
+            return Ok(None);
         }
         found.push(path);
     }
     Ok(Some(found))
-}
-
-fn sync(path: &Path) -> io::Result<()> {
-    let kind = fs::symlink_metadata(path)?.file_type();
-    // What else there is, is all in its directory.
-    if kind.is_file() || kind.is_dir() { File::open(path)?.sync_all() } else { Ok(()) }
 }
 
 pub(super) fn measure(upper: &Path) -> Result<Usage, SnapshotError> {
@@ -103,7 +103,7 @@ pub(super) fn measure(upper: &Path) -> Result<Usage, SnapshotError> {
 
 /// Deletes a directory that no snapshot has. What cannot be deleted is logged and left.
 pub(super) fn discard(tree: &Path) {
-    match fs::remove_dir_all(tree) {
+    match trees::remove(tree) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             let path = tree.display();
             tracing::warn!(%path, %error, "cannot delete a snapshot's directory");

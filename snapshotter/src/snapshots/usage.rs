@@ -1,12 +1,13 @@
 //! How much a directory tree takes on its disk.
 
 use std::collections::HashSet;
-use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
+
+use crate::trees;
 
 /// What a snapshot takes, without its parents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,50 +20,25 @@ pub struct Usage {
 
 /// Measures the tree below `top`, without following symbolic links.
 ///
-/// The tree may change meanwhile (a container may run in it): what disappears between being listed
-/// and being looked at is not counted. Errors: any other I/O error, with the path.
+/// The tree may change meanwhile (a container may run in it). Errors: those of [`trees::walk`].
 pub(super) fn of(top: &Path) -> Result<Usage, (PathBuf, io::Error)> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |error| (path, error)
-    };
     let (mut usage, mut seen) = (Usage::default(), HashSet::new());
-    let mut count = |found: &Metadata| {
-        if found.nlink() > 1 && !found.is_dir() && !seen.insert((found.dev(), found.ino())) {
+    trees::walk(top, |found| {
+        let is_directory = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
+        if found.st_nlink > 1 && !is_directory && !seen.insert((found.st_dev, found.st_ino)) {
             return;
         }
         usage.inodes += 1;
         // st_blocks counts 512 bytes whatever the file system's block size is (stat(2)).
-        usage.size_bytes += found.blocks() * 512;
-    };
-    count(&fs::symlink_metadata(top).map_err(failed(top))?);
-    let mut pending = vec![top.to_owned()];
-    while let Some(directory) = pending.pop() {
-        let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound && directory != top;
-        let entries = match fs::read_dir(&directory) {
-            Err(error) if gone(&error) => continue,
-            entries => entries.map_err(failed(&directory))?,
-        };
-        for entry in entries {
-            let entry = entry.map_err(failed(&directory))?;
-            // Through the directory's descriptor, so that its path is not looked up for each.
-            match entry.metadata() {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-                Err(error) => return Err((entry.path(), error)),
-                Ok(found) => {
-                    count(&found);
-                    if found.is_dir() {
-                        pending.push(entry.path());
-                    }
-                }
-            }
-        }
-    }
+        usage.size_bytes += u64::try_from(found.st_blocks).unwrap_or(0) * 512;
+    })?;
     Ok(usage)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -7,21 +7,30 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::fs::{self, File};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::ffi::{CStr, OsStr};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2, statat,
+};
 
-use super::tree::{TICK, changed};
+use super::tree::{TICK, time};
 use crate::sys::begin_writing;
 
 /// Layers that are followed at a time: as many as containerd unpacks at once, and a few that nobody will finish.
 const FOLLOWED_MAX: usize = 8;
+
+/// What the paths of a layer's directories may take, in bytes: some hundred thousand of usual ones. What is beyond is left to
+/// the commit.
+const PATHS_BYTES_MAX: usize = 16 << 20;
 
 /// How long a thread rests before it looks again: three times as long as it took, within these; longer each time that there
 /// was nothing.
@@ -48,7 +57,7 @@ impl Writeback {
         }
         let (sender, ended) = mpsc::channel();
         let builder = thread::Builder::new().name("writeback".to_owned());
-        match builder.spawn(move || follow(upper, &ended)) {
+        match builder.spawn(move || follow(&upper, &ended)) {
             Ok(_thread) => drop(followed.insert(number, sender)),
             Err(error) => tracing::debug!(%error, "a layer is not written early"),
         }
@@ -64,8 +73,8 @@ impl Writeback {
     }
 }
 
-fn follow(upper: PathBuf, ended: &Receiver<Infallible>) {
-    let mut walk = Walk::new(upper);
+fn follow(upper: &Path, ended: &Receiver<Infallible>) {
+    let Ok(mut walk) = Walk::new(upper) else { return };
     let mut rest = REST.0;
     loop {
         match ended.recv_timeout(rest) {
@@ -82,64 +91,109 @@ fn follow(upper: PathBuf, ended: &Receiver<Infallible>) {
 
 /// What is known of a tree that grows.
 struct Walk {
-    /// Every directory, and the last time of change of what it has, when it was listed.
+    /// Below it nothing leads out: no symbolic link is followed, whatever an image puts where a directory was.
+    root: File,
+    /// Every directory by its path from there, and the last time of change of what it has, when it was listed.
     directories: HashMap<PathBuf, SystemTime>,
+    /// What the paths may still take, in bytes.
+    room: usize,
     /// When the last pass began, and the one before: what changed since then is new, and where something did since the one
     /// before, something may grow, which does not change its directory.
     since: [SystemTime; 2],
 }
 
 impl Walk {
-    fn new(upper: PathBuf) -> Self {
-        Self { directories: [(upper, UNIX_EPOCH)].into(), since: [UNIX_EPOCH; 2] }
+    /// Errors: the system's.
+    fn new(upper: &Path) -> io::Result<Self> {
+        let directories = [(PathBuf::from("."), UNIX_EPOCH)].into();
+        let (root, since) = (File::open(upper)?, [UNIX_EPOCH; 2]);
+        Ok(Self { root, directories, room: PATHS_BYTES_MAX, since })
     }
 
     /// Has the files written that changed since the pass before. Returns how many.
     fn pass(&mut self, is_over: impl Fn() -> bool) -> u64 {
         let now = SystemTime::now();
-        let [since, before] = self.since;
         let mut pending: Vec<PathBuf> = self.directories.keys().cloned().collect();
         let mut files = 0;
-        while let Some(directory) = pending.pop() {
-            let Ok(found) = fs::symlink_metadata(&directory) else {
-                self.directories.remove(&directory);
-                continue;
-            };
-            let known = self.directories.entry(directory.clone()).or_insert(UNIX_EPOCH);
-            if !found.is_dir() || changed(&found).max(*known) < before {
+        while let Some(path) = pending.pop() {
+            match self.look(&path, &mut pending, &is_over) {
+                Ok(written) => files += written,
+                // It is gone, or was replaced.
+                Err(_) => {
+                    self.directories.remove(&path);
+                    self.room += path.as_os_str().len();
+                }
+            }
+            if is_over() {
+                return files;
+            }
+        }
+        self.since = [now - TICK, self.since[0]];
+        files
+    }
+
+    /// The same for one directory. Adds those in it that were not known to `pending`.
+    fn look(
+        &mut self,
+        path: &Path,
+        pending: &mut Vec<PathBuf>,
+        is_over: impl Fn() -> bool,
+    ) -> rustix::io::Result<u64> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let directory = openat2(&self.root, path, flags, Mode::empty(), resolve)?;
+        let [since, before] = self.since;
+        let known = self.directories.get(path).copied().unwrap_or(UNIX_EPOCH);
+        if changed(&fstat(&directory)?).max(known) < before {
+            return Ok(0);
+        }
+        let (mut files, mut last) = (0, UNIX_EPOCH);
+        for entry in Dir::read_from(&directory)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if [c".", c".."].contains(&name) {
                 continue;
             }
-            let Ok(entries) = fs::read_dir(&directory) else { continue };
-            let mut last = UNIX_EPOCH;
-            for entry in entries.flatten() {
-                if is_over() {
-                    return files;
-                }
-                let Ok(found) = entry.metadata() else { continue };
-                let path = entry.path();
-                if found.is_dir() && !self.directories.contains_key(&path) {
-                    pending.push(path);
-                } else if found.is_file() {
-                    last = last.max(changed(&found));
-                    if changed(&found) >= since && write(&path) {
-                        files += 1;
+            if is_over() {
+                break;
+            }
+            let Ok(found) = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+            match FileType::from_raw_mode(found.st_mode) {
+                FileType::Directory => {
+                    let below = path.join(OsStr::from_bytes(name.to_bytes()));
+                    let bytes = below.as_os_str().len();
+                    if !self.directories.contains_key(&below) && bytes <= self.room {
+                        self.room -= bytes;
+                        self.directories.insert(below.clone(), UNIX_EPOCH);
+                        pending.push(below);
                     }
                 }
+                FileType::RegularFile => {
+                    last = last.max(changed(&found));
+                    files += u64::from(changed(&found) >= since && write(&directory, name));
+                }
+                _ => {}
             }
-            self.directories.insert(directory, last);
         }
-        self.since = [now - TICK, since];
-        files
+        self.directories.insert(path.to_owned(), last);
+        Ok(files)
     }
 }
 
-fn write(path: &Path) -> bool {
-    let opened = File::options().read(true).custom_flags(O_NOFOLLOW | O_NONBLOCK).open(path);
+/// When it was last changed, its attributes included.
+fn changed(found: &Stat) -> SystemTime {
+    time(found.st_ctime, found.st_ctime_nsec)
+}
+
+fn write(directory: &OwnedFd, name: &CStr) -> bool {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = openat(directory, name, flags, Mode::empty());
     opened.inspect(|file| begin_writing(file, 0..0)).is_ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::Write as _;
     use std::os::unix::fs::symlink;
     use std::process::Command;
@@ -159,7 +213,7 @@ mod tests {
         fs::write(at("a/b/file"), "x").unwrap();
         fs::write(at("file"), "x").unwrap();
 
-        let mut walk = Walk::new(dir.path().to_owned());
+        let mut walk = Walk::new(dir.path()).unwrap();
         let mut pass = || {
             thread::sleep(2 * TICK);
             walk.pass(|| false)
@@ -175,14 +229,18 @@ mod tests {
             growing.write_all(b"x").unwrap();
             assert_eq!(pass(), 1);
         }
-        // A directory that somebody has put a link in the place of, and one that is gone.
-        fs::remove_dir_all(at("c/d")).unwrap();
-        symlink(outside.path(), at("c/d")).unwrap();
+        // A directory that somebody has put a link in the place of, or of one above, and one that is gone.
+        fs::create_dir(outside.path().join("d")).unwrap();
+        for replaced in ["c/d", "c"] {
+            fs::write(outside.path().join("d/not ours"), replaced).unwrap();
+            fs::remove_dir_all(at(replaced)).unwrap();
+            symlink(outside.path(), at(replaced)).unwrap();
+            assert_eq!((pass(), pass()), (0, 0));
+        }
         fs::remove_dir_all(at("a")).unwrap();
-        assert_eq!((pass(), pass()), (0, 0));
-        fs::remove_dir_all(dir.path()).unwrap();
         assert_eq!(pass(), 0);
-        assert!(walk.directories.is_empty());
+        let known: usize = walk.directories.keys().map(|path| path.as_os_str().len()).sum();
+        assert_eq!((walk.directories.len(), walk.room + known), (1, PATHS_BYTES_MAX + 1));
     }
 
     #[test]
@@ -192,8 +250,8 @@ mod tests {
             fs::write(dir.path().join(number.to_string()), "x").unwrap();
         }
         let asked = std::cell::Cell::new(0);
-        let is_over = || asked.replace(asked.get() + 1) == 4;
-        assert_eq!(Walk::new(dir.path().to_owned()).pass(is_over), 4);
+        let is_over = || asked.replace(asked.get() + 1) >= 4;
+        assert_eq!(Walk::new(dir.path()).unwrap().pass(is_over), 4);
     }
 
     /// Method: the file has a place on the disk long before the kernel would give it one, in half a minute.

@@ -36,6 +36,7 @@ use crate::content::{ContentError, on};
 use crate::migrate::journal::{Journal, VolumeEntry};
 use crate::step::reach;
 use crate::sys::spread_out;
+use crate::trees;
 
 /// The places of one node. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -456,6 +457,6 @@ fn sync(path: &Path) -> Result<(), VolumeError> {
 /// Removes a directory or file.
 pub(super) fn remove(path: &Path) -> Result<(), ContentError> {
     let kind = fs::symlink_metadata(path).map_err(on("stat", path))?;
-    let removed = if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    let removed = if kind.is_dir() { trees::remove(path) } else { fs::remove_file(path) };
     removed.map_err(on("remove", path))
 }
