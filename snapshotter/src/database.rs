@@ -1,17 +1,19 @@
 //! Embedded databases (redb, one file each) that are there whole or not at all.
 
 mod deferred;
+mod room;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use redb::backends::FileBackend;
 use redb::{Builder, Database};
 
 use crate::step::reach;
 use deferred::Deferring;
 pub(crate) use deferred::Flushes;
+pub(crate) use room::Room;
+use room::Roomy;
 
 /// Opens the database at `path`, or makes one in which there is what `fill` puts there.
 ///
@@ -29,23 +31,22 @@ pub(crate) fn open(
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
 ) -> Result<Database, redb::Error> {
     builder.set_check_integrity_on_open(true);
-    make(path, &builder, fill)?;
+    Room::of(made(path, &builder, fill)?).try_to_keep();
     Ok(builder.open(path)?)
 }
 
 /// The same for a database whose commits need not wait for the disk; what they name in `directory` is flushed before them,
 /// and after it that it is no longer in `source`, which may be missing.
-/// Caller: no other process has it open.
+/// Caller: no other process has it open, and nothing is added without [`Room::ensure`].
 pub(crate) fn open_deferring(
     path: &Path,
     directory: &Path,
     source: PathBuf,
     mut builder: Builder,
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
-) -> Result<(Database, Flushes), redb::Error> {
+) -> Result<(Database, Flushes, Room), redb::Error> {
     builder.set_check_integrity_on_open(true);
-    make(path, &builder, fill)?;
-    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let (file, room) = Roomy::new(made(path, &builder, fill)?)?;
     let directory = File::open(directory)?;
     let first = move || {
         directory.sync_all()?;
@@ -56,16 +57,16 @@ pub(crate) fn open_deferring(
     };
     // A process that was killed may not have come to it.
     first()?;
-    let (file, flushes) = Deferring::new(FileBackend::new(file)?, first)?;
-    Ok((builder.create_with_backend(file)?, flushes))
+    let (file, flushes) = Deferring::new(file, first)?;
+    Ok((builder.create_with_backend(file)?, flushes, room))
 }
 
-/// Makes the database at `path` if there is none.
-fn make(
+/// The file of the database at `path`, which is made if there is none.
+fn made(
     path: &Path,
     builder: &Builder,
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
-) -> Result<(), redb::Error> {
+) -> Result<File, redb::Error> {
     let new = path.with_extension("redb.new");
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
@@ -85,7 +86,7 @@ fn make(
     } else if fs::metadata(path)?.len() == 0 {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty").into());
     }
-    Ok(())
+    Ok(OpenOptions::new().read(true).write(true).open(path)?)
 }
 
 #[cfg(test)]

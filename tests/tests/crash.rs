@@ -478,3 +478,49 @@ fn a_second_daemon_on_the_same_state_is_refused_and_the_first_works_on() -> Resu
     volumes_come_and_go(0)?;
     agrees(node()).map(drop)
 }
+
+/// Method: the state is on a small file system of its own, which a file fills; long keys fill the database.
+#[test]
+fn a_full_disk_refuses_new_snapshots_and_harms_none() -> Result<()> {
+    const MANY: usize = 2000;
+    let bed = Bed::start(&BedOptions::nodes(1))?;
+    let node = bed.node(0);
+    node.stop_containerd()?;
+    node.stop_daemon()?;
+    node.sh("mount -t tmpfs -o size=64m tmpfs /var/lib/godwit")?;
+    node.start_daemon()?;
+    node.start_containerd()?;
+    let snapshots = |words: &[&str]| {
+        node.command(&[&["ctr", "snapshots", "--snapshotter", "godwit"], words].concat()).run()
+    };
+    let key = |number: usize| format!("{number:03900}");
+    let listed = || Ok::<_, anyhow::Error>(snapshots(&["ls"])?.stdout.matches("Active").count());
+    let fill = || node.sh("! cat /dev/zero > /var/lib/godwit/filler").map(drop);
+    ensure!(snapshots(&["prepare", &key(0)])?.succeeded());
+    fill()?;
+    let mut made = 1;
+    let refused = loop {
+        let prepared = snapshots(&["prepare", &key(made)])?;
+        if !prepared.succeeded() {
+            break prepared.stderr;
+        }
+        made += 1;
+        ensure!(made < MANY, "the disk has room");
+    };
+    ensure!(refused.contains("cannot keep room"), "after {made}: {refused}");
+    ensure!(listed()? == made);
+    // What there is can go, and once there is room again, more can come.
+    ensure!(snapshots(&["rm", &key(0)])?.succeeded());
+    node.sh("rm /var/lib/godwit/filler")?;
+    ensure!(snapshots(&["prepare", &key(0)])?.succeeded());
+    fill()?;
+    node.kill_daemon()?;
+    node.start_daemon()?;
+    wait_until("containerd has found the daemon", SOON, || Ok(listed()? == made))?;
+    ensure!(snapshots(&["rm", &key(0)])?.succeeded());
+    node.sh("rm /var/lib/godwit/filler")?;
+    ensure!(snapshots(&["prepare", &key(made)])?.succeeded());
+    ensure!(listed()? == made);
+    node.stop_containerd()?;
+    node.kill_daemon()
+}

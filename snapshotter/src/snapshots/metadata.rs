@@ -27,7 +27,7 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use super::{Info, Kind, OpenError, SPARES, SnapshotError, Usage};
-use crate::database::{self, Flushes};
+use crate::database::{self, Flushes, Room};
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
@@ -70,6 +70,7 @@ pub(super) struct Chain {
 pub(super) struct Metadata {
     db: Database,
     flushes: Flushes,
+    room: Room,
     /// Changes that are under way or wait for their turn.
     changes: AtomicUsize,
 }
@@ -120,12 +121,12 @@ impl Metadata {
         // Without a journal a renamed directory may be on disk under both names, and the old one is deleted on open.
         let spares = trees.join(SPARES);
         let opened = database::open_deferring(path, trees, spares, Database::builder(), Self::fill);
-        let (db, flushes) = opened.map_err(|error| Self::damaged(path, error))?;
+        let (db, flushes, room) = opened.map_err(|error| Self::damaged(path, error))?;
         let found = Self::format(&db).map_err(|error| Self::damaged(path, error))?;
         if found != FORMAT {
             return Err(OpenError::Format { path: path.to_owned(), found, known: FORMAT });
         }
-        Ok(Self { db, flushes, changes: AtomicUsize::new(0) })
+        Ok(Self { db, flushes, room, changes: AtomicUsize::new(0) })
     }
 
     fn damaged(path: &Path, source: redb::Error) -> OpenError {
@@ -144,6 +145,11 @@ impl Metadata {
     fn format(db: &Database) -> Result<u64, redb::Error> {
         let meta = db.begin_read()?.open_table(META)?;
         Ok(meta.get("format")?.map_or(0, |found| found.value()))
+    }
+
+    /// Makes sure that a snapshot can be added. Errors: the disk's, before it could do harm.
+    pub(super) fn ensure_room(&self) -> std::io::Result<()> {
+        self.room.ensure()
     }
 
     /// Waits for the change before, if there is one.

@@ -209,6 +209,11 @@ impl Snapshots {
     ) -> Result<Vec<Mount>, SnapshotError> {
         check_key(key)?;
         let labels = checked(labels)?;
+        self.metadata.ensure_room().map_err(|source| SnapshotError::Io {
+            what: "keep room in",
+            path: self.trees.clone(),
+            source,
+        })?;
         let change = self.metadata.begin()?;
         let floor = self.number_floor.load(Ordering::Relaxed);
         let chain = change.add(kind, key, parent, labels, floor)?;
