@@ -14,8 +14,9 @@
 //! 9. all is looked at again. Stopping anywhere is safe: each step leaves the store as any other writer would, and can be
 //! repeated.
 //!
-//! It goes through the daemon while it runs (the control socket), and opens the state itself while it does not, as the
-//! daemon's start would; then nobody can be asked, and step 7 is left out.
+//! It goes through the daemon while it runs (the control socket), and opens the state itself while it does not; then nobody
+//! can be asked, and step 7 is left out. Opening is what the daemon's start does: what was cut short is finished or taken
+//! back, and what it mends by itself is not found any more.
 
 use std::collections::HashSet;
 use std::fmt;

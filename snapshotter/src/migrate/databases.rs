@@ -1,6 +1,6 @@
-//! Databases in a container's volumes that mind how the volume moves.
+//! Databases of a container that mind how their files move.
 //!
-//! A tree is copied file by file, and each file gets another inode number. SQLite compares the number with the one that
+//! A tree, and so the container's own files, is copied file by file, and each file gets another inode number. SQLite compares the number with the one that
 //! it saw when it opened the database, and with a rollback journal then refuses to write. A block volume keeps the
 //! numbers. With a write-ahead log SQLite holds a lock on a file that it has mapped, and CRIU restores no lock on such a
 //! file, whatever volume it is on. What is looked for is what is open now: a database that is closed between two uses does
@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use super::describe::WritableVolume;
@@ -22,22 +22,25 @@ const HEADER_BYTES: usize = 19;
 /// Open files of one process that are looked at.
 const FILES_MAX: usize = 4096;
 
-/// A warning for each SQLite database that one of these processes has open on a volume where it minds.
+/// A warning for each SQLite database that one of these processes has open on a volume where it minds, or among the
+/// container's own files. Those of other mounts do not move.
 pub(super) fn warnings(pids: &[u32], volumes: &[WritableVolume]) -> Vec<String> {
     let mut found = BTreeMap::new();
     for pid in pids {
         // A process that has ended has nothing open.
+        let root = device(format!("/proc/{pid}/root/."));
         let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         for file in files.take(FILES_MAX).map(|entry| entry.path()) {
             // As the container has it: its root is another one.
             let Ok(path) = fs::read_link(&file) else { continue };
             let holds = volumes.iter().filter(|volume| path.starts_with(&volume.destination));
             // Volumes may lie in each other.
-            let Some(volume) = holds.max_by_key(|volume| volume.destination.as_os_str().len())
-            else {
+            let volume = holds.max_by_key(|volume| volume.destination.as_os_str().len());
+            if volume.is_none() && device(&file) != root {
                 continue;
-            };
-            let effect = match (format_for_writing(&file), volume.file_system) {
+            }
+            let file_system = volume.and_then(|volume| volume.file_system);
+            let effect = match (format_for_writing(&file), file_system) {
                 (Some(1), None) => {
                     "whose files get new inode numbers: with its rollback journal it will refuse to \
                      write after the move; keep it on a block volume (`godwit volume create --kind block`)"
@@ -48,12 +51,21 @@ pub(super) fn warnings(pids: &[u32], volumes: &[WritableVolume]) -> Vec<String> 
                 }
                 _ => continue,
             };
-            let (file, id) = (path.display(), &volume.id);
-            let text = format!("SQLite database {file} is open on volume {id}, {effect}");
+            let place = match volume {
+                Some(volume) => format!("on volume {}", volume.id),
+                None => "among the container's own files".to_owned(),
+            };
+            let file = path.display();
+            let text = format!("SQLite database {file} is open {place}, {effect}");
             found.insert(path, text);
         }
     }
     found.into_values().collect()
+}
+
+/// What the file is on, if it is there.
+fn device(file: impl AsRef<Path>) -> Option<u64> {
+    fs::metadata(file).ok().map(|found| found.dev())
 }
 
 /// The version of a SQLite database's format for writing: 1 with a rollback journal, 2 with a write-ahead log.
@@ -72,7 +84,7 @@ mod tests {
     use godwit_protos::FileSystem;
     use std::path::PathBuf;
 
-    /// Method: this process has the files open.
+    /// Method: this process has the files open, and its root is the container's.
     #[test]
     fn an_open_sqlite_database_that_minds_is_named_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
@@ -97,13 +109,20 @@ mod tests {
             open("tree/text", b"SQLite"),
             open("block/rollback.db", &header(1)),
             open("block/wal.db", &header(2)),
-            open("elsewhere/a.db", &header(1)),
         ];
+        let shared = Path::new("/dev/shm");
+        let elsewhere = tempfile::Builder::new().tempfile_in(shared).unwrap();
+        fs::write(&elsewhere, header(1)).unwrap();
         let found = warnings(&[std::process::id()], &volumes);
         assert_eq!(found.len(), 3, "{found:#?}");
         assert!(found[0].contains("block/wal.db") && found[0].contains("lock"), "{}", found[0]);
         assert!(found[1].contains("tree/rollback.db") && found[1].contains("refuse to write"));
         assert!(found[2].contains("tree/wal.db") && found[2].contains("lock"));
         assert_eq!(warnings(&[u32::MAX], &volumes), [""; 0]);
+        let own = warnings(&[std::process::id()], &volumes[1..]);
+        let is_on_root = device(dir.path()) == device("/");
+        assert_eq!(own.len(), if is_on_root { 3 } else { 1 }, "{own:#?}");
+        let words = "tree/rollback.db is open among the container's own files";
+        assert!(!is_on_root || own[1].contains(words), "{}", own[1]);
     }
 }
