@@ -11,11 +11,12 @@
 //! Repairing goes on: 5. what is damaged is quarantined, so that another copy can take its place; 6. objects of a
 //! read-only volume are taken from where it is laid out; 7. what is still lost is fetched from peers; 8. a read-only volume
 //! that is damaged where it is laid out, but whole in the store, is laid out again, unless a container has it mounted;
-//! 9. all is looked at again. Stopping anywhere is safe: each step leaves the store as any other writer would, and can be
+//! 9. a layer of containerd's that has lost its directory is unpacked again, from containerd's blob, the store or peers;
+//! 10. all is looked at again. Stopping anywhere is safe: each step leaves the store as any other writer would, and can be
 //! repeated.
 //!
 //! It goes through the daemon while it runs (the control socket), and opens the state itself while it does not; then nobody
-//! can be asked, and step 7 is left out. Opening is what the daemon's start does: what was cut short is finished or taken
+//! can be asked, and steps 7 and 9 are left out. Opening is what the daemon's start does: what was cut short is finished or taken
 //! back, and what it mends by itself is not found any more.
 
 use std::collections::HashSet;
@@ -30,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::content::object::{self, Kind};
 use crate::contents;
+use crate::layers::Layers;
 use crate::migrate::journal::Journal;
 use crate::migrate::{MigrationError, blocking, chain};
 use crate::node::Node;
@@ -334,6 +336,7 @@ pub async fn online(node: &Arc<Node>, kept: Kept, repair: bool) -> Result<Report
     blocking(move || Ok(here.store.sync())).await??;
     let here = kept.clone();
     blocking(move || Ok(here.lay_out_again())).await??;
+    Layers::new(node.clone(), kept.snapshots.clone()).put_back().await?;
     let (report, _) = look(&kept).await?;
     Ok(Report { quarantined, fetched, ..report })
 }

@@ -1,9 +1,9 @@
 //! `godwit check`: damage is found, whether the daemon runs or not, and repaired from a neighbour that has what is lost.
 
-use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context, Result, ensure};
 use godwit_protos::Digest;
@@ -91,6 +91,7 @@ fn what_is_damaged_is_found_and_fetched_again_from_a_neighbour() -> Result<()> {
     without_a_neighbour_it_is_told_what_is_lost(a, b)?;
     a_laid_out_volume_and_the_store_mend_each_other(a, b)?;
     a_missing_directory_of_a_snapshot_is_told(b)?;
+    a_layer_that_lost_its_directory_is_unpacked_again(b)?;
     a_damaged_database_is_told_and_left_alone(b, name)?;
     ensure!(check(b, &[])?.0 == 0);
     workload_goes_on(b, name)
@@ -291,6 +292,29 @@ fn a_missing_directory_of_a_snapshot_is_told(node: &Node) -> Result<()> {
         "ctr snapshots --snapshotter godwit rm upper; ctr snapshots --snapshotter godwit rm layer",
     )
     .map(drop)
+}
+
+/// Method: the layers of an image that nothing else has, whose blobs containerd has.
+fn a_layer_that_lost_its_directory_is_unpacked_again(node: &Node) -> Result<()> {
+    let trees = node.path(STATE).join("snapshots/fs");
+    let all = || -> Result<Vec<PathBuf>> {
+        Ok(fs::read_dir(&trees)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?)
+    };
+    let before = all()?;
+    images::import(node, Image::Redis, "godwit")?;
+    let mut layers = all()?;
+    layers.retain(|tree| !before.contains(tree) && tree.file_name() != Some(".spare".as_ref()));
+    let count = layers.len();
+    ensure!(count > 0, "no layer came");
+    layers.iter().try_for_each(fs::remove_dir_all)?;
+    let (code, report) = check(node, &[])?;
+    ensure!(code == 3 && len(&report, "findings") == count, "{code}: {report}");
+    let (code, report) = check(node, &["--repair"])?;
+    ensure!(code == 0 && layers.iter().all(|tree| tree.join("fs").is_dir()), "{code}: {report}");
+    let run = ["ctr", "run", "--rm", "--snapshotter", "godwit", Image::Redis.reference(), "again"];
+    let said = node.ok(&[&run[..], &["redis-server", "--version"]].concat())?;
+    ensure!(said.contains("Redis server"), "{said}");
+    node.ok(&["ctr", "images", "rm", "--sync", Image::Redis.reference()]).map(drop)
 }
 
 /// One bit of every copy of `key`: a database may still have some that it no longer reads.

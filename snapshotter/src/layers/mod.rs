@@ -174,6 +174,8 @@ pub struct Wanted {
     name: String,
     /// Labels that it gets.
     labels: BTreeMap<String, String>,
+    /// It is committed, and has lost its directory.
+    is_lost: bool,
 }
 
 impl Wanted {
@@ -189,7 +191,17 @@ impl Wanted {
             chain_id,
             name: format!("{namespace}/{number}/{chain_id}"),
             labels: labels.clone().into_iter().collect(),
+            is_lost: false,
         })
+    }
+
+    /// A committed layer that has lost its directory: containerd's names are those of its keys, with the chain ID for a key.
+    fn again(lost: snapshots::Info) -> Option<Self> {
+        let snapshots::Info { name, parent, labels, .. } = lost;
+        let (namespace, number_and_key) = name.split_once('/')?;
+        let chain_id: Digest = number_and_key.split_once('/')?.1.parse().ok()?;
+        let (namespace, key) = (namespace.to_owned(), format!("{namespace}/0/again {chain_id}"));
+        Some(Self { namespace, key, parent, chain_id, name, labels, is_lost: true })
     }
 
     /// What the layer leads to.
@@ -245,11 +257,24 @@ impl Layers {
         });
         supplied.await.unwrap_or(false)
     }
+
+    /// Has the layers that lost their directories unpacked again, as far as they can be had without their registry.
+    pub async fn put_back(&self) -> Result<(), SnapshotError> {
+        let snapshots = self.0.snapshots.clone();
+        let lost = tokio::task::spawn_blocking(move || snapshots.lost()).await;
+        for wanted in lost.unwrap_or(Ok(Vec::new()))?.into_iter().filter_map(Wanted::again) {
+            // What an attempt that was cut short has left.
+            self.0.clear(wanted.key.clone()).await;
+            let (layer, is_back) = (wanted.chain_id, self.supply(wanted).await);
+            tracing::info!(%layer, is_back, "layer that had lost its directory");
+        }
+        Ok(())
+    }
 }
 
 impl Inner {
     async fn supply(&self, wanted: &Wanted) -> Result<bool, LayerError> {
-        if self.is_committed(wanted).await? {
+        if !wanted.is_lost && self.is_committed(wanted).await? {
             return Ok(true);
         }
         let containerd = &self.node.containerd;
@@ -326,18 +351,21 @@ impl Inner {
         namespace: &str,
     ) -> Result<bool, LayerError> {
         let containerd = &self.node.containerd;
+        let mut is_needed = wanted.is_lost;
         for above in &layer.above {
-            if containerd.has_blob(&wanted.namespace, *above).await?.is_none() {
-                self.unpack(containerd, wanted, (namespace, &layer.blob), layer.diff_id).await?;
-                // Neighbours can ask for it then; the layer is there whether they can or not.
-                let (blob, diff_id) = (layer.blob.digest, layer.diff_id);
-                if let Err(error) = containerd.label_unpacked(namespace, blob, diff_id).await {
-                    tracing::warn!(%blob, %error, "cannot note what a layer's blob holds");
-                }
-                return Ok(true);
-            }
+            is_needed =
+                is_needed || containerd.has_blob(&wanted.namespace, *above).await?.is_none();
         }
-        Ok(false)
+        if !is_needed {
+            return Ok(false);
+        }
+        self.unpack(containerd, wanted, (namespace, &layer.blob), layer.diff_id).await?;
+        // Neighbours can ask for it then; the layer is there whether they can or not.
+        let (blob, diff_id) = (layer.blob.digest, layer.diff_id);
+        if let Err(error) = containerd.label_unpacked(namespace, blob, diff_id).await {
+            tracing::warn!(%blob, %error, "cannot note what a layer's blob holds");
+        }
+        Ok(true)
     }
 
     /// Supplies a layer that this node keeps as an object. One that proves wrong is forgotten.
@@ -470,8 +498,12 @@ impl Inner {
         if containerd.apply(namespace, blob, mounts).await? != diff_id {
             return Err(ClientError::WrongContent(diff_id).into());
         }
-        let Wanted { key, name, labels, .. } = wanted.clone();
-        self.blocking(move |all| all.commit(&name, &key, labels)).await
+        let Wanted { key, name, labels, is_lost, .. } = wanted.clone();
+        self.blocking(move |all| match is_lost {
+            true => all.put_back(&name, &key),
+            false => all.commit(&name, &key, labels),
+        })
+        .await
     }
 
     /// Removes what an attempt has left under its key, so that containerd finds it free.
@@ -600,5 +632,25 @@ mod tests {
         assert_eq!(Wanted::of(&key, None, &HashMap::new()), None, "a container's own");
         assert_eq!(Wanted::of(&key, None, &labels("sha512:ab")), None);
         assert_eq!(Wanted::of("extract", None, &labels(&chain_id)), None, "not containerd's");
+    }
+
+    #[test]
+    fn a_layer_that_was_lost_is_known_by_its_name() {
+        let chain_id = Digest::of(b"x").to_string();
+        let info = |name: &str| snapshots::Info {
+            name: name.to_owned(),
+            parent: Some("k8s.io/1/sha256:ab".to_owned()),
+            kind: snapshots::Kind::Committed,
+            labels: BTreeMap::new(),
+            created: std::time::SystemTime::UNIX_EPOCH,
+            updated: std::time::SystemTime::UNIX_EPOCH,
+        };
+        let wanted = Wanted::again(info(&format!("k8s.io/12/{chain_id}"))).unwrap();
+        assert_eq!((wanted.namespace.as_str(), wanted.chain_id.to_string()), ("k8s.io", chain_id));
+        assert_eq!(wanted.parent.as_deref(), Some("k8s.io/1/sha256:ab"));
+        assert!(wanted.is_lost && wanted.key.starts_with("k8s.io/"));
+        for name in ["k8s.io/12/layer", "layer", "k8s.io/sha256:ab"] {
+            assert_eq!(Wanted::again(info(name)), None, "{name}");
+        }
     }
 }

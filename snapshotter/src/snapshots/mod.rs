@@ -33,6 +33,7 @@
 
 mod error;
 mod filter;
+mod lost;
 mod metadata;
 mod mounts;
 pub mod service;
@@ -407,7 +408,10 @@ impl Snapshots {
             let Some(missing) = self.missing_of(row) else { continue };
             let advice = match missing.ends_with("work") {
                 true => "`godwit check --repair` makes it anew",
-                false => "remove the containers and images that use it, and pull again",
+                false => {
+                    "`godwit check --repair` unpacks its layer again, if the daemon runs and the layer can be \
+                     had; else remove the containers and images that use it, and pull again"
+                }
             };
             let missing = missing.display();
             found.push(format!("directory {missing} of a snapshot is missing: {advice}"));

@@ -375,6 +375,42 @@ fn a_commit_that_stops_anywhere_leaves_it_active() {
     }
 }
 
+#[test]
+fn a_layer_that_lost_its_directory_is_put_back_or_still_lost() {
+    for step in ["", "put back 1", "put back 2", "put back 3", "put back 4"] {
+        let (dir, snapshots) = fixture();
+        layer(&snapshots, "a", None);
+        layer(&snapshots, "b", Some("a"));
+        assert!(snapshots.lost().unwrap().is_empty());
+        fs::remove_dir_all(dir.path().join("fs/1")).unwrap();
+        fs::remove_dir_all(dir.path().join("fs/2/fs")).unwrap();
+        let names = |infos: Vec<Info>| infos.into_iter().map(|one| one.name).collect::<Vec<_>>();
+        assert_eq!(names(snapshots.lost().unwrap()), ["a", "b"]);
+        snapshots.prepare("again", None, none()).unwrap();
+        fs::write(dir.path().join("fs/3/fs/file"), "content").unwrap();
+        if step.is_empty() {
+            snapshots.put_back("a", "again").unwrap();
+        } else {
+            stop_before(step, || snapshots.put_back("a", "again"));
+        }
+        drop(snapshots);
+        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let is_back = ["", "put back 3", "put back 4"].contains(&step);
+        let lost = names(snapshots.lost().unwrap());
+        assert_eq!(lost, if is_back { vec!["b"] } else { vec!["a", "b"] }, "{step}");
+        assert_eq!(snapshots.stat("again").is_ok(), !step.is_empty(), "{step}");
+        if is_back {
+            assert_eq!(fs::read(dir.path().join("fs/1/fs/file")).unwrap(), b"content");
+            let again = snapshots.prepare("more", None, none());
+            let refused = again.and_then(|_| snapshots.put_back("a", "more"));
+            assert!(matches!(refused, Err(SnapshotError::AlreadyExists(_))), "{step}");
+        } else {
+            snapshots.put_back("a", "again").unwrap();
+            assert_eq!(fs::read(dir.path().join("fs/1/fs/file")).unwrap(), b"content");
+        }
+    }
+}
+
 /// Method: what a process that was killed leaves is copied, since this one goes on.
 fn killed(dir: &Path) -> (tempfile::TempDir, Snapshots) {
     fn copy(from: &Path, to: &Path) {
