@@ -13,8 +13,9 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat};
 use rustix::fs::{openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
-/// Deepest tree that is walked: as many files are open.
-pub(crate) const WALK_DEPTH_MAX: usize = 512;
+/// Deepest tree that is walked: as many files are open, and that is below the usual limit of 1024. What goes by paths, as
+/// containerd does when it unpacks, ends at 4096 bytes.
+const WALK_DEPTH_MAX: usize = 800;
 
 fn open_directory(at: impl AsFd, name: impl rustix::path::Arg) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
