@@ -233,19 +233,27 @@ impl Snapshotter {
 
     /// Snapshots that the filters match, by name.
     pub(crate) fn list(&self, filters: &[&str]) -> Answer<BTreeMap<String, Info>> {
+        let mut infos = BTreeMap::new();
+        self.walk(filters, |some| {
+            infos.extend(some.into_iter().map(|info| (info.name.clone(), info)));
+            Ok(())
+        })?;
+        Ok(infos)
+    }
+
+    /// Lists, and calls `each` with what a message brings before the next one is read.
+    pub(crate) fn walk(
+        &self,
+        filters: &[&str],
+        mut each: impl FnMut(Vec<Info>) -> Answer<()>,
+    ) -> Answer<()> {
         let filters = filters.iter().map(|filter| (*filter).to_owned()).collect();
         let message = api::ListSnapshotsRequest { snapshotter: self.name(), filters };
-        let request = self.request(message);
-        let infos = self.runtime.block_on(async {
-            let mut stream = self.client.clone().list(request).await?.into_inner();
-            let mut infos = Vec::new();
-            while let Some(some) = stream.message().await? {
-                infos.extend(some.info);
-            }
-            Ok::<_, Status>(infos)
-        })?;
-        let infos = infos.into_iter().map(|info| self.info(Some(info)));
-        Ok(infos.map(|info| (info.name.clone(), info)).collect())
+        let mut stream = self.call(message, async |client, asked| client.list(asked).await)?;
+        while let Some(some) = self.runtime.block_on(stream.message())? {
+            each(some.info.into_iter().map(|info| self.info(Some(info))).collect())?;
+        }
+        Ok(())
     }
 
     /// Has the space of what was removed given back: by the call for it, or by containerd's collection.

@@ -189,6 +189,87 @@ pub(crate) fn directories_are_renamed_and_removed_across_layers(s: &Snapshotter)
     add_up(s, &[&first, &second, &third, &fourth])
 }
 
+/// Method: rename(2) itself. Without `redirect_dir`, for which neither snapshotter asks, the kernel renames a directory that
+/// this layer alone has, and says of others that programs are to copy them.
+pub(crate) fn a_directory_of_a_lower_layer_is_not_renamed_in_place(s: &Snapshotter) -> Result<()> {
+    let is_redirected = fs::read("/sys/module/overlay/parameters/redirect_dir")? == b"Y\n";
+    let first = |top: &Path| {
+        mkdir(top.join("lower/sub"), 0o750)?;
+        mkdir(top.join("replaced"), 0o755)?;
+        write(top.join("lower/sub/file"), "file", 0o644)?;
+        write(top.join("replaced/old"), "old", 0o644)
+    };
+    let second = |top: &Path| {
+        mkdir(top.join("own/sub"), 0o700)?;
+        fs::rename(top.join("own"), top.join("renamed"))?;
+        fs::remove_dir_all(top.join("replaced"))?;
+        mkdir(top.join("replaced"), 0o711)?;
+        write(top.join("replaced/new"), "new", 0o644)?;
+        Ok(fs::rename(top.join("replaced"), top.join("anew"))?)
+    };
+    add_up(s, &[&first, &second])?;
+    mounted(&s.prepare("active", "layer 1")?, |top| {
+        let before = describe(top)?;
+        let renamed = fs::rename(top.join("lower"), top.join("moved"));
+        if is_redirected {
+            ensure!(renamed.is_ok() && fs::read(top.join("moved/sub/file"))? == b"file");
+            return Ok(());
+        }
+        let refused = renamed.expect_err("a directory of a lower layer");
+        assert_eq!(refused.kind(), ErrorKind::CrossesDevices);
+        assert_eq!(describe(top)?, before, "what is refused changes nothing");
+        Ok(())
+    })
+}
+
+/// Method: one that is new takes the place of one below, then both are of lower layers.
+pub(crate) fn files_are_renamed_over_files_of_lower_layers(s: &Snapshotter) -> Result<()> {
+    let first = |top: &Path| {
+        mkdir(top.join("files"), 0o700)?;
+        write(top.join("files/f1"), "was here first", 0o644)?;
+        write(top.join("files/f2"), "nothing interesting", 0o644)
+    };
+    let second = |top: &Path| {
+        write(top.join("files/f1-overwrite"), "new", 0o600)?;
+        fs::rename(top.join("files/f1-overwrite"), top.join("files/f1"))?;
+        Ok(fs::rename(top.join("files/f2"), top.join("files/f3"))?)
+    };
+    let third = |top: &Path| Ok(fs::rename(top.join("files/f3"), top.join("files/f1"))?);
+    add_up(s, &[&first, &second, &third])
+}
+
+/// Method: owners change with nothing else, down a path; and of what is removed and made anew, in the same layer or in the
+/// next.
+pub(crate) fn owners_change_down_a_path_and_of_what_is_made_anew(s: &Snapshotter) -> Result<()> {
+    const PATH: [&str; 4] = ["opt", "opt/a", "opt/a/b", "opt/a/b/file"];
+    let own = |top: &Path, name: &str, id: u32| chown(top.join(name), Some(id), Some(id));
+    let first = |top: &Path| {
+        mkdir(top.join("opt/a/b"), 0o700)?;
+        write(top.join("opt/a/b/file"), "hello", 0o644)?;
+        for name in ["given-back", "removed", "given", "anew"] {
+            mkdir(top.join(name), 0o700)?;
+        }
+        write(top.join("given/file"), "given", 0o644)?;
+        write(top.join("anew/file"), "old", 0o644)?;
+        let given = ["given-back", "removed", "anew", "anew/file"];
+        Ok(given.iter().try_for_each(|name| own(top, name, 1))?)
+    };
+    let second = |top: &Path| {
+        PATH.iter().chain(&["given", "given/file"]).try_for_each(|name| own(top, name, 1))?;
+        own(top, "given-back", 0)?;
+        Ok(fs::remove_dir_all(top.join("removed"))?)
+    };
+    let third = |top: &Path| {
+        mkdir(top.join("removed"), 0o700)?;
+        fs::remove_dir_all(top.join("anew"))?;
+        mkdir(top.join("anew"), 0o700)?;
+        own(top, "removed", 2)?;
+        own(top, "anew", 2)?;
+        Ok(own(top, "opt/a/b", 3)?)
+    };
+    add_up(s, &[&first, &second, &third])
+}
+
 pub(crate) fn files_move_between_directories_of_several_layers(s: &Snapshotter) -> Result<()> {
     let first = |top: &Path| {
         mkdir(top.join("from"), 0o700)?;
