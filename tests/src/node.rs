@@ -64,6 +64,14 @@ impl Containerd {
             _ => Self::V1,
         }
     }
+
+    /// The client that comes with it. What nodes call `ctr` is that of 1.7.
+    pub fn ctr(self) -> String {
+        match self {
+            Self::V1 => "ctr".to_owned(),
+            Self::V2 => format!("{CONTAINERD_2}/usr/bin/ctr"),
+        }
+    }
 }
 
 /// A running node. Its methods take `&self`, so that a bed can be shared by the tests of a suite.

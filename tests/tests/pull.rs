@@ -51,6 +51,9 @@ const MIRROR: &str = "127.0.0.1:7947";
 /// What a pull may take when a neighbour is of no use: far below what waiting for a dead peer costs.
 const BOUND: Duration = Duration::from_secs(15);
 
+/// What a pull may take at all.
+const PULL_MAX: Duration = Duration::from_secs(60);
+
 fn node(index: usize) -> &'static Node {
     BED.node(index)
 }
@@ -147,6 +150,21 @@ fn layers_come_from_a_neighbour_and_go_on_from_whoever_got_them() -> Result<()> 
     // A layer that is not compressed is its own blob; the others are not had as such.
     let content = node(2).ok(&["ctr", "content", "ls", "-q"])?;
     ensure!(image.1.iter().filter(|layer| content.contains(*layer)).count() <= 1, "{content}");
+    Ok(())
+}
+
+/// Method: no option but the snapshotter's. The client of 1.7 fetches everything before anything is unpacked.
+#[test]
+fn a_plain_pull_by_ctr_takes_layers_from_neighbours_if_it_is_that_of_containerd_2() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    let expected = if Containerd::of_suite() == Containerd::V1 { 3 } else { 0 };
+    let before = registry().asked_for().len();
+    let ctr = Containerd::of_suite().ctr();
+    let plain = [&ctr, "images", "pull", "--snapshotter", "godwit", &image.0];
+    node(1).command(&plain).timeout(PULL_MAX).ok()?;
+    let asked = asked_since(before, &image.1);
+    ensure!(asked.len() == expected, "the registry gave {asked:?}, not {expected}");
+    ensure!(seen(node(0), &image.0)? == seen(node(1), &image.0)?, "the trees differ");
     Ok(())
 }
 
