@@ -62,7 +62,8 @@ fn registry() -> MutexGuard<'static, Registry<'static>> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Pushes an image that no node has by now, and returns its reference and the digests of its layers.
+/// Pushes an image that no node has by now, and returns its reference and the digests of its layers. No node asks a mirror
+/// for it.
 fn fresh(image: Image) -> Result<(String, BTreeSet<String>)> {
     let reference = registry().push(image)?;
     for node in &BED.nodes()[..3] {
@@ -72,6 +73,7 @@ fn fresh(image: Image) -> Result<(String, BTreeSet<String>)> {
                 node.ok(&["ctr", "-n", namespace, "images", "rm", "--sync", image])?;
             }
         }
+        node.sh("rm -rf /etc/containerd/certs.d")?;
         neighbours::forget(node)?;
         let left = node.ok(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?;
         ensure!(left.lines().count() <= 1, "{} still has\n{left}", node.name());
@@ -379,18 +381,15 @@ fn a_daemon_that_dies_while_it_brings_a_layer_fails_the_pull_and_leaves_nothing(
         .with_context(|| at.sh(left).unwrap_or_default())
 }
 
-/// A kubelet's way to pull, for pods of the handler that has our snapshotter.
-#[test]
-fn the_cri_pulls_layers_from_neighbours() -> Result<()> {
-    let image = fresh(Image::Memhog)?;
-    let before = registry().asked_for().len();
-    let socket = node(1).path("/run/containerd/containerd.sock");
+/// A kubelet's way to pull, for pods of a handler.
+fn pull_for_pods(node: &Node, reference: &str, handler: &str) -> Result<()> {
+    let socket = node.path("/run/containerd/containerd.sock");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let channel = containerd_client::connect(socket).await?;
         let mut client = v1::image_service_client::ImageServiceClient::new(channel);
-        let handler = ("io.containerd.cri.runtime-handler".to_owned(), "godwit".to_owned());
-        let spec = v1::ImageSpec { image: image.0.clone(), ..v1::ImageSpec::default() };
+        let handler = ("io.containerd.cri.runtime-handler".to_owned(), handler.to_owned());
+        let spec = v1::ImageSpec { image: reference.to_owned(), ..v1::ImageSpec::default() };
         let pod = v1::PodSandboxConfig {
             annotations: [handler].into(),
             ..v1::PodSandboxConfig::default()
@@ -400,9 +399,17 @@ fn the_cri_pulls_layers_from_neighbours() -> Result<()> {
             sandbox_config: Some(pod),
             ..v1::PullImageRequest::default()
         };
-        client.pull_image(pull).await?;
-        Ok::<_, anyhow::Error>(())
-    })?;
+        tokio::time::timeout(PULL_MAX, client.pull_image(pull)).await??;
+        Ok(())
+    })
+}
+
+/// For pods of the handler that has our snapshotter.
+#[test]
+fn the_cri_pulls_layers_from_neighbours() -> Result<()> {
+    let image = fresh(Image::Memhog)?;
+    let before = registry().asked_for().len();
+    pull_for_pods(node(1), &image.0, "godwit")?;
     let asked = registry().asked_for().split_off(before);
     ensure!(!asked.iter().any(|digest| image.1.contains(digest)), "the registry gave {asked:?}");
     let list = ["ctr", "-n", "k8s.io", "snapshots", "--snapshotter", "godwit", "ls"];

@@ -5,14 +5,15 @@ use std::fs::{self, Permissions};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use godwit_protos::Digest;
 use godwit_tests::Node;
 use godwit_tests::images::Image;
 
-use super::{BOUND, MIRROR, digest, fresh, manifest, node, registry};
+use super::{
+    BOUND, MIRROR, PULL_MAX, asked_since, digest, fresh, manifest, node, pull_for_pods, registry,
+};
 
 /// Has clients in the node ask its mirror before the registry.
 fn use_mirror(node: &Node) -> Result<()> {
@@ -30,10 +31,7 @@ fn use_mirror(node: &Node) -> Result<()> {
 fn pull_plainly(node: &Node, reference: &str) -> Result<()> {
     let pull = ["ctr", "images", "pull", "--local", "--hosts-dir", "/etc/containerd/certs.d"];
     let snapshotter = ["--snapshotter", "overlayfs", reference];
-    node.command(&[&pull[..], &snapshotter].concat())
-        .timeout(Duration::from_secs(60))
-        .ok()
-        .map(drop)
+    node.command(&[&pull[..], &snapshotter].concat()).timeout(PULL_MAX).ok().map(drop)
 }
 
 /// What the mirror of a node answers: the head, with its status, and the body.
@@ -90,6 +88,57 @@ fn a_mirror_has_what_neighbours_have_while_the_registry_is_away() -> Result<()> 
     served
 }
 
+/// Method: as docs/configuration.md says it, for a handler of each snapshotter; `config_path` is in every node's
+/// configuration. By tag where the neighbours' word on it counts, else by digest.
+#[test]
+fn a_kubelet_pulls_through_a_mirror_while_the_registry_is_away() -> Result<()> {
+    let image = fresh(Image::Redis)?;
+    [1, 2].into_iter().try_for_each(|index| use_mirror(node(index)))?;
+    let (name, _) = image.0.rsplit_once(':').context("a tag")?;
+    let by_digest = format!("{name}@{}", digest(node(0), &image.0)?);
+    registry().stop()?;
+    let pulled = (|| {
+        let refused = pull_for_pods(node(2), &image.0, "godwit");
+        ensure!(refused.is_err(), "a neighbour's tag was believed");
+        for (at, reference, handler, snapshotter) in
+            [(node(1), &image.0, "runc", "overlayfs"), (node(2), &by_digest, "godwit", "godwit")]
+        {
+            pull_for_pods(at, reference, handler).with_context(|| handler.to_owned())?;
+            let run = ["ctr", "-n", "k8s.io", "run", "--rm", "--snapshotter", snapshotter];
+            let etc = at.ok(&[&run[..], &[reference, "look", "ls", "/etc"]].concat())?;
+            ensure!(etc.contains("passwd") && !etc.contains("issue"), "{handler}: {etc}");
+        }
+        Ok(())
+    })();
+    registry().restart()?;
+    pulled
+}
+
+/// Method: the only neighbour has lost the blob of the lowest layer, and keeps none as an object. Once containerd has heard
+/// that nobody supplies that one, it downloads all; a mirror then has what the neighbour has.
+#[test]
+fn of_layers_above_one_that_nobody_has_a_mirror_spares_the_registry_those_that_somebody_has()
+-> Result<()> {
+    for with_mirror in [false, true] {
+        let image = fresh(Image::Redis)?;
+        let layers = manifest(node(0), &image.0)?["layers"].clone();
+        let lowest = layers[0]["digest"].as_str().context("a digest")?.to_owned();
+        node(0).ok(&["ctr", "content", "rm", &lowest])?;
+        if with_mirror {
+            use_mirror(node(1))?;
+        }
+        let before = registry().asked_for().len();
+        pull_for_pods(node(1), &image.0, "godwit")?;
+        let asked: BTreeSet<String> = asked_since(before, &image.1).into_iter().collect();
+        let wanted = if with_mirror { BTreeSet::from([lowest]) } else { image.1.clone() };
+        ensure!(
+            asked == wanted,
+            "with a mirror {with_mirror}: asked for {asked:?}, not {wanted:?}"
+        );
+    }
+    Ok(())
+}
+
 /// What is asked for is the length.
 #[test]
 fn a_head_of_a_blob_at_a_mirror_brings_none_of_it() -> Result<()> {
@@ -127,10 +176,10 @@ fn spoil_blob(node: &Node, digest: &Digest) -> Result<()> {
 /// Method: two have the blob, the one with a wrong byte. Whoever is asked first, he is it once; and he is the faster one.
 #[test]
 fn a_mirror_goes_on_to_an_honest_neighbour_after_a_liar() -> Result<()> {
-    use_mirror(node(2))?;
     let mut caught = 0;
     for (liar, honest) in [(node(0), node(1)), (node(1), node(0))] {
         let image = fresh(Image::Redis)?;
+        use_mirror(node(2))?;
         pull_plainly(node(1), &image.0)?;
         let largest = manifest(node(0), &image.0)?["layers"][2]["digest"].clone();
         let blob: Digest = largest.as_str().context("a digest")?.parse()?;
