@@ -244,6 +244,57 @@ fn a_read_only_volume_is_brought_from_whoever_has_it_by_digest() -> Result<()> {
     Ok(())
 }
 
+/// Method: two hold it, of which the one that lies has the faster link; then the liar alone.
+#[test]
+fn a_read_only_volume_comes_from_a_holder_that_does_not_lie_or_not_at_all() -> Result<()> {
+    let (here, liar, honest) = (node(0), node(1), node(2));
+    BED.nodes().iter().try_for_each(neighbours::forget)?;
+    images::import(here, Image::Busybox, "godwit")?;
+    let import = |at: &Node| {
+        at.sh("mkdir -p /srv/lied && seq 1 500000 > /srv/lied/rows")?;
+        at.sh("touch -d @1700000000 /srv/lied/rows /srv/lied; godwit volume import /srv/lied")
+    };
+    let digest = import(honest)?;
+    ensure!(import(liar)? == digest, "the trees differ");
+    let digest = digest.trim();
+    Bad::Lying.spoil(liar)?;
+    let run = |name| {
+        let told = here.log_end("daemon");
+        let container = workload::Container::new(name, Image::Busybox);
+        let container = container.volume(digest, "/lied", "ro").command(&["sleep", "600"]);
+        let done = container.run(here)?;
+        let log = here.log_since("daemon", told);
+        let is_refused = |line: &str| line.contains("peer failed") && line.contains("edge-b");
+        ensure!(log.lines().any(is_refused), "the liar was not asked: {log}");
+        Ok(done)
+    };
+
+    honest.set_rate(Some(LINK_MBIT / 10))?;
+    run("told-both")?.ok()?;
+    honest.set_rate(Some(LINK_MBIT))?;
+    let exec = ["ctr", "tasks", "exec", "--exec-id", "look", "told-both"];
+    let seen = here.ok(&[&exec[..], &["sha256sum", "/lied/rows"]].concat())?;
+    let expected = honest.ok(&["sha256sum", "/srv/lied/rows"])?;
+    ensure!(seen[..64] == expected[..64], "{seen} is not {expected}");
+    here.ok(&["ctr", "tasks", "rm", "-f", "told-both"])?;
+    here.ok(&["ctr", "containers", "rm", "told-both"])?;
+    for had in [here, honest] {
+        had.ok(&["godwit", "volume", "rm", digest])?;
+        neighbours::forget(had)?;
+    }
+
+    let refused = run("told-lies")?;
+    let said = format!("object {digest} is nowhere to be had");
+    ensure!(!refused.succeeded() && refused.stderr.contains(&said), "{refused:?}");
+    here.ok(&["ctr", "containers", "rm", "told-lies"])?;
+    let left = here.sh("ctr tasks ls -q; cd /var/lib/godwit; find content trash -mindepth 1
+         grep godwit/content /proc/mounts || :")?;
+    ensure!(left.is_empty(), "{left}");
+    here.ok(&["godwit", "check"])?;
+    liar.ok(&["godwit", "volume", "rm", digest])?;
+    Bad::Lying.heal(liar, LINK_MBIT)
+}
+
 /// Method: the destination's daemon is killed while memory arrives over a slow link; what had come is not sent again.
 #[test]
 fn a_cut_transfer_is_resumed_also_after_the_daemon_died() -> Result<()> {
