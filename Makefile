@@ -14,7 +14,7 @@ TEST := $(CARGO) test --release --workspace --locked
 LIGHT_SUITES := $(sort $(basename $(notdir $(wildcard criu-wrapper/tests/*.rs shim/tests/*.rs snapshotter/tests/*.rs))))
 SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
 # Suites that choose their containerd by the environment.
-BOTH_CONTAINERDS := cri docker pull shim snapshots
+BOTH_CONTAINERDS := cri docker pull shim snapshots snapshotter
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help

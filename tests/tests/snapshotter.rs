@@ -4,10 +4,10 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
-use godwit_tests::{Bed, BedOptions, Node};
+use godwit_tests::{Bed, BedOptions, Containerd, Node};
 
 /// The node that all tests share; torn down at exit.
 static BED: LazyLock<Bed> = LazyLock::new(|| start().expect("the test node starts"));
@@ -17,7 +17,7 @@ const SOON: Duration = Duration::from_secs(10);
 const OURS: &[&str] = &["--snapshotter", "godwit", "--runtime", "io.containerd.runc.godwit.v1"];
 
 fn start() -> Result<Bed> {
-    let bed = Bed::start(&BedOptions::nodes(1))?;
+    let bed = Bed::start(&BedOptions::nodes(1).generation(Containerd::of_suite()))?;
     for snapshotter in ["godwit", "overlayfs"] {
         images::import(bed.node(0), Image::Redis, snapshotter)?;
         images::import(bed.node(0), Image::Busybox, snapshotter)?;
@@ -152,6 +152,37 @@ fn while_the_daemon_is_away(container: &Container) -> Result<()> {
     ensure!(overlayfs.is_running()?, "plain containerd does not need the daemon");
     let failed = Container::start("failing", Image::Busybox, OURS, "sleep 600");
     ensure!(failed.is_err(), "a layer cannot be made without the daemon");
+    Ok(())
+}
+
+/// Method: containerd's client copies the layers with other owners, and the container has a layer over the copy. All of it
+/// is looked at from both sides.
+#[test]
+fn a_container_in_a_user_namespace_has_an_image_of_its_own_roots() -> Result<()> {
+    let ctr = Containerd::of_suite().ctr();
+    let ids = ["--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536"];
+    let files = "/ /bin/busybox /tmp /written /etc/issue";
+    let script = "touch /written; chown 7:8 /etc/issue; sleep 600";
+    for (id, shim) in [("mapped", OURS), ("mapped-runc", &OURS[..2])] {
+        let image = [Image::Busybox.reference(), id, "sh", "-c", script];
+        node().ok(&[&[&ctr, "run", "-d"][..], shim, &ids, &image].concat())?;
+        let container = Container { id: id.to_owned() };
+        let look = format!("cat /proc/self/uid_map /proc/self/gid_map; stat -c %u:%g {files}");
+        let inside = "0 100000 65536\n0 200000 65536\n0:0\n0:0\n0:0\n0:0\n7:8";
+        wait_until("its files are its root's", SOON, || {
+            let seen = container.exec("look", &look).unwrap_or_default();
+            Ok(seen.split_whitespace().eq(inside.split_whitespace()))
+        })
+        .with_context(|| container.exec("look", &look).unwrap_or_default())?;
+        let strangers = "find / -xdev \\( ! -user 0 -o ! -group 0 \\) ! -path /etc/issue ! -path /proc ! -path /sys";
+        let strangers = container.exec("strangers", strangers)?;
+        ensure!(strangers.is_empty(), "not its root's: {strangers}");
+        let root = format!("/run/containerd/io.containerd.runtime.v2.task/default/{id}/rootfs");
+        let seen =
+            node().sh(&format!("cd {root}; for f in {files}; do stat -c %u:%g .$f; done"))?;
+        let root = "100000:200000\n";
+        assert_eq!(seen, format!("{}100007:200008\n", root.repeat(4)));
+    }
     Ok(())
 }
 
