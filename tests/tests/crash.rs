@@ -285,13 +285,28 @@ struct Operation {
     steps_min: usize,
 }
 
-const OF_SNAPSHOTS: [Operation; 4] = [
+const OF_SNAPSHOTS: [Operation; 6] = [
     Operation {
         name: "prepare",
         before: "",
         act: "$ctr prepare step-$n $base > /dev/null",
         after: "$ctr rm step-$n",
         steps_min: 4,
+    },
+    Operation {
+        name: "view",
+        before: "",
+        act: "$ctr view step-$n $base > /dev/null",
+        after: "$ctr rm step-$n",
+        steps_min: 4,
+    },
+    // containerd hands over those that begin so.
+    Operation {
+        name: "label",
+        before: "$ctr prepare step-$n $base > /dev/null",
+        act: "$ctr label step-$n containerd.io/snapshot/step=$n > /dev/null",
+        after: "$ctr rm step-$n",
+        steps_min: 1,
     },
     Operation {
         name: "commit",
