@@ -4,13 +4,15 @@
 //! where directories were a moment ago. So nothing here follows one, and all goes by the directory above (openat(2)).
 
 use std::ffi::{CStr, CString, OsStr};
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat};
-use rustix::fs::{openat, renameat, statat, unlinkat};
+use nix::errno::Errno as NixErrno;
+use nix::fcntl::renameat;
+use nix::unistd::{UnlinkatFlags, unlinkat};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, openat, statat};
 use rustix::io::Errno;
 
 /// Deepest tree that is walked: as many files are open, and that is below the usual limit of 1024. What goes by paths, as
@@ -35,7 +37,7 @@ pub(crate) fn remove(top: &Path) -> io::Result<()> {
     let mut next = 0;
     // Each pass removes at least one directory, and what moved up may be seen in the next only.
     while empty(&directory, &directory, &mut next)? {}
-    Ok(unlinkat(CWD, top, AtFlags::REMOVEDIR)?)
+    fs::remove_dir(top)
 }
 
 /// Removes what is in `directory`; directories move up to `top`, or are emptied and removed if they are there. Returns
@@ -51,16 +53,17 @@ fn empty(directory: &OwnedFd, top: &OwnedFd, next: &mut u64) -> io::Result<bool>
         }
         found = true;
         if entry.file_type() != FileType::Directory {
-            match unlinkat(directory, name, AtFlags::empty()) {
-                Ok(()) | Err(Errno::NOENT) => continue,
+            // By way of the C library, as tests that stop a daemon count it (`tests/preload/step-preload.c`).
+            match unlinkat(directory, name, UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(NixErrno::ENOENT) => continue,
                 // The file system does not say what its entries are.
-                Err(Errno::ISDIR) => {}
+                Err(NixErrno::EISDIR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
         if is_top {
             empty(&open_directory(top, name)?, top, next)?;
-            unlinkat(top, name, AtFlags::REMOVEDIR)?;
+            unlinkat(top, name, UnlinkatFlags::RemoveDir)?;
         } else {
             move_up(directory, name, top, next)?;
         }
@@ -71,10 +74,10 @@ fn empty(directory: &OwnedFd, top: &OwnedFd, next: &mut u64) -> io::Result<bool>
 /// Moves a directory to `top` under a number that nothing has there, or an empty directory.
 fn move_up(from: &OwnedFd, name: &CStr, top: &OwnedFd, next: &mut u64) -> io::Result<()> {
     loop {
-        let moved = renameat(from, name, top, next.to_string());
+        let moved = renameat(from, name, top, next.to_string().as_str());
         *next += 1;
         match moved {
-            Err(Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR) => {}
+            Err(NixErrno::EEXIST | NixErrno::ENOTEMPTY | NixErrno::ENOTDIR) => {}
             moved => return Ok(moved?),
         }
     }
@@ -127,7 +130,6 @@ pub(crate) fn walk(top: &Path, mut visit: impl FnMut(&Stat)) -> Result<(), (Path
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::os::unix::fs::symlink;
 
     use super::*;
