@@ -129,7 +129,7 @@ fn volume_error(error: &VolumeError) -> Error {
         | VolumeError::Nowhere(_)
         | VolumeError::Store(StoreError::UnknownSnapshot(_)) => Code::NOT_FOUND,
         VolumeError::Exists(_) | VolumeError::NotEmpty(_) => Code::ALREADY_EXISTS,
-        VolumeError::Size(_) | VolumeError::NotVerifiable(_) => Code::INVALID_ARGUMENT,
+        VolumeError::Size(_) => Code::INVALID_ARGUMENT,
         VolumeError::Damaged { .. } => Code::DATA_LOSS,
         VolumeError::Moved { .. }
         | VolumeError::ReadOnly(_)

@@ -118,9 +118,6 @@ pub enum VolumeError {
     /// The journal failed.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// There is nothing that it could be compared with.
-    #[error("volume {0} is a writable tree: any content is as good as any other")]
-    NotVerifiable(VolumeId),
     /// Laying out or reading the content failed.
     #[error(transparent)]
     Content(#[from] ContentError),
@@ -160,6 +157,11 @@ pub enum Shape {
     Tree,
     /// A file with a file system in it, of so many bytes.
     Block(FileSystem, u64),
+}
+
+/// Reads all that is in a directory, and says what it is.
+fn read(path: &Path) -> Result<Digest, VolumeError> {
+    Ok(capture(path, &mut Forgetful, &mut Unchanged::default(), &HashSet::new())?.tree)
 }
 
 /// Takes objects and keeps none.
@@ -368,16 +370,14 @@ impl Volumes {
 
     /// As [`Self::verify`], but leaves the store as it is.
     pub fn compare(&self, digest: &Digest) -> Result<(), VolumeError> {
-        let path = self.path(&VolumeSource::Content(*digest), true)?;
-        let none = HashSet::new();
-        let found = capture(&path, &mut Forgetful, &mut Unchanged::default(), &none)?.tree;
+        let found = read(&self.path(&VolumeSource::Content(*digest), true)?)?;
         if found == *digest { Ok(()) } else { Err(VolumeError::Damaged { digest: *digest, found }) }
     }
 
     /// Reads read-only content as it is laid out and compares; has the file system of a block volume checked, which
-    /// nothing may have mounted.
+    /// nothing may have mounted; and reads all of a writable tree as a migration would, since nothing says what it should be.
     ///
-    /// Errors: [`VolumeError::Damaged`], [`VolumeError::Program`]; nothing is repaired.
+    /// Errors: [`VolumeError::Damaged`], [`VolumeError::Program`], [`VolumeError::Content`]; nothing is repaired.
     pub fn verify(&self, source: &VolumeSource) -> Result<(), VolumeError> {
         let path = self.path(source, true)?;
         let digest = match (source, self.file_system(source)?) {
@@ -385,9 +385,7 @@ impl Volumes {
             (VolumeSource::Writable(_), Some(file_system)) => {
                 return format::check(&path, file_system);
             }
-            (VolumeSource::Writable(id), None) => {
-                return Err(VolumeError::NotVerifiable(id.clone()));
-            }
+            (VolumeSource::Writable(_), None) => return read(&path).map(drop),
         };
         let lease = self.store.lease("volume verify", IMPORT_LEASE);
         let found = put_tree(&path, self.store.writer(&lease).cold())?;

@@ -178,9 +178,10 @@ pub(crate) enum VolumeCommand {
         /// The directory.
         directory: PathBuf,
     },
-    /// Check that read-only content is what its name says, or that the file system of a block volume is sound.
+    /// Check that read-only content is what its name says, that the file system of a block volume is sound, or that all of
+    /// a tree can be read.
     Verify {
-        /// sha256:..., or the id of a block volume that no container uses.
+        /// sha256:..., or the id of a volume; no container may use it if it is a block volume.
         id: String,
     },
     /// List volumes.
