@@ -19,6 +19,9 @@ use rustix::io::Errno;
 /// containerd does when it unpacks, ends at 4096 bytes.
 const WALK_DEPTH_MAX: usize = 800;
 
+/// Directories inside one another that a removal has open. On a full disk there may be no room to move one up.
+const OPEN_MAX: usize = 64;
+
 fn open_directory(at: impl AsFd, name: impl rustix::path::Arg) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(at, name, flags, Mode::empty())
@@ -30,20 +33,18 @@ fn is_itself_or_above(name: &CStr) -> bool {
 
 /// Removes the directory `top` and all below it, of any depth: with few files open, and a memory and stack that do not grow.
 ///
-/// Directories move up to `top` before they are emptied; if this stops midway, it can be done again.
+/// What is deeper than [`OPEN_MAX`] moves up to `top` first; if this stops midway, it can be done again.
 /// Errors: the system's; not that something was gone already, but for `top`.
 pub(crate) fn remove(top: &Path) -> io::Result<()> {
     let directory = open_directory(CWD, top)?;
     let mut next = 0;
     // Each pass removes at least one directory, and what moved up may be seen in the next only.
-    while empty(&directory, &directory, &mut next)? {}
+    while empty(&directory, &directory, 1, &mut next)? {}
     fs::remove_dir(top)
 }
 
-/// Removes what is in `directory`; directories move up to `top`, or are emptied and removed if they are there. Returns
-/// whether there was anything.
-fn empty(directory: &OwnedFd, top: &OwnedFd, next: &mut u64) -> io::Result<bool> {
-    let is_top = std::ptr::eq(directory, top);
+/// Removes what is in `directory`, which is so deep in `top`. Returns whether there was anything.
+fn empty(directory: &OwnedFd, top: &OwnedFd, depth: usize, next: &mut u64) -> io::Result<bool> {
     let mut found = false;
     for entry in Dir::read_from(directory)? {
         let entry = entry?;
@@ -61,11 +62,11 @@ fn empty(directory: &OwnedFd, top: &OwnedFd, next: &mut u64) -> io::Result<bool>
                 Err(error) => return Err(error.into()),
             }
         }
-        if is_top {
-            empty(&open_directory(top, name)?, top, next)?;
-            unlinkat(top, name, UnlinkatFlags::RemoveDir)?;
-        } else {
+        if depth == OPEN_MAX {
             move_up(directory, name, top, next)?;
+        } else {
+            empty(&open_directory(directory, name)?, top, depth + 1, next)?;
+            unlinkat(directory, name, UnlinkatFlags::RemoveDir)?;
         }
     }
     Ok(found)
@@ -155,12 +156,13 @@ mod tests {
             fs::create_dir_all(top.join(name)).unwrap();
         }
         // Names that those have which move up.
-        for name in ["3", "4", "a/3/5", "full/6"] {
+        for name in ["3", "4", "7", "a/3/5", "full/6"] {
             fs::write(top.join(name), "x").unwrap();
         }
         symlink(&outside, top.join("a/link")).unwrap();
         symlink(outside.join("file"), top.join("5")).unwrap();
         nest(&top, DEEP);
+        nest(&top.join("1/a/b"), 2 * OPEN_MAX);
         remove(&top).unwrap();
         assert!(!top.exists());
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 2);

@@ -2,7 +2,8 @@
 //!
 //! redb takes no change any more once it could not write one, until it is opened again, and its file has holes where nothing
 //! was written yet. So that whoever fills the disk is not the end of it, every byte of the file has its place, and beyond its
-//! end there is room for the next growth: as much again (`grow` of redb's `page_manager.rs`).
+//! end there is room for the next growth: as much again (`grow` of redb's `page_manager.rs`), unless one value takes more than
+//! half of it.
 
 use std::fs::File;
 use std::io;
@@ -26,7 +27,7 @@ impl Room {
         Self(Arc::new((file, AtomicU64::new(0))))
     }
 
-    /// Makes sure that the file can grow. Errors: the disk is full, or failed; all is as it was.
+    /// Makes sure that the file can grow. Errors: the disk is full, or failed; what is in the file is as it was.
     pub(crate) fn ensure(&self) -> io::Result<()> {
         let (file, kept) = &*self.0;
         let length = file.metadata()?.len();

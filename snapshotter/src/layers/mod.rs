@@ -196,11 +196,13 @@ impl Wanted {
     }
 
     /// A committed layer that has lost its directory: containerd's names are those of its keys, with the chain ID for a key.
+    /// The key it is unpacked under is another each time, and containerd removes one that an attempt cut short has left.
     fn again(lost: snapshots::Info) -> Option<Self> {
         let snapshots::Info { name, parent, labels, .. } = lost;
         let (namespace, number_and_key) = name.split_once('/')?;
         let chain_id: Digest = number_and_key.split_once('/')?.1.parse().ok()?;
-        let (namespace, key) = (namespace.to_owned(), format!("{namespace}/0/again {chain_id}"));
+        let key = format!("{namespace}/0/again-{} {chain_id}", unix_ms());
+        let namespace = namespace.to_owned();
         Some(Self { namespace, key, parent, chain_id, name, labels, is_lost: true })
     }
 
@@ -263,8 +265,6 @@ impl Layers {
         let snapshots = self.0.snapshots.clone();
         let lost = tokio::task::spawn_blocking(move || snapshots.lost()).await;
         for wanted in lost.unwrap_or(Ok(Vec::new()))?.into_iter().filter_map(Wanted::again) {
-            // What an attempt that was cut short has left.
-            self.0.clear(wanted.key.clone()).await;
             let (layer, is_back) = (wanted.chain_id, self.supply(wanted).await);
             tracing::info!(%layer, is_back, "layer that had lost its directory");
         }
@@ -283,13 +283,19 @@ impl Inner {
         let turn = self.turn(layer.diff_id);
         let _turn = turn.lock().await;
         if let Some(found) = containerd.find_blob(layer.blob.digest).await? {
-            return self.supply_blob(wanted, &layer, &found.namespace).await;
+            let supplied = self.supply_blob(wanted, &layer, &found.namespace).await;
+            match &supplied {
+                Err(error) if wanted.is_lost => {
+                    tracing::warn!(layer = %layer.diff_id, %error, "a layer's blob is of no use");
+                }
+                _ => return supplied,
+            }
         }
         let lease = Arc::new(self.node.store.lease("layer", LEASE));
         if self.supply_kept(wanted, &layer).await? {
             return Ok(true);
         }
-        if !has_room(&self.node) {
+        if !has_room(&self.node) || !self.node.config.layers.fetch {
             return Ok(false);
         }
         let mut outcome = Ok(false);

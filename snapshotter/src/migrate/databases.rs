@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use super::describe::WritableVolume;
@@ -28,7 +28,7 @@ pub(super) fn warnings(pids: &[u32], volumes: &[WritableVolume]) -> Vec<String> 
     let mut found = BTreeMap::new();
     for pid in pids {
         // A process that has ended has nothing open.
-        let root = device(format!("/proc/{pid}/root/."));
+        let root = root_mount(*pid);
         let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         for file in files.take(FILES_MAX).map(|entry| entry.path()) {
             // As the container has it: its root is another one.
@@ -36,7 +36,8 @@ pub(super) fn warnings(pids: &[u32], volumes: &[WritableVolume]) -> Vec<String> 
             let holds = volumes.iter().filter(|volume| path.starts_with(&volume.destination));
             // Volumes may lie in each other.
             let volume = holds.max_by_key(|volume| volume.destination.as_os_str().len());
-            if volume.is_none() && device(&file) != root {
+            // Before anything is asked of the file itself: it may be on a mount that does not answer.
+            if volume.is_none() && (root.is_none() || mount_of(&file) != root) {
                 continue;
             }
             let file_system = volume.and_then(|volume| volume.file_system);
@@ -63,9 +64,18 @@ pub(super) fn warnings(pids: &[u32], volumes: &[WritableVolume]) -> Vec<String> 
     found.into_values().collect()
 }
 
-/// What the file is on, if it is there.
-fn device(file: impl AsRef<Path>) -> Option<u64> {
-    fs::metadata(file).ok().map(|found| found.dev())
+/// The mount that a process's open file `/proc/PID/fd/N` is on (proc_pid_fdinfo(5)).
+fn mount_of(file: &Path) -> Option<u64> {
+    let (process, number) = (file.parent()?.parent()?, file.file_name()?);
+    let info = fs::read_to_string(process.join("fdinfo").join(number)).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
+}
+
+/// The mount that is a process's root (proc_pid_mountinfo(5)): the last of those that lie on each other.
+fn root_mount(pid: u32) -> Option<u64> {
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
+    let root = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/"))?;
+    root.split(' ').next()?.parse().ok()
 }
 
 /// The version of a SQLite database's format for writing: 1 with a rollback journal, 2 with a write-ahead log.
@@ -82,6 +92,7 @@ fn format_for_writing(file: &Path) -> Option<u8> {
 mod tests {
     use super::*;
     use godwit_protos::FileSystem;
+    use std::os::fd::AsRawFd as _;
     use std::path::PathBuf;
 
     /// Method: this process has the files open, and its root is the container's.
@@ -120,7 +131,9 @@ mod tests {
         assert!(found[2].contains("tree/wal.db") && found[2].contains("lock"));
         assert_eq!(warnings(&[u32::MAX], &volumes), [""; 0]);
         let own = warnings(&[std::process::id()], &volumes[1..]);
-        let is_on_root = device(dir.path()) == device("/");
+        let open = File::open(dir.path()).unwrap();
+        let open = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+        let is_on_root = mount_of(&open).unwrap() == root_mount(std::process::id()).unwrap();
         assert_eq!(own.len(), if is_on_root { 3 } else { 1 }, "{own:#?}");
         let words = "tree/rollback.db is open among the container's own files";
         assert!(!is_on_root || own[1].contains(words), "{}", own[1]);

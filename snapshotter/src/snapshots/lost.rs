@@ -38,6 +38,10 @@ impl Snapshots {
             return Err(SnapshotError::AlreadyExists(name.to_owned()));
         }
         let number = change.remove(key)?;
+        if number != from.number {
+            // It was removed and prepared anew meanwhile.
+            return Err(SnapshotError::NotFound(key.to_owned()));
+        }
         let (source, target) = (self.tree(number), self.tree(to.number));
         let failed = |source| SnapshotError::Io { what: "put back", path: target.clone(), source };
         step::reach("put back 2");

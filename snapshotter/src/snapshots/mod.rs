@@ -406,9 +406,10 @@ impl Snapshots {
         let (rows, mut found) = change.contradictions()?;
         for row in rows.values() {
             let Some(missing) = self.missing_of(row) else { continue };
-            let advice = match missing.ends_with("work") {
-                true => "`godwit check --repair` makes it anew",
-                false => {
+            let advice = match row.kind {
+                _ if missing.ends_with("work") => "`godwit check --repair` makes it anew",
+                Kind::View | Kind::Active => "remove the container that uses it",
+                Kind::Committed => {
                     "`godwit check --repair` unpacks its layer again, if the daemon runs and the layer can be \
                      had; else remove the containers and images that use it, and pull again"
                 }

@@ -98,7 +98,7 @@ impl Service {
         self.at_once(call, work)
     }
 
-    /// Adds a snapshot in place, but apart where its root directory gets an owner, which is flushed.
+    /// Adds a snapshot in place, but apart where labels give its root directory an owner, which is flushed.
     async fn add(
         &self,
         call: &'static str,

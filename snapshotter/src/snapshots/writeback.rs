@@ -21,6 +21,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{
     AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2, statat,
 };
+use rustix::io::Errno;
 
 use super::tree::{TICK, time};
 use crate::sys::begin_writing;
@@ -119,10 +120,11 @@ impl Walk {
             match self.look(&path, &mut pending, &is_over) {
                 Ok(written) => files += written,
                 // It is gone, or was replaced.
-                Err(_) => {
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {
                     self.directories.remove(&path);
                     self.room += path.as_os_str().len();
                 }
+                Err(_) => (),
             }
             if is_over() {
                 return files;
