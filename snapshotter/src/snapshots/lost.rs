@@ -23,7 +23,7 @@ impl Snapshots {
     /// empty. containerd does not know it and has it removed.
     ///
     /// Caller: nothing writes to it any more, and it is what `name` was. Errors: [`SnapshotError::NotFound`] for either;
-    /// [`SnapshotError::AlreadyExists`] if `name` is whole; [`SnapshotError::NotActive`]; and the disk's.
+    /// [`SnapshotError::AlreadyExists`] if `name` is whole, or not committed; [`SnapshotError::NotActive`]; and the disk's.
     pub fn put_back(&self, name: &str, key: &str) -> Result<(), SnapshotError> {
         let from = self.metadata.get(key)?;
         if from.kind != Kind::Active {
@@ -34,7 +34,7 @@ impl Snapshots {
         // Inside it nobody removes either.
         let change = self.metadata.begin()?;
         let to = self.metadata.get(name)?;
-        if self.missing_of(&to).is_none() {
+        if to.kind != Kind::Committed || self.missing_of(&to).is_none() {
             return Err(SnapshotError::AlreadyExists(name.to_owned()));
         }
         let number = change.remove(key)?;

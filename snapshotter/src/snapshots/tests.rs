@@ -404,6 +404,11 @@ fn a_layer_that_lost_its_directory_is_put_back_or_still_lost() {
             let again = snapshots.prepare("more", None, none());
             let refused = again.and_then(|_| snapshots.put_back("a", "more"));
             assert!(matches!(refused, Err(SnapshotError::AlreadyExists(_))), "{step}");
+            let number = snapshots.metadata.get("more").unwrap().number;
+            fs::remove_dir_all(snapshots.tree(number)).unwrap();
+            snapshots.prepare("other", None, none()).unwrap();
+            let refused = snapshots.put_back("more", "other");
+            assert!(matches!(refused, Err(SnapshotError::AlreadyExists(_))), "{step}");
         } else {
             snapshots.put_back("a", "again").unwrap();
             assert_eq!(fs::read(dir.path().join("fs/1/fs/file")).unwrap(), b"content");
