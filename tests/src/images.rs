@@ -37,6 +37,8 @@ pub enum Image {
     Redis,
     /// The program `memhog` of this crate. Three layers.
     Memhog,
+    /// The program `probe` of this crate. Three layers.
+    Probe,
     /// PostgreSQL, which makes a cluster in `/data` and runs there as a user of its own (`images/postgresql.sh`).
     Postgresql,
     /// The `sqlite3` program, to be run by a shell of busybox.
@@ -74,6 +76,7 @@ impl Image {
             Self::Busybox => "docker.io/library/busybox:test",
             Self::Redis => "docker.io/library/redis:test",
             Self::Memhog => "docker.io/library/memhog:test",
+            Self::Probe => "docker.io/library/probe:test",
             Self::Postgresql => "docker.io/library/postgres:test",
             Self::Sqlite => "docker.io/library/sqlite:test",
             Self::Jvm => "docker.io/library/ledger:test",
@@ -90,6 +93,7 @@ impl Image {
             Self::Busybox => "busybox",
             Self::Redis => "redis",
             Self::Memhog => "memhog",
+            Self::Probe => "probe",
             Self::Postgresql => "postgres",
             Self::Sqlite => "sqlite",
             Self::Jvm => "ledger",
@@ -114,6 +118,7 @@ impl Image {
                 "/data",
             ),
             Self::Memhog => (&["memhog"], "/"),
+            Self::Probe => (&["probe", "idle"], "/"),
             Self::Postgresql => (&["postgresql.sh"], "/data"),
             Self::Jvm => {
                 (&["java", "-Xmx64m", "-cp", "/app", "Ledger", "8080", "nobody", "1"], "/")
@@ -188,9 +193,10 @@ fn key(image: Image, root: &Root) -> Result<String> {
         | Image::Files
         | Image::Large
         | Image::Deep => {}
-        Image::Memhog => {
-            need::binaries(&["memhog"])?;
-            text.extend(fs::read(place::binary("memhog"))?);
+        Image::Memhog | Image::Probe => {
+            let program = image.file_stem();
+            need::binaries(&[program])?;
+            text.extend(fs::read(place::binary(program))?);
         }
         Image::Postgresql => text.extend(POSTGRESQL_SCRIPT.bytes()),
         Image::Jvm => text.extend(LEDGER_SOURCE.bytes()),
@@ -229,8 +235,9 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
             }
             return Ok(layers);
         }
-        Image::Memhog => {
-            fs::copy(place::binary("memhog"), own.join("usr/bin/memhog"))?;
+        Image::Memhog | Image::Probe => {
+            let program = image.file_stem();
+            fs::copy(place::binary(program), own.join("usr/bin").join(program))?;
             fs::create_dir_all(own.join("data"))?;
             vec!["/usr/bin/redis-server".to_owned()]
         }
@@ -247,11 +254,14 @@ fn layers(image: Image, root: &Root, scratch: &Path) -> Result<Vec<Layer>> {
         libraries(root, &programs)?.into_iter().partition(|path| is_libc(path));
     copy_from(root, &libc, &tree("libc"))?;
     layers.push(Layer { tree: tree("libc"), gzip: true });
-    if image != Image::Memhog {
+    if !matches!(image, Image::Memhog | Image::Probe) {
         copy_from(root, &others, &own)?;
     }
     // Large ones are packed and unpacked often enough.
-    layers.push(Layer { tree: own, gzip: matches!(image, Image::Redis | Image::Memhog) });
+    layers.push(Layer {
+        tree: own,
+        gzip: matches!(image, Image::Redis | Image::Memhog | Image::Probe),
+    });
     Ok(layers)
 }
 

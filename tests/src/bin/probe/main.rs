@@ -1,0 +1,57 @@
+//! A workload for each thing that a process may hold: `probe KIND [ARGUMENTS]`.
+//!
+//! Each kind takes hold of one thing (a timer, a socket, an unusual mapping) and then reports its state in `/status`, one
+//! line of words that the suite `moves` reads on the node that runs the container. Every kind is a module; its head says
+//! what it holds and what the line means.
+
+use std::fs;
+use std::io;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+/// Where the probe reports its state.
+const STATUS: &str = "/status";
+
+/// What a kind runs: it returns only on an error.
+type Kind = fn(&[String]) -> io::Result<()>;
+
+/// Every kind by its name.
+const KINDS: &[(&str, Kind)] = &[("idle", idle)];
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let found = words.split_first().and_then(|(name, arguments)| {
+        let (_, kind) = KINDS.iter().find(|(known, _)| known == name)?;
+        Some((*kind, arguments))
+    });
+    let Some((kind, arguments)) = found else {
+        let names: Vec<&str> = KINDS.iter().map(|(name, _)| *name).collect();
+        eprintln!("usage: probe {} [ARGUMENTS]", names.join("|"));
+        return ExitCode::FAILURE;
+    };
+    match kind(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("probe: {error}");
+            let _ = report(&format!("failed {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Replaces the line of [`STATUS`] as a whole: a reader never sees half of it.
+fn report(line: &str) -> io::Result<()> {
+    let unfinished = format!("{STATUS}.new");
+    fs::write(&unfinished, line)?;
+    fs::rename(unfinished, STATUS)
+}
+
+/// Holds nothing: the line is a count that grows.
+fn idle(_arguments: &[String]) -> io::Result<()> {
+    for count in 0_u64.. {
+        report(&format!("beats {count}"))?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}

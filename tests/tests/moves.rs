@@ -1,0 +1,21 @@
+//! What moves and what is refused: every row of the table in docs/moves.md is tried here on real nodes.
+//!
+//! A row is a thing that a container may have and what becomes of it: it moves, or `plan` and `migrate` refuse it before
+//! the freeze. The rows of one subject stand in one module below `moves/`, each with the test that tries it
+//! ([`table::rows`]). The table in the document is made of them: `GODWIT_WRITE_TABLE=1 make test-moves` rewrites it,
+//! and a test compares it.
+
+#[path = "moves/basics.rs"]
+mod basics;
+#[path = "moves/bed.rs"]
+mod bed;
+#[path = "moves/table.rs"]
+mod table;
+
+/// The rows of all subjects, in the order of the document.
+const SUBJECTS: &[(&str, &[table::Row])] = &[("Processes", basics::ROWS)];
+
+#[test]
+fn the_table_in_the_documents_is_the_one_that_is_tested() -> anyhow::Result<()> {
+    table::compare_with_document(SUBJECTS)
+}
