@@ -17,6 +17,9 @@ pub use names::{
     VolumeSource, is_name,
 };
 
+/// What containerd's configuration calls our snapshotter.
+pub const SNAPSHOTTER: &str = "godwit";
+
 /// Annotations that Godwit reads from a container's OCI specification.
 pub mod annotation {
     /// Where to take the container from: `NODE/NAMESPACE/CONTAINER` ([`crate::MigrateFrom`]).

@@ -20,7 +20,8 @@ pub const DEFAULT_PATH: &str = "/etc/godwit/godwit.toml";
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// This node's name: what other nodes' `peers` and the migrate-from annotation call it.
+    /// This node's name: what other nodes' `peers` and the migrate-from annotation call it. The host name by default.
+    #[serde(default = "host_name")]
     pub node: String,
     /// Address of the peer service, for example `10.0.0.1:7946`. Absent: this node has no peers.
     pub listen: Option<SocketAddr>,
@@ -325,12 +326,23 @@ pub enum ConfigError {
     /// What is removed elsewhere would be forgotten before its owner could say that it is there.
     #[error("`cache.expire_removed_s` must be at least twice `cache.period_max_s`")]
     Expiry,
+    /// Other nodes could not name this one: not in `peers`, nor in an annotation.
+    #[error(
+        "{0:?} cannot be a node's name: `node` (by default the host name) has letters, digits, '_', '.' and '-'"
+    )]
+    NodeName(String),
     /// Two peers of one name, or a peer of this node's name.
     #[error("peer name {0:?} is not unique")]
     PeerName(String),
     /// Keys of the directory that do not fit together.
     #[error("[directory] {0}")]
     Directory(&'static str),
+}
+
+/// The host's name as far as it can name a node; [`Config::read`] refuses an empty one.
+fn host_name() -> String {
+    let name = nix::unistd::gethostname().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 fn default_state_dir() -> PathBuf {
@@ -372,6 +384,9 @@ impl Config {
         }
         if let Some(listen) = self.mirror.listen.filter(|listen| !listen.ip().is_loopback()) {
             return Err(ConfigError::Mirror(listen));
+        }
+        if !godwit_protos::is_name(&self.node) {
+            return Err(ConfigError::NodeName(self.node.clone()));
         }
         self.cache.schedule()?;
         self.cache.budget()?;
@@ -433,6 +448,25 @@ mod tests {
         assert!(read("node = 'a'\nlisten = '10.0.0.1:1'\ninsecure = true").is_ok());
         assert!(read("node = 'a'\nlisten = '127.0.0.1:1'").is_ok());
         assert!(read("node = 'a'").is_ok());
+    }
+
+    #[test]
+    fn a_node_is_called_as_its_host_unless_told_otherwise() {
+        let host = nix::unistd::gethostname().unwrap();
+        assert_eq!(read("").unwrap().node, host.to_string_lossy());
+        assert_eq!(read("node = 'a'").unwrap().node, "a");
+        for wrong in ["", "a/b", "a b"] {
+            let refused = read(&format!("node = '{wrong}'"));
+            assert!(matches!(refused, Err(ConfigError::NodeName(_))), "{wrong:?}");
+        }
+    }
+
+    /// Method: the very file that users install. The daemon's start with it is in the suite `nodes`.
+    #[test]
+    fn the_shipped_configuration_is_valid_and_listens_nowhere() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/deploy/godwit.toml");
+        let config = Config::read(&path).unwrap();
+        assert!(config.listen.is_none() && config.peers.is_empty());
     }
 
     #[test]

@@ -339,6 +339,12 @@ impl Control for Service {
         answer.store_bytes = usage.bytes;
         answer.objects = usage.objects;
         answer.directory = self.node.directory.status();
+        let containerd = &self.node.containerd;
+        if let Ok(version) = containerd.version().await {
+            answer.containerd_version = version.version;
+            let registered = containerd.has_snapshotter(godwit_protos::SNAPSHOTTER).await;
+            answer.snapshotter_is_registered = registered.unwrap_or(false);
+        }
         answer.ownership = entries
             .into_iter()
             .map(|(container, entry)| {

@@ -195,6 +195,13 @@ impl Node {
         use futures::StreamExt as _;
         let filter = r#"topic=="/containers/delete""#;
         let mut events = self.containerd.subscribe(&[filter]).await?;
+        if !self.containerd.has_snapshotter(godwit_protos::SNAPSHOTTER).await? {
+            tracing::warn!(
+                "containerd's configuration has no snapshotter {:?}: see docs/deploy/containerd/godwit.toml; \
+                 its `imports` line must stand above the first table of config.toml",
+                godwit_protos::SNAPSHOTTER
+            );
+        }
         // Subscribed first, so that no deletion falls between the two.
         self.forget_deleted().await?;
         if !self.recovered.load(Ordering::Relaxed) {
@@ -348,6 +355,12 @@ impl Events {
     /// A migration reached a step of the procedure.
     pub fn step(&self, migration: &str, step: &str, text: &str) {
         self.send(migration, step, text.to_owned(), String::new());
+    }
+
+    /// Bytes that a migration has received so far, from all nodes; for a display, not for the log.
+    pub fn bytes(&self, migration: &str, done_bytes: u64) {
+        let (migration, step) = (migration.to_owned(), "progress".to_owned());
+        let _ = self.sender.send(Progress { migration, step, done_bytes, ..Progress::default() });
     }
 
     /// A migration is over, and this is what it cost.

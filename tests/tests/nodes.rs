@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::load::{Load, LoadOptions};
-use godwit_tests::{Bed, BedOptions, Node, memhog, run};
+use godwit_tests::{Bed, BedOptions, Node, memhog, place, run};
 
 fn plain(nodes: u8) -> BedOptions {
     BedOptions::nodes(nodes).without_daemon()
@@ -64,6 +64,42 @@ fn nodes_are_apart_and_reach_each_other() -> Result<()> {
 fn node_files_are_apart(a: &Node, b: &Node) -> Result<()> {
     a.sh("echo here > /etc/mark")?;
     ensure!(a.path("/etc/mark").is_file() && !b.path("/etc/mark").exists());
+    Ok(())
+}
+
+/// Method: the files that users install, and a containerd whose `imports` line stands below a table, which containerd
+/// ignores without a word.
+#[test]
+fn the_shipped_configuration_starts_and_status_tells_what_containerd_lacks() -> Result<()> {
+    let bed = Bed::start(&BedOptions::nodes(1).bare())?;
+    let node = bed.node(0);
+    let shipped = std::fs::read_to_string(place::workspace().join("docs/deploy/godwit.toml"))?;
+    std::fs::write(node.path("/etc/godwit/godwit.toml"), shipped)?;
+    node.start_daemon()?;
+    let status = node.ok(&["godwit", "status"])?;
+    ensure!(status.contains("node edge-a, godwit"), "{status}");
+    ensure!(status.contains("containerd does not answer"), "{status}");
+    ensure!(status.contains("listening on nowhere"), "{status}");
+
+    let imports = "imports = [\"/etc/containerd/conf.d/*.toml\"]\n";
+    for (config, words) in [
+        (
+            format!("version = 2\n[debug]\n  level = \"info\"\n{imports}"),
+            "has NO snapshotter \"godwit\"",
+        ),
+        (format!("version = 2\n{imports}"), "has the snapshotter \"godwit\""),
+    ] {
+        std::fs::write(node.path("/etc/containerd/config.toml"), config)?;
+        node.start_containerd()?;
+        let status = node.ok(&["godwit", "status"])?;
+        ensure!(status.contains(words), "{status}");
+        if words.contains("NO") {
+            wait_until("the log says so too", Duration::from_secs(10), || {
+                Ok(node.log("daemon").contains("has no snapshotter \"godwit\""))
+            })?;
+        }
+        node.stop_containerd()?;
+    }
     Ok(())
 }
 

@@ -37,6 +37,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use containerd_client::services::v1::PluginsRequest;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use containerd_client::services::v1::version_client::VersionClient;
 use containerd_client::types;
 use godwit_protos::{Digest, ParseDigestError};
@@ -199,6 +201,21 @@ impl Client {
         let answer = answer.map_err(|status| self.failed("tell", "its version", &status))?;
         let answer = answer.into_inner();
         Ok(Version { version: answer.version, revision: answer.revision })
+    }
+
+    /// Whether containerd's configuration registers a snapshotter of this name.
+    ///
+    /// A proxy plugin is listed as soon as containerd has read its configuration, also while the daemon behind it is
+    /// down.
+    ///
+    /// Errors: [`ClientError::Unavailable`] if containerd is not there.
+    pub async fn has_snapshotter(&self, name: &str) -> Result<bool, ClientError> {
+        let filters = vec![format!("type==io.containerd.snapshotter.v1,id=={name}")];
+        let mut request = Request::new(PluginsRequest { filters });
+        request.set_timeout(CALL_DEADLINE);
+        let listed = IntrospectionClient::new(self.channel.clone()).plugins(request).await;
+        let listed = listed.map_err(|status| self.failed("list", "its plugins", &status))?;
+        Ok(!listed.into_inner().plugins.is_empty())
     }
 
     /// A request for an object of `namespace`, without a deadline.

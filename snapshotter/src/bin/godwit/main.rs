@@ -11,13 +11,13 @@ use arguments::{
     Arguments, Command, Migrate, Mode, Output, SnapshotCommand, VolumeCommand, VolumeKind, YesNo,
 };
 use clap::Parser as _;
-use godwit_protos::FileSystem;
 use godwit_protos::control::{
     CheckRequest, Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest,
     DeleteSnapshotRequest, Empty, ExportVolumeRequest, ImportVolumeRequest, MigrateRequest,
     PinSnapshotRequest, Progress, RemoveVolumeRequest, RestoreSnapshotRequest, Snapshot,
-    VerifyVolumeRequest, Volume,
+    StatusResponse, VerifyVolumeRequest, Volume,
 };
+use godwit_protos::{FileSystem, SNAPSHOTTER};
 use godwit_snapshotter::check;
 use godwit_snapshotter::config::Config;
 use godwit_snapshotter::migrate::plan::Plan;
@@ -100,7 +100,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Watch => {
             let mut events = client.watch(deadline(), &Empty::new()).await?;
             while let Some(event) = events.recv().await? {
-                out.event(&event)?;
+                if event.step != "progress" {
+                    out.event(&event)?;
+                }
             }
             Ok(())
         }
@@ -176,8 +178,20 @@ async fn follow(
     out: &Out,
 ) -> anyhow::Result<()> {
     let bar = out.bar();
-    while let Some(event) = events.recv().await? {
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event?,
+            _ = tokio::signal::ctrl_c() => {
+                bar.finish_and_clear();
+                bail!(
+                    "interrupted: the daemons go on with {name}; `godwit watch` on the destination shows the steps, \
+                     and `godwit status` on both nodes who owns it"
+                );
+            }
+        };
+        let Some(event) = event else { break };
         match event.step.as_str() {
+            "progress" => bar.set_position(event.done_bytes),
             "done" => {
                 bar.finish_and_clear();
                 return out.raw(&event.report_json, &event.text);
@@ -332,19 +346,33 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     let ownership: Vec<_> = ownership.collect();
     let object = json!({"node": status.node, "version": status.version, "criu_version": status.criu_version,
         "listen": status.listen, "store_bytes": status.store_bytes, "objects": status.objects,
-        "directory": status.directory, "ownership": ownership});
+        "directory": status.directory, "containerd_version": status.containerd_version,
+        "snapshotter_is_registered": status.snapshotter_is_registered, "ownership": ownership});
     if out.json {
         return out.object(&object, "");
     }
     let criu = if status.criu_version.is_empty() { "not installed" } else { &status.criu_version };
     let listen = if status.listen.is_empty() { "nowhere: no peers" } else { &status.listen };
     let (bytes, objects) = (status.store_bytes, status.objects);
-    out.object(
-        &object,
-        &format!(
-            "node {}, godwit {}, CRIU {criu}\nlistening on {listen}\nstore: {objects} objects, {bytes} bytes\ndirectory: {}",
-            status.node, status.version, status.directory
-        ),
-    )?;
+    let lines = [
+        format!("node {}, godwit {}, CRIU {criu}", status.node, status.version),
+        containerd_line(&status),
+        format!("listening on {listen}"),
+        format!("store: {objects} objects, {bytes} bytes"),
+        format!("directory: {}", status.directory),
+    ];
+    out.object(&object, &lines.join("\n"))?;
     out.table(&ownership, &["container", "state", "epoch", "peer"])
+}
+
+fn containerd_line(status: &StatusResponse) -> String {
+    let version = &status.containerd_version;
+    match (version.as_str(), status.snapshotter_is_registered) {
+        ("", _) => "containerd does not answer".to_owned(),
+        (_, true) => format!("containerd {version} has the snapshotter {SNAPSHOTTER:?}"),
+        (_, false) => format!(
+            "containerd {version} has NO snapshotter {SNAPSHOTTER:?}: its configuration lacks Godwit's file, \
+             or has the `imports` line below a table"
+        ),
+    }
 }

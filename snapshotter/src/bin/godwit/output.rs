@@ -64,6 +64,10 @@ impl Out {
             return indicatif::ProgressBar::hidden();
         }
         let bar = indicatif::ProgressBar::new_spinner();
+        let line = "{spinner} {elapsed} {wide_msg} {bytes} {bytes_per_sec}";
+        if let Ok(style) = indicatif::ProgressStyle::with_template(line) {
+            bar.set_style(style);
+        }
         bar.enable_steady_tick(Duration::from_millis(100));
         bar
     }
