@@ -116,6 +116,31 @@ fn a_chain_of_migrations_ends_where_it_began_with_everything_whole() -> Result<(
     remove(node(0), name, true)
 }
 
+/// Method: the client runs on a pseudo-terminal, on a link slow enough to read along, and is interrupted there.
+#[test]
+fn an_interrupted_client_says_that_the_daemons_go_on_and_they_do() -> Result<()> {
+    let name = "ctrl-c";
+    let (addresses, incarnation) = start_memhog(name, 33, 64, 1)?;
+    node(0).set_rate(Some(150))?;
+    let line = format!("exec godwit migrate {name} --from edge-a --to edge-b");
+    let mut client = node(0).spawn(&["script", "-qec", &line, "/dev/null"], "client")?;
+    wait_until("a round and its bytes are shown", SOON, || {
+        let shown = node(0).log("client");
+        Ok(shown.contains("pre-copy: round") && shown.contains("MiB/s"))
+    })?;
+    node(0).sh("kill -INT $(pidof godwit)")?;
+    ensure!(client.wait(SOON)? != 0, "an interrupted client reports success");
+    let shown = node(0).log("client");
+    ensure!(shown.contains("the daemons go on with ctrl-c"), "{shown}");
+    node(0).set_rate(Some(1000))?;
+    wait_until("it runs at the destination", Duration::from_secs(60), || {
+        Ok(workload::task(node(1), name)?.as_deref() == Some("RUNNING"))
+    })?;
+    workload::memhog_is_whole(&BED, addresses[1], incarnation)?;
+    is_gone_from(node(0), name)?;
+    remove(node(1), name, true)
+}
+
 /// The neighbour holds a snapshot, the destination nothing: only the difference comes from the source.
 #[test]
 fn a_neighbours_snapshot_spares_the_source() -> Result<()> {

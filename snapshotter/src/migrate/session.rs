@@ -4,6 +4,7 @@
 //! staged; from the grant on nothing is removed here unless the shim vouches that no task ran.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,9 @@ const CALLER_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long the shim has to end tasks that were refused.
 const UNDO_MAX: Duration = Duration::from_secs(30);
+
+/// How often the bytes that have come are published.
+const COUNT_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long who was asked in a lookup is still waited for once the answer is needed.
 const LOOKUP_WAIT: Duration = Duration::from_millis(50);
@@ -92,6 +96,15 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
     session
 }
 
+/// Publishes from time to time how much has come.
+async fn count_bytes(node: Arc<Node>, migration: String, prepared: &Prepared) -> Infallible {
+    loop {
+        tokio::time::sleep(COUNT_INTERVAL).await;
+        let received = prepared.connections.received();
+        node.events.bytes(&migration, received.values().sum());
+    }
+}
+
 pub(super) struct Work {
     pub(super) node: Arc<Node>,
     pub(super) asked: Acquire,
@@ -124,7 +137,11 @@ impl Work {
         let mut layout = Layout::begin(&self.node, &self.id, self.asked.upper_dir.clone())?;
         let begin = self.beginning(&prepared)?;
         let mut line = Line::open(&prepared.connections.source, begin).await?;
-        let outcome = self.migrate(&prepared, &lease, &mut layout, &mut line).await;
+        let counting = count_bytes(self.node.clone(), self.migration.clone(), &prepared);
+        let outcome = tokio::select! {
+            outcome = self.migrate(&prepared, &lease, &mut layout, &mut line) => outcome,
+            never = counting => match never {},
+        };
         if let Err(error) = &outcome {
             line.abort(error.chain()).await;
             // The source thaws before anything is removed here.

@@ -73,7 +73,13 @@ pub async fn hand_off(node: Arc<Node>, mut inbound: Streaming<ToSource>, outboun
     };
     let outcome = session.run(&mut inbound).await;
     if let Err(error) = outcome {
-        tracing::warn!(container = %session.container, error = error.chain(), "hand-off ended");
+        let (container, error_text) = (&session.container, error.chain());
+        if session.offered.is_some() {
+            tracing::warn!(%container, error = error_text, "hand-off ended while frozen");
+        } else {
+            // A plan, for one, always ends so.
+            tracing::info!(%container, error = error_text, "session ended before the freeze");
+        }
         session.abort().await;
         let _ = outbound.send(refuse(&error)).await;
     }
