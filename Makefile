@@ -15,6 +15,12 @@ LIGHT_SUITES := $(sort $(basename $(notdir $(wildcard criu-wrapper/tests/*.rs sh
 SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
 # Suites that choose their containerd by the environment.
 BOTH_CONTAINERDS := cri docker pull shim snapshots snapshotter
+# Suites that compare times, and so want the machine for themselves.
+ALONE := cooperation nodes
+# The others, the longest first. All suites are printed by `make test-list`.
+SIDE_BY_SIDE := $(filter-out $(ALONE),$(SUITES)) $(BOTH_CONTAINERDS:%=%-containerd-2)
+# How many of them run at a time.
+TEST_JOBS ?= 2
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
@@ -32,7 +38,14 @@ build: prerequisites ## build all programs (release)
 demo: require-root build ## migrate a running redis between two test nodes, and show it
 	$(TARGET_DIR)/release/demo $(ARGS)
 
-test: require-root unit $(SUITES:%=test-%) $(BOTH_CONTAINERDS:%=test-%-containerd-2) ## run every test; needs root
+# Suites wait for the nodes most of the time, so two of them share the processors. The output of each is printed when it
+# has ended. Those that compare times come last, one at a time.
+test: require-root unit ## run every test; needs root
+	@begin=$$(date +%s); \
+	$(TEST) --no-run || exit 1; \
+	echo "suites are built: $$(($$(date +%s) - begin)) s"
+	@$(MAKE) --no-print-directory --jobs=$(TEST_JOBS) --output-sync=target $(SIDE_BY_SIDE:%=test-%)
+	@$(MAKE) --no-print-directory $(ALONE:%=test-%)
 
 unit: build
 	@begin=$$(date +%s); \
