@@ -117,8 +117,8 @@ async fn take_here(
     before: Option<(Shared, Vec<SnapshotId>)>,
 ) -> Result<Taken, MigrationError> {
     let described = describe(node, container).await?;
-    described.check_movable(node).await?;
-    let description = described.response(node).encode_to_vec();
+    described.check_movable(node)?;
+    described.survey(node).await?.check()?;
     let lease = Arc::new(node.store.lease("snapshot", SNAPSHOT_MAX));
     let fresh = || (Arc::new(Mutex::new(Subjects::of(node, &described, true))), Vec::new());
     let (subjects, last) = before.unwrap_or_else(fresh);
@@ -132,6 +132,10 @@ async fn take_here(
         Ok(subjects.versions())
     })
     .await?;
+    // Again: the capture may have taken minutes.
+    let findings = described.survey(node).await?;
+    findings.check()?;
+    let description = described.response(node, findings).encode_to_vec();
     let directory = node.config.state_dir.join("dump").join(node.new_id());
     let to_itself = format!("{}/{container}", node.config.node);
     let offer = Event::Offer(to_itself, Epoch::default());

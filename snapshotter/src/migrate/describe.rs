@@ -8,10 +8,10 @@ use godwit_protos::peer::{Blob, DescribeResponse, VolumeMount};
 use godwit_protos::{ContainerRef, FileSystem, Subject, VolumeId, VolumeSource, annotation, path};
 use oci_spec::runtime::Spec;
 
-use super::MigrationError;
-use super::databases;
+use super::obstacles::{self, Findings, Process};
 use super::ownership::Ownership;
 use super::shim::Shim;
+use super::{MigrationError, blocking};
 use crate::containerd::{Container, Descriptor, TaskStatus, upper_dir};
 use crate::node::Node;
 
@@ -28,6 +28,7 @@ pub struct Described {
     pub image_blobs: Vec<Blob>,
     /// Its specification as text and parsed.
     pub spec_json: String,
+    spec: Spec,
     /// All volumes that it mounts.
     pub volumes: Vec<VolumeMount>,
     /// The writable ones.
@@ -42,13 +43,11 @@ pub struct Described {
     pub shim: Shim,
     /// Inodes that its processes have mapped shared and writable.
     pub mapped_inodes: HashSet<u64>,
-    /// What will not come along, in words for the user.
-    pub warnings: Vec<String>,
     pids: Vec<u32>,
 }
 
 /// A writable volume of a container.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct WritableVolume {
     /// Its name.
     pub id: VolumeId,
@@ -78,7 +77,6 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         return Err(MigrationError::NotRunning { container: container.clone(), status });
     }
     let shim = Shim::find(&node.config, container)?;
-    let at_shim = shim.describe(id).await?;
     let pids = node.containerd.pids(namespace, id).await?;
     let mounts =
         node.containerd.mounts(namespace, &record.snapshotter, &record.snapshot_key).await?;
@@ -87,12 +85,6 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
     let spec: Spec = serde_json::from_str(&spec_json)
         .map_err(|error| MigrationError::Spec(super::spec::SpecError::Parse(error)))?;
     let (volumes, writable_volumes) = volumes(node, &spec)?;
-    let mut warnings = Vec::new();
-    if !at_shim.execs.is_empty() {
-        let execs = at_shim.execs.join(", ");
-        warnings.push(format!("processes added by exec do not move: {execs}"));
-    }
-    warnings.extend(databases::warnings(&pids, &writable_volumes));
     Ok(Described {
         container: container.clone(),
         image_blobs: image_blobs(node, namespace, target.as_ref()).await,
@@ -102,11 +94,11 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         mapped_inodes: mapped_inodes(&pids),
         record,
         spec_json,
+        spec,
         volumes,
         writable_volumes,
         status,
         shim,
-        warnings,
         pids,
     })
 }
@@ -195,8 +187,9 @@ pub fn mapped_inodes(pids: &[u32]) -> HashSet<u64> {
 }
 
 impl Described {
-    /// Whether this node can give the container away now. Errors: [`MigrationError`] with what stands in the way.
-    pub async fn check_movable(&self, node: &Node) -> Result<(), MigrationError> {
+    /// Whether this node may give the container away now. Errors: [`MigrationError::NotRunning`] or
+    /// [`MigrationError::Busy`]; the same request may succeed later.
+    pub fn check_movable(&self, node: &Node) -> Result<(), MigrationError> {
         let container = &self.container;
         if self.status == TaskStatus::Paused {
             let status = "paused".to_owned();
@@ -208,13 +201,38 @@ impl Described {
         {
             return Err(MigrationError::Busy { container: container.clone(), to });
         }
+        Ok(())
+    }
+
+    /// Looks for what cannot move, or becomes different by moving, as the container is now.
+    ///
+    /// Errors: containerd or the shim does not answer.
+    pub async fn survey(&self, node: &Node) -> Result<Findings, MigrationError> {
+        let (namespace, id) = (self.container.namespace(), self.container.id());
+        let pids = node.containerd.pids(namespace, id).await?;
+        let mut container = obstacles::Container {
+            spec: self.spec.clone(),
+            volumes: self.writable_volumes.clone(),
+            upper_dir: self.upper_dir.clone(),
+            execs: self.shim.describe(id).await?.execs,
+            processes: Vec::new(),
+        };
+        let mut findings = blocking(move || {
+            container.processes = Process::read_all(&pids);
+            Ok(obstacles::survey(&container))
+        })
+        .await?;
         for WritableVolume { id, .. } in &self.writable_volumes {
             let volume = VolumeSource::Writable(id.clone());
-            if let Some(other) = volume_user(node, &volume, Some(container)).await? {
-                return Err(MigrationError::SharedVolume { volume: id.clone(), other });
+            if let Some(other) = volume_user(node, &volume, Some(&self.container)).await? {
+                findings.obstacle(
+                    format!("volume {id} is also mounted by container {other}"),
+                    "moving it would take it from the other one",
+                    "stop the other one first, or give each a volume of its own",
+                );
             }
         }
-        Ok(())
+        Ok(findings)
     }
 
     /// Where its shim mounts block volumes, each by its name.
@@ -223,7 +241,7 @@ impl Described {
     }
 
     /// The answer to a peer.
-    pub fn response(&self, node: &Node) -> DescribeResponse {
+    pub fn response(&self, node: &Node, findings: Findings) -> DescribeResponse {
         let pages: u64 = self.pids.iter().map(|pid| resident_pages(*pid)).sum();
         let target = self.image.as_ref();
         DescribeResponse {
@@ -241,7 +259,8 @@ impl Described {
             status: format!("{:?}", self.status).to_lowercase(),
             memory_bytes: pages * crate::content::object::PAGE_BYTES as u64,
             criu_version: node.criu_version.clone(),
-            warnings: self.warnings.clone(),
+            obstacles: findings.obstacles,
+            warnings: findings.warnings,
             image_blobs: self.image_blobs.clone(),
         }
     }

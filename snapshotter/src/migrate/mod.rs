@@ -11,13 +11,13 @@
 
 pub mod choice;
 pub mod cut;
-mod databases;
 pub mod describe;
 pub mod destination;
 pub mod image;
 pub mod journal;
 pub mod layout;
 mod line;
+pub mod obstacles;
 pub mod ownership;
 pub mod plan;
 pub mod predict;
@@ -34,7 +34,7 @@ pub mod subjects;
 
 use std::time::Duration;
 
-use godwit_protos::{ContainerRef, Digest, ParseDigestError, ParseNameError, VolumeId};
+use godwit_protos::{ContainerRef, Digest, ParseDigestError, ParseNameError};
 
 use crate::containerd::ClientError;
 use crate::content::ContentError;
@@ -85,14 +85,9 @@ pub enum MigrationError {
     /// A name that is taken at the destination.
     #[error("container {0} exists on this node already; delete it first")]
     Exists(ContainerRef),
-    /// Moving one of two users of a volume would tear it from the other.
-    #[error("volume {volume} is also mounted by container {other}")]
-    SharedVolume {
-        /// Which volume.
-        volume: VolumeId,
-        /// By whom.
-        other: String,
-    },
+    /// A survey found what cannot move; docs/moves.md lists the kinds.
+    #[error("it cannot be moved: {}", .0.join("; also, "))]
+    Obstacles(Vec<String>),
     /// The container was made from an image that containerd no longer knows.
     #[error("image {0:?} of the container is not in the source's containerd")]
     NoImage(String),
@@ -215,7 +210,7 @@ impl MigrationError {
             Self::NotRunning { .. } => "not-running",
             Self::NoShim(_) => "wrong-runtime",
             Self::Busy { .. } => "busy",
-            Self::SharedVolume { .. } => "shared-volume",
+            Self::Obstacles(_) => "obstacles",
             Self::Shim { .. } => "criu",
             Self::Volume(_) => "volume",
             Self::Spec(_) | Self::Name(_) | Self::Digest(_) => "invalid",

@@ -106,7 +106,7 @@ pub struct Plan {
     pub mode: String,
     /// What would make it fail.
     pub obstacles: Vec<String>,
-    /// What will not come along.
+    /// What becomes different by moving.
     pub warnings: Vec<String>,
     /// Expected bytes on the wire, by node, over all phases.
     pub wire_bytes_by_node: BTreeMap<String, u64>,
@@ -130,6 +130,11 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, &request.from.container).await?;
     let obstacles = obstacles(node, request, &connections, &described).await?;
+    if !described.obstacles.is_empty() {
+        // The source would refuse a session, and captures would be work for nothing.
+        let nothing = Prediction::default();
+        return Ok(document(node, request, Vec::new(), &nothing, (obstacles, described.warnings)));
+    }
     let lease = Arc::new(node.store.lease("plan", PLAN_MAX));
     let survey = Survey { node, connections: &connections, lease: &lease };
     let mut surveyed = Vec::new();
@@ -183,7 +188,9 @@ async fn obstacles(
             found.extend(node.volumes.may_receive(&id).err().map(Into::into));
         }
     }
-    Ok(found.iter().map(MigrationError::chain).collect())
+    let mut obstacles = described.obstacles.clone();
+    obstacles.extend(found.iter().map(MigrationError::chain));
+    Ok(obstacles)
 }
 
 /// A part with what the document says of it.
@@ -486,6 +493,9 @@ impl fmt::Display for Plan {
         }
         for warning in &self.warnings {
             writeln!(f, "  note: {warning}")?;
+        }
+        if self.subjects.is_empty() {
+            return Ok(());
         }
         writeln!(
             f,

@@ -15,7 +15,7 @@ use godwit_protos::{ContainerRef, MigrateFrom, annotation};
 
 use super::destination::{Prepared, Settings, connect, mode_word};
 use super::ownership::Ownership;
-use super::{MigrationError, image, spec};
+use super::{MigrationError, image, obstacles, spec};
 use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
 use crate::volumes::VolumeError;
@@ -60,6 +60,7 @@ pub async fn migrate(
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, container).await?;
     pre_flight(node, &connections.source.hello, &described)?;
+    obstacles::check(&described.obstacles)?;
     for warning in &described.warnings {
         node.events.step(migration, "warning", warning);
     }

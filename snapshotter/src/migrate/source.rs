@@ -134,7 +134,8 @@ impl Session {
             container: ContainerRef::new(&asked.namespace, &asked.id)?,
         };
         let described = describe(&node, &container).await?;
-        described.check_movable(&node).await?;
+        described.check_movable(&node)?;
+        described.survey(&node).await?.check()?;
         let subjects = Subjects::of(&node, &described, !begin.without_writable_layer);
         let directory = node.config.state_dir.join("dump").join(node.new_id());
         let lease = Arc::new(node.store.lease("migration", IDLE_MAX));
@@ -243,6 +244,8 @@ impl Session {
     /// Freezes the container, makes the cut and sends what the destination lacks.
     async fn stop(&mut self) -> Result<(), MigrationError> {
         let container = self.container.clone();
+        // Again: pre-copy may have taken minutes.
+        self.described.survey(&self.node).await?.check()?;
         let offer = Event::Offer(self.offered_as.to_string(), self.known_epoch);
         let volumes =
             self.described.writable_volumes.iter().map(|one| one.id.to_string()).collect();

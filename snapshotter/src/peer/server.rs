@@ -81,7 +81,7 @@ fn status(error: &MigrationError) -> Status {
         MigrationError::NotRunning { .. }
         | MigrationError::NoShim(_)
         | MigrationError::Busy { .. }
-        | MigrationError::SharedVolume { .. }
+        | MigrationError::Obstacles(_)
         | MigrationError::Exists(_) => Status::failed_precondition(text),
         MigrationError::Name(_) | MigrationError::Digest(_) => Status::invalid_argument(text),
         _ => Status::internal(text),
@@ -252,8 +252,9 @@ impl Peer for Service {
     async fn describe(&self, request: Request<DescribeRequest>) -> Answer<DescribeResponse> {
         let container = named(request.into_inner().container)?;
         let described = describe(&self.node, &container).await.map_err(|error| status(&error))?;
-        described.check_movable(&self.node).await.map_err(|error| status(&error))?;
-        Ok(Response::new(described.response(&self.node)))
+        described.check_movable(&self.node).map_err(|error| status(&error))?;
+        let findings = described.survey(&self.node).await.map_err(|error| status(&error))?;
+        Ok(Response::new(described.response(&self.node, findings)))
     }
 
     type HandOffStream = ReceiverStream<Result<FromSource, Status>>;

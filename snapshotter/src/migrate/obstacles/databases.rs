@@ -12,63 +12,72 @@ use std::io::Read as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use super::describe::WritableVolume;
+use super::process::OpenFile;
+use super::{Container, Findings, Process};
+use crate::migrate::describe::WritableVolume;
 
 /// First bytes of a SQLite database, and the length of its header up to the version of its format for writing
 /// (<https://sqlite.org/fileformat.html>, section 1.3).
 const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 const HEADER_BYTES: usize = 19;
 
-/// Open files of one process that are looked at.
-const FILES_MAX: usize = 4096;
+/// Warns of each SQLite database that a process has open on a volume where it minds, or among the container's own files.
+/// Those of other mounts do not move.
+pub(super) fn open(container: &Container, found: &mut Findings) {
+    for text in warnings(&container.processes, &container.volumes) {
+        found.warning(text.what, text.why, text.cure);
+    }
+}
 
-/// A warning for each SQLite database that one of these processes has open on a volume where it minds, or among the
-/// container's own files. Those of other mounts do not move.
-pub(super) fn warnings(pids: &[u32], volumes: &[WritableVolume]) -> Vec<String> {
+/// A database that minds.
+#[derive(Debug)]
+struct Minds {
+    what: String,
+    why: &'static str,
+    cure: &'static str,
+}
+
+fn warnings(processes: &[Process], volumes: &[WritableVolume]) -> Vec<Minds> {
     let mut found = BTreeMap::new();
-    for pid in pids {
-        // A process that has ended has nothing open.
-        let root = root_mount(*pid);
-        let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        for file in files.take(FILES_MAX).map(|entry| entry.path()) {
+    for process in processes {
+        let root = root_mount(process.pid);
+        for file in &process.files {
             // As the container has it: its root is another one.
-            let Ok(path) = fs::read_link(&file) else { continue };
+            let path = &file.target;
             let holds = volumes.iter().filter(|volume| path.starts_with(&volume.destination));
             // Volumes may lie in each other.
             let volume = holds.max_by_key(|volume| volume.destination.as_os_str().len());
             // Before anything is asked of the file itself: it may be on a mount that does not answer.
-            if volume.is_none() && (root.is_none() || mount_of(&file) != root) {
+            if volume.is_none() && (root.is_none() || mount_of(file) != root) {
                 continue;
             }
             let file_system = volume.and_then(|volume| volume.file_system);
-            let effect = match (format_for_writing(&file), file_system) {
-                (Some(1), None) => {
-                    "whose files get new inode numbers: with its rollback journal it will refuse to \
-                     write after the move; keep it on a block volume (`godwit volume create --kind block`)"
-                }
-                (Some(2), _) => {
-                    "and the lock of its write-ahead log is not restored: after the move no other process \
-                     may open it while this one has it open, or this one may die"
-                }
+            let (why, cure) = match (format_for_writing(&file.link()), file_system) {
+                (Some(1), None) => (
+                    "its files get new inode numbers, so with its rollback journal it will refuse to write \
+                     after the move",
+                    "keep it on a block volume (`godwit volume create --kind block`)",
+                ),
+                (Some(2), _) => (
+                    "the lock of its write-ahead log is not restored",
+                    "after the move open it in no other process while this one has it open, or this one may die",
+                ),
                 _ => continue,
             };
             let place = match volume {
                 Some(volume) => format!("on volume {}", volume.id),
                 None => "among the container's own files".to_owned(),
             };
-            let file = path.display();
-            let text = format!("SQLite database {file} is open {place}, {effect}");
-            found.insert(path, text);
+            let what = format!("SQLite database {} is open {place}", path.display());
+            found.insert(path.clone(), Minds { what, why, cure });
         }
     }
     found.into_values().collect()
 }
 
-/// The mount that a process's open file `/proc/PID/fd/N` is on (proc_pid_fdinfo(5)).
-fn mount_of(file: &Path) -> Option<u64> {
-    let (process, number) = (file.parent()?.parent()?, file.file_name()?);
-    let info = fs::read_to_string(process.join("fdinfo").join(number)).ok()?;
-    info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
+/// The mount that an open file is on (proc_pid_fdinfo(5)).
+fn mount_of(file: &OpenFile) -> Option<u64> {
+    file.info("mnt_id")?.parse().ok()
 }
 
 /// The mount that is a process's root (proc_pid_mountinfo(5)): the last of those that lie on each other.
@@ -124,18 +133,25 @@ mod tests {
         let shared = Path::new("/dev/shm");
         let elsewhere = tempfile::Builder::new().tempfile_in(shared).unwrap();
         fs::write(&elsewhere, header(1)).unwrap();
-        let found = warnings(&[std::process::id()], &volumes);
+        let own = || Process::read_all(&[std::process::id()]);
+        let found = warnings(&own(), &volumes);
         assert_eq!(found.len(), 3, "{found:#?}");
-        assert!(found[0].contains("block/wal.db") && found[0].contains("lock"), "{}", found[0]);
-        assert!(found[1].contains("tree/rollback.db") && found[1].contains("refuse to write"));
-        assert!(found[2].contains("tree/wal.db") && found[2].contains("lock"));
-        assert_eq!(warnings(&[u32::MAX], &volumes), [""; 0]);
-        let own = warnings(&[std::process::id()], &volumes[1..]);
+        let says = |minds: &Minds, what: &str, why: &str| {
+            assert!(minds.what.contains(what) && minds.why.contains(why), "{minds:?}");
+        };
+        says(&found[0], "block/wal.db", "lock");
+        says(&found[1], "tree/rollback.db", "refuse to write");
+        says(&found[2], "tree/wal.db", "lock");
+        assert!(warnings(&[], &volumes).is_empty());
         let open = File::open(dir.path()).unwrap();
-        let open = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
-        let is_on_root = mount_of(&open).unwrap() == root_mount(std::process::id()).unwrap();
+        let processes = own();
+        let number = open.as_raw_fd().cast_unsigned();
+        let of = processes[0].files.iter().find(|file| file.number == number).unwrap();
+        let is_on_root = mount_of(of).unwrap() == root_mount(std::process::id()).unwrap();
+        let own = warnings(&processes, &volumes[1..]);
         assert_eq!(own.len(), if is_on_root { 3 } else { 1 }, "{own:#?}");
-        let words = "tree/rollback.db is open among the container's own files";
-        assert!(!is_on_root || own[1].contains(words), "{}", own[1]);
+        if is_on_root {
+            says(&own[1], "tree/rollback.db is open among the container's own files", "");
+        }
     }
 }
