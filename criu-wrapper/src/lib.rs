@@ -4,11 +4,17 @@
 //! A leaf: it knows neither containerd nor Godwit's protocol, and starts CRIU only to ask for its
 //! version (runc runs the dumps and restores). Read [`log`] for the reason of a failure,
 //! [`version`] for what a CRIU can do, [`pagemap`] for memory images and how a child directory
-//! refers to its parent, [`live`] for reading pages before any freeze.
+//! refers to its parent, [`live`] for reading pages before any freeze, [`mend`] for what CRIU would
+//! restore wrongly from its own images, [`waits`] and [`timers`] for what a freeze disturbs.
 
+mod image;
 pub mod leftovers;
 pub mod live;
 pub mod log;
+pub mod mend;
 pub mod pagemap;
 mod sys;
+pub mod timers;
 pub mod version;
+pub mod waits;
+mod wire;

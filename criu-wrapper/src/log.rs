@@ -84,7 +84,15 @@ const HINTS: &[(&str, &str)] = &[
     ("Can't fork for", "a process id of the container is taken at the destination"),
     ("of that type", "a file descriptor of this kind cannot be dumped"),
     ("No space left on device", "the disk is full"),
-    ("Cannot allocate memory", "the memory limit at the destination is too small"),
+    (
+        "Unable to map ANON_VMA",
+        "a mapping of the container is larger than memory and swap of the destination: \
+         set vm.overcommit_memory=1 there",
+    ),
+    (
+        "Cannot allocate memory",
+        "memory is short at the destination, or the container's memory limit there is too small",
+    ),
     (
         "execvp(\"iptables-restore\"",
         "iptables is missing: install it, or use network-lock nftables",
@@ -226,6 +234,10 @@ mod tests {
             (
                 "(00.1) Error (criu/files-ext.c:94): Can't dump file 3 of that type [600] (unknown /memfd:secret)",
                 "descriptor",
+            ),
+            (
+                "(00.1)      1: Error (criu/mem.c:964): Unable to map ANON_VMA: Cannot allocate memory",
+                "overcommit",
             ),
             (
                 "(00.1) Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.",

@@ -29,6 +29,8 @@ use std::path::{Path, PathBuf};
 
 use prost::Message as _;
 
+use crate::image::{self, Broken, Kind};
+
 /// Bytes in a page of the machines we run on.
 pub const PAGE_BYTES: u64 = 4096;
 
@@ -38,8 +40,6 @@ pub const IN_PARENT: u32 = 1;
 pub const LAZY: u32 = 2;
 /// Flag of a run: its pages are in the pages file.
 pub const PRESENT: u32 = 4;
-
-const MAGICS: [u8; 8] = [0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56];
 
 /// Largest page map, in bytes: some four million runs.
 pub const PAGEMAP_BYTES_MAX: u64 = 64 << 20;
@@ -129,7 +129,7 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
-    /// The page map is not one, or breaks a rule.
+    /// An image is of another kind than its name says, or breaks a rule.
     #[error("{name}.img at offset {offset}: {rule}")]
     Malformed {
         /// Name without `.img`.
@@ -155,7 +155,12 @@ pub enum ImageError {
 }
 
 impl ImageError {
-    fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    /// Adds the name of the image, without `.img`.
+    pub(crate) fn broken(name: &str) -> impl Fn(Broken) -> Self {
+        move |Broken { offset, rule }| Self::Malformed { name: name.to_owned(), offset, rule }
+    }
+
+    pub(crate) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { doing, path, source }
     }
@@ -177,38 +182,20 @@ pub struct PagemapFile {
 impl PagemapFile {
     /// Parses the bytes of `<name>.img`.
     pub fn parse(name: &str, bytes: &[u8]) -> Result<Self, ImageError> {
-        let malformed = |offset: usize, rule| ImageError::Malformed {
-            name: name.to_owned(),
-            offset: offset as u64,
-            rule,
-        };
-        let messages = bytes.strip_prefix(&MAGICS).ok_or_else(|| malformed(0, "not a page map"))?;
-        let mut at = MAGICS.len();
-        let mut rest = messages;
-        let mut next = || -> Result<Option<(usize, &[u8])>, ImageError> {
-            if rest.is_empty() {
-                return Ok(None);
-            }
-            let cut = || malformed(at, "a message is cut off");
-            let (len, after) = rest.split_first_chunk().ok_or_else(cut)?;
-            let len = u32::from_le_bytes(*len);
-            if len > MESSAGE_BYTES_MAX {
-                return Err(malformed(at, "a message is longer than 256 bytes"));
-            }
-            let (message, after) = after.split_at_checked(len as usize).ok_or_else(cut)?;
-            let begin = at;
-            at += 4 + message.len();
-            rest = after;
-            Ok(Some((begin, message)))
-        };
-        let (begin, head) = next()?.ok_or_else(|| malformed(8, "there is no head"))?;
-        let Ok(Head { pages_id }) = Head::decode(head) else {
-            return Err(malformed(begin, "the head does not parse"));
+        let malformed = |offset, rule| ImageError::broken(name)(Broken { offset, rule });
+        let broken = ImageError::broken(name);
+        let mut messages =
+            image::messages(bytes, Kind::Pagemap, MESSAGE_BYTES_MAX).map_err(&broken)?;
+        let head = messages.next().ok_or_else(|| malformed(8, "there is no head"))?;
+        let head = head.map_err(&broken)?;
+        let Ok(Head { pages_id }) = Head::decode(head.message) else {
+            return Err(malformed(head.offset, "the head does not parse"));
         };
         let mut file =
             Self { name: name.to_owned(), pages_id, form: Form::Narrow, entries: Vec::new() };
         let mut floor = 0;
-        while let Some((begin, message)) = next()? {
+        for framed in messages {
+            let image::Framed { offset: begin, message } = framed.map_err(&broken)?;
             let Ok(entry) = Entry::decode(message) else {
                 return Err(malformed(begin, "an entry does not parse"));
             };
@@ -224,15 +211,10 @@ impl PagemapFile {
 
     /// The bytes of the file: for a page map of CRIU 2 or later the same that it was parsed from.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = MAGICS.to_vec();
-        let mut push = |message: Vec<u8>| {
-            let len = u32::try_from(message.len()).unwrap_or(u32::MAX);
-            bytes.extend_from_slice(&len.to_le_bytes());
-            bytes.extend_from_slice(&message);
-        };
-        push(Head { pages_id: self.pages_id }.encode_to_vec());
+        let mut bytes = image::empty(Kind::Pagemap);
+        image::push(&mut bytes, &Head { pages_id: self.pages_id }.encode_to_vec());
         for run in &self.entries {
-            push(Entry::from_run(run, self.form).encode_to_vec());
+            image::push(&mut bytes, &Entry::from_run(run, self.form).encode_to_vec());
         }
         bytes
     }
@@ -534,10 +516,7 @@ mod tests {
         let mut long = NARROW[..14].to_vec();
         long.extend_from_slice(&[0xff; 4]);
         let error = PagemapFile::parse("pagemap-9", &long).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "pagemap-9.img at offset 14: a message is longer than 256 bytes"
-        );
+        assert_eq!(error.to_string(), "pagemap-9.img at offset 14: a message is too long");
         for len in 0..NARROW.len() {
             let cut = PagemapFile::parse("pagemap-1", &NARROW[..len]);
             assert_eq!(cut.is_ok(), len == 14 || len == 27, "{len}");

@@ -1,8 +1,9 @@
-//! The one system call without a safe wrapper: asking the kernel which pages of a process exist.
+//! System calls without a safe wrapper: which pages of a process exist, and descriptors of other
+//! processes.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 
 /// The page belongs to a file and has not been copied on write.
 pub(crate) const IS_FILE: u64 = 1 << 2;
@@ -72,6 +73,38 @@ pub(crate) fn scan_private_pages(
     let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN as libc::Ioctl, &mut arg) };
     let filled = usize::try_from(filled).map_err(|_negative| io::Error::last_os_error())?;
     Ok((filled.min(regions.len()), arg.walk_end))
+}
+
+/// Opens a pidfd. Errors: `ESRCH` if there is no such process.
+pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    descriptor(libc::SYS_pidfd_open, i64::from(pid), 0)
+}
+
+/// Duplicates descriptor `fd` of another process. Errors: `EBADF` if it has none of that number;
+/// `EPERM` without the right to trace it.
+pub(crate) fn pidfd_getfd(process: &OwnedFd, fd: u32) -> io::Result<OwnedFd> {
+    descriptor(libc::SYS_pidfd_getfd, i64::from(process.as_raw_fd()), i64::from(fd))
+}
+
+/// A system call of two integers and no flags that returns a new descriptor.
+#[expect(unsafe_code, reason = "neither std nor nix has these calls")]
+fn descriptor(call: libc::c_long, first: i64, second: i64) -> io::Result<OwnedFd> {
+    // SAFETY: both calls take integers and neither reads nor writes our memory.
+    let fd = unsafe { libc::syscall(call, first, second, 0_i64) };
+    let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0);
+    let fd = fd.ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: the kernel has just returned `fd` to us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Asks for the time left on a timerfd, on which the kernel arms an expired periodic one again.
+#[expect(unsafe_code, reason = "nix has it for descriptors of its own type only")]
+pub(crate) fn timerfd_gettime(timer: &OwnedFd) -> io::Result<()> {
+    let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut left = libc::itimerspec { it_interval: zero, it_value: zero };
+    // SAFETY: the descriptor is borrowed for the call, and the kernel writes one `itimerspec`.
+    let done = unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &raw mut left) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
