@@ -10,11 +10,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 use std::sync::Arc;
 
 use criu_wrapper::live;
+use criu_wrapper::mend::{self, Host, Mended};
 use criu_wrapper::pagemap::{
     Form, ImageDirectory, PAGEMAP_BYTES_MAX, PRESENT, PagemapFile, PagemapWriter, link_parent,
 };
@@ -323,7 +324,8 @@ pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result
 }
 
 /// Writes the images of `memory` into the empty directory `images`, leaving out the pages that the parent image
-/// `base_directory` beside it, made of `base`, has at the same address.
+/// `base_directory` beside it, made of `base`, has at the same address. The images are mended for this host
+/// ([`mend`]): every restore of what a node has received or kept comes through here, once.
 ///
 /// Errors: [`ContentError`], also when a page that CRIU's page map announces is not part of `memory`.
 pub fn stage_images<S: Source>(
@@ -338,11 +340,23 @@ pub fn stage_images<S: Source>(
     let tree = memory.images.ok_or(ContentError::Missing(root))?;
     check_images(source, &tree, &memory)?;
     materialize(source, &tree, None, images)?;
+    let mended = mend_images(images)?;
+    for name in &mended.whole {
+        // CRIU looks here for the page map of the same process.
+        let path = base_directory.join(format!("{name}.img"));
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(on("remove", &path)(error));
+            }
+            _ => {}
+        }
+    }
     let all = Previous::load(source, Some(root))?;
     for (index, map) in memory.maps.iter().enumerate() {
         let aliases = memory.aliases(index);
         // Equal digests are equal pages only if they are turned back alike.
-        let has_parent = base.aliases(&map.name).is_some_and(|before| *before == aliases);
+        let has_parent = !mended.whole.contains(&map.name)
+            && base.aliases(&map.name).is_some_and(|before| *before == aliases);
         let path = images.join(format!("{}.img", map.name));
         let bytes = fs::read(&path).map_err(on("read", &path))?;
         let dumped = PagemapFile::parse(&map.name, &bytes)?;
@@ -368,6 +382,18 @@ pub fn stage_images<S: Source>(
         link_parent(images, &Path::new("..").join(name))?;
     }
     Ok(())
+}
+
+/// Mends what CRIU would restore wrongly ([`mend`]).
+fn mend_images(images: &Path) -> Result<Mended, ContentError> {
+    let host = Host::here().map_err(on("read", Path::new("/proc")))?;
+    let mended = mend::mend(images, &host)?;
+    for error in &mended.unread {
+        tracing::warn!(%error, "an image is restored as it is");
+    }
+    let Mended { timers, waits, reservations, whole, .. } = &mended;
+    tracing::debug!(timers, waits, reservations, without_parent = whole.len(), "images mended");
+    Ok(mended)
 }
 
 /// A peer's image directory holds what CRIU writes: regular files side by side, none of which stands for pages that

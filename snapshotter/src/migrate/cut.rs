@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use criu_wrapper::timers;
 use godwit_protos::{ContainerRef, Subject};
 use prost::Message as _;
 
@@ -61,6 +62,7 @@ pub(super) async fn freeze_and_dump(
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
     let mut mapped = mapped_inodes(&pids);
     mapped.extend(&described.mapped_inodes);
+    blocking(move || Ok(timers::settle(&pids))).await?;
     let (subjects, lease) = (subjects.clone(), lease.clone());
     let reading = tokio::task::spawn_blocking(move || {
         lock(&subjects).capture_trees(&lease, &mapped, &|_| true)
