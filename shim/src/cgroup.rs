@@ -85,12 +85,15 @@ impl Cgroup {
     /// Lets a frozen group run on, past the runtime. Errors: I/O; there is no freezer.
     pub(crate) fn thaw(&self) -> io::Result<()> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, "the container has no freezer");
+        let (file, word) = self.thaw_switch().ok_or_else(missing)?;
+        std::fs::write(file, word)
+    }
+
+    /// The freezer's file, and what to write there to thaw the group. `None` without a freezer.
+    pub(crate) fn thaw_switch(&self) -> Option<(PathBuf, &'static str)> {
         match self {
-            Self::V1(dirs) => {
-                let dir = dirs.get("freezer").ok_or_else(missing)?;
-                std::fs::write(dir.join("freezer.state"), "THAWED")
-            }
-            Self::V2(dir) => std::fs::write(dir.join("cgroup.freeze"), "0"),
+            Self::V1(dirs) => Some((dirs.get("freezer")?.join("freezer.state"), "THAWED")),
+            Self::V2(dir) => Some((dir.join("cgroup.freeze"), "0")),
         }
     }
 }

@@ -102,6 +102,8 @@ pub(crate) struct Container {
     stopped_when_frozen: Mutex<Vec<u32>>,
     /// Frozen for a migration: only the daemon lets it run on.
     pub(crate) is_handed_off: AtomicBool,
+    /// CRIU has dumped it since it was frozen, which interrupts system calls.
+    pub(crate) is_disturbed: AtomicBool,
 }
 
 /// What a new container is made of.
@@ -142,6 +144,7 @@ impl Container {
             oom_kills: AtomicU64::new(0),
             stopped_when_frozen: Mutex::default(),
             is_handed_off: AtomicBool::new(false),
+            is_disturbed: AtomicBool::new(false),
         }
     }
 

@@ -20,6 +20,7 @@ use crate::container::Container;
 use crate::criu::{self, Connections};
 use crate::error::{TaskError, chain};
 use crate::process::Phase;
+use crate::rerun;
 use crate::runc::RuncError;
 use crate::volumes;
 
@@ -123,6 +124,7 @@ impl Container {
             limit + BREAK_OFF_TIME_MAX,
         );
         let mut call = std::pin::pin!(call);
+        self.is_disturbed.store(true, Ordering::SeqCst);
         let outcome = tokio::select! {
             outcome = &mut call => outcome,
             () = tokio::time::sleep(limit) => return self.break_off(call, &cgroup, limit).await,
@@ -182,20 +184,24 @@ impl Container {
     /// Returns how long it took.
     ///
     /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to run it.
+    /// Errors: a user has paused it, and only a user may resume it.
     pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
         let _operation = self.operation.lock().await;
         self.check_runtime()?;
         // While it runs: what is written now need not be written while it stands still.
         self.on_volumes(volumes::flush).await?;
         let begun = Instant::now();
-        self.is_handed_off.store(true, Ordering::SeqCst);
-        if self.init.phase() != Phase::Paused {
+        let is_paused = self.init.phase() == Phase::Paused;
+        if is_paused && !self.is_handed_off.load(Ordering::SeqCst) {
+            // A thaw could not tell it from a container that ran before the freeze.
+            return Err(self.phase_error("it was paused before the freeze; resume it first"));
+        }
+        if !is_paused {
             // What would block the dump costs no downtime when it is found here.
-            let paused = match self.cgroup().and_then(|cgroup| self.check_stopped(&cgroup)) {
-                Ok(()) => self.stop_tasks().await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = paused {
+            self.check_stopped(&self.cgroup()?)?;
+            self.is_disturbed.store(false, Ordering::SeqCst);
+            self.is_handed_off.store(true, Ordering::SeqCst);
+            if let Err(error) = self.stop_tasks().await {
                 self.is_handed_off.store(false, Ordering::SeqCst);
                 return Err(error);
             }
@@ -207,11 +213,17 @@ impl Container {
         Ok(begun.elapsed())
     }
 
-    /// Lets a frozen container run on; a running one does already.
+    /// Lets a frozen container run on; a running one does already, and one that a user has paused stays so.
     pub(crate) async fn thaw(&self) -> Result<Duration, TaskError> {
         let begun = Instant::now();
         let _operation = self.operation.lock().await;
         self.on_volumes(volumes::thaw).await?;
+        if self.init.phase() == Phase::Paused && !self.is_handed_off.load(Ordering::SeqCst) {
+            return Ok(begun.elapsed());
+        }
+        if self.is_disturbed.swap(false, Ordering::SeqCst) {
+            rerun::thaw(&self.cgroup()?, &self.shared.reaper).await;
+        }
         self.thaw_tasks()?;
         Ok(begun.elapsed())
     }

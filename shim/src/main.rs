@@ -30,6 +30,7 @@ mod own_service;
 mod process;
 mod publisher;
 mod reap;
+mod rerun;
 mod rootfs;
 mod runc;
 mod server;
@@ -58,6 +59,9 @@ fn main() -> ExitCode {
         return hold::script_main();
     }
     let args: Vec<_> = std::env::args_os().collect();
+    if rerun::is_child(&args) {
+        return rerun::child_main(&args);
+    }
     let flags = match containerd_shim::parse(args.get(1..).unwrap_or_default()) {
         Ok(flags) => flags,
         Err(error) => return failed(&error),
