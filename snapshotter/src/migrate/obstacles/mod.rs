@@ -16,6 +16,7 @@
 //!
 //! To add a kind: write `fn(&Container, &mut Findings)` in the file of its subject, and list it in [`KINDS`].
 
+mod clocks;
 mod databases;
 mod process;
 mod tasks;
@@ -35,7 +36,8 @@ const LISTED_MAX: usize = 16;
 type Kind = fn(&Container, &mut Findings);
 
 /// Everything that the survey looks for.
-const KINDS: &[Kind] = &[tasks::added_by_exec, tasks::traced, databases::open];
+const KINDS: &[Kind] =
+    &[tasks::added_by_exec, tasks::traced, clocks::alarm_timers, databases::open];
 
 /// A running container as the kinds see it.
 #[derive(Debug)]
