@@ -9,11 +9,16 @@
 mod basics;
 #[path = "moves/bed.rs"]
 mod bed;
+#[path = "moves/clocks.rs"]
+mod clocks;
+#[path = "moves/memory.rs"]
+mod memory;
 #[path = "moves/table.rs"]
 mod table;
 
 /// The rows of all subjects, in the order of the document.
-const SUBJECTS: &[(&str, &[table::Row])] = &[("Processes", basics::ROWS)];
+const SUBJECTS: &[(&str, &[table::Row])] =
+    &[("Processes", basics::ROWS), ("Clocks", clocks::ROWS), ("Memory", memory::ROWS)];
 
 #[test]
 fn the_table_in_the_documents_is_the_one_that_is_tested() -> anyhow::Result<()> {

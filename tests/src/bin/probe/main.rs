@@ -4,6 +4,9 @@
 //! line of words that the suite `moves` reads on the node that runs the container. Every kind is a module; its head says
 //! what it holds and what the line means.
 
+mod clocks;
+mod memory;
+
 use std::fs;
 use std::io;
 use std::process::ExitCode;
@@ -17,7 +20,13 @@ const STATUS: &str = "/status";
 type Kind = fn(&[String]) -> io::Result<()>;
 
 /// Every kind by its name.
-const KINDS: &[(&str, Kind)] = &[("idle", idle)];
+const KINDS: &[(&str, Kind)] = &[
+    ("alarm", clocks::alarm),
+    ("ballast", memory::ballast),
+    ("idle", idle),
+    ("reservation", memory::reservation),
+    ("timers", clocks::timers),
+];
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
