@@ -33,7 +33,7 @@ use crate::migrate::{MigrationError, blocking};
 use crate::node::{Node, load};
 use crate::policy::schedule::{may_run, seed};
 use crate::store::{Snapshot, SnapshotId, StoreError};
-use retention::{has_room, record};
+use retention::{Lack, has_room, record};
 
 /// How often it is looked whether a subject is due.
 const TICK: Duration = Duration::from_secs(1);
@@ -140,6 +140,8 @@ struct Runner {
     not_before: Instant,
     /// What was taken, to be copied.
     copies: mpsc::Sender<Vec<Snapshot>>,
+    /// What the last look found lacking, and logged.
+    lack: Option<Lack>,
 }
 
 /// Takes, copies and retires snapshots. Runs until the daemon ends.
@@ -148,7 +150,7 @@ pub async fn run(node: Arc<Node>) {
     tokio::spawn(placement::copy(node.clone(), taken));
     tokio::spawn(placement::tell_removals(node.clone()));
     let (tracked, not_before) = (HashMap::new(), Instant::now());
-    let mut runner = Runner { node, tracked, looked: None, not_before, copies };
+    let mut runner = Runner { node, tracked, looked: None, not_before, copies, lack: None };
     loop {
         tokio::time::sleep(TICK).await;
         if runner.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
@@ -156,7 +158,11 @@ pub async fn run(node: Arc<Node>) {
             if let Err(error) = runner.look().await {
                 tracing::warn!(error = error.chain(), "cannot tell what runs here");
             }
-            retention::retire_if_full(&runner.node).await;
+            let lack = retention::retire_if_full(&runner.node).await;
+            if let Some(lack) = lack.filter(|_| lack != runner.lack) {
+                tracing::warn!("{lack}");
+            }
+            runner.lack = lack;
         }
         if let Some(container) = runner.next() {
             let begun = Instant::now();

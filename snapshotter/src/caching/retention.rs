@@ -94,40 +94,67 @@ fn give_up(node: &Node, removals: &[Removal]) -> Result<(), StoreError> {
     if ids.is_empty() { Ok(()) } else { node.store.remove_snapshots(&ids) }
 }
 
+/// What the store lacks for caching, although it gave up all that may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lack {
+    /// Room on the disk, whatever takes it.
+    #[error(
+        "the disk of the store has less free than `cache.min_free_mib`, and nothing in the store may be given up"
+    )]
+    Disk,
+    /// Room in its budget.
+    #[error("the store is beyond `cache.budget_mib`, and nothing in it may be given up")]
+    Budget,
+}
+
 /// Retires what has expired, and the least useful snapshots if the store is beyond its budget or the disk is short.
-pub async fn retire_if_full(node: &Arc<Node>) {
+/// Returns what is lacking still.
+pub async fn retire_if_full(node: &Arc<Node>) -> Option<Lack> {
     let here = node.clone();
     let done = tokio::task::spawn_blocking(move || {
         retire(&here)?;
-        if excess(&here)? > 0 { make_room(&here) } else { Ok(()) }
+        match excess(&here)? {
+            None => Ok(None),
+            Some(_) => make_room(&here),
+        }
     });
-    if let Ok(Err(error)) = done.await {
-        tracing::warn!(error = crate::migrate::chain(&error), "nothing was retired");
+    match done.await {
+        Ok(Ok(lack)) => lack,
+        Ok(Err(error)) => {
+            tracing::warn!(error = crate::migrate::chain(&error), "nothing was retired");
+            None
+        }
+        Err(_) => None,
     }
 }
 
-/// Bytes that the store holds too many. A disk that does not tell its room costs nothing.
-fn excess(node: &Node) -> Result<u64, StoreError> {
+/// Bytes that the store holds too many, and for what. A disk that does not tell its room costs nothing.
+fn excess(node: &Node) -> Result<Option<(u64, Lack)>, StoreError> {
     let cache = &node.config.cache;
     let over = node.store.usage()?.bytes.saturating_sub(mib(cache.budget_mib));
     let short = free_bytes(node).map_or(0, |free| mib(cache.min_free_mib).saturating_sub(free));
-    Ok(over.max(short))
+    Ok(worse(over, short))
+}
+
+fn worse(over_budget: u64, short_of_disk: u64) -> Option<(u64, Lack)> {
+    match (over_budget, short_of_disk) {
+        (0, 0) => None,
+        (over, short) if short > over => Some((short, Lack::Disk)),
+        (over, _) => Some((over, Lack::Budget)),
+    }
 }
 
 /// Gives up snapshots until the store is within its budget, or nothing is left that may go.
 ///
-/// Snapshots share chunks, so what their removal frees is measured again after each round.
-fn make_room(node: &Node) -> Result<(), VolumeError> {
+/// Snapshots share chunks, so what their removal frees is measured again after each round. Returns what is lacking still.
+fn make_room(node: &Node) -> Result<Option<Lack>, VolumeError> {
     for _ in 0..ROUNDS_MAX {
         if let Err(error) = node.sweep(Thrift::Tight) {
             // Leased: whoever uses the store comes first.
             tracing::debug!(error = crate::migrate::chain(&error), "no room is made now");
-            return Ok(());
+            return Ok(None);
         }
-        let excess = excess(node)?;
-        if excess == 0 {
-            return Ok(());
-        }
+        let Some((excess, lack)) = excess(node)? else { return Ok(None) };
         let bytes = node.exclusive_bytes()?;
         let kept = kept(node, |id| bytes.get(&id).copied().unwrap_or(0))?;
         let held: u64 = node.store.usage()?.bytes;
@@ -144,10 +171,23 @@ fn make_room(node: &Node) -> Result<(), VolumeError> {
             })
             .collect();
         if goes.is_empty() {
-            tracing::warn!(excess, "the store is beyond its budget, and nothing may go");
-            return Ok(());
+            return Ok(Some(lack));
         }
         give_up(node, &goes)?;
     }
-    Ok(())
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_not_called_a_store_beyond_its_budget() {
+        assert_eq!(worse(0, 0), None);
+        assert_eq!(worse(0, 7), Some((7, Lack::Disk)));
+        assert_eq!(worse(3, 7), Some((7, Lack::Disk)));
+        assert_eq!(worse(7, 3), Some((7, Lack::Budget)));
+        assert!(Lack::Disk.to_string().starts_with("the disk "), "{}", Lack::Disk);
+    }
 }

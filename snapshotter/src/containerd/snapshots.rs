@@ -197,8 +197,8 @@ mod tests {
         let parent = client.remove_snapshot("default", "godwit", "a").await.unwrap_err();
         assert_eq!(
             parent.to_string(),
-            "containerd failed to remove snapshot \"a\" of godwit: snapshot \"a\" has children \
-             (FailedPrecondition)"
+            "containerd failed to remove snapshot \"a\" of godwit: cannot remove snapshot with child: \
+             \"a\" is the parent of another (FailedPrecondition)"
         );
 
         drop(stop);

@@ -78,8 +78,8 @@ pub enum SnapshotError {
     /// A committed snapshot is mounted through a view of it.
     #[error("snapshot {0:?} is committed and has no mounts of its own")]
     NotMountable(String),
-    /// It is another one's parent.
-    #[error("snapshot {0:?} has children")]
+    /// It is another one's parent. containerd's own words, which its clients look for.
+    #[error("cannot remove snapshot with child: {0:?} is the parent of another")]
     HasChildren(String),
     /// The key is empty or too long.
     #[error("snapshot key of {0} bytes is not valid: expected 1 to {KEY_BYTES_MAX}")]

@@ -146,8 +146,11 @@ impl Shared {
     }
 
     fn make(&self) -> io::Result<PathBuf> {
-        if DirBuilder::new().mode(0o700).create(&self.dir).is_ok() {
-            spread_out(&self.dir);
+        match DirBuilder::new().mode(0o700).create(&self.dir) {
+            Ok(()) => spread_out(&self.dir),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
+            // Such as a full disk: what follows would only say that the directory is missing.
+            Err(error) => return Err(error),
         }
         let spare = loop {
             let mut state = self.state();
@@ -236,5 +239,14 @@ mod tests {
         spares.take(&dir.path().join("missing/third")).unwrap_err();
         ready(&spares, COUNT);
         assert_eq!(fs::read_dir(spare).unwrap().count(), COUNT);
+    }
+
+    /// Method: a path that is too long fails when the directory of all is made, as a full disk does.
+    #[test]
+    fn the_error_is_that_of_the_directory_that_could_not_be_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let spares = Spares::open(dir.path().join("x".repeat(300))).unwrap();
+        let error = spares.take(&dir.path().join("first")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidFilename, "{error}");
     }
 }
