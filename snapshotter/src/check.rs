@@ -8,9 +8,11 @@
 //! 3. every laid-out read-only volume is compared with its name, and what lies where writable ones do with the journal;
 //! 4. containerd's snapshots are compared with each other and with their directories.
 //!
-//! Repairing goes on: 5. what is damaged is quarantined, so that another copy can take its place; 6. objects of a
-//! read-only volume are taken from where it is laid out; 7. what is still lost is fetched from peers; 8. a read-only volume
-//! that is damaged where it is laid out, but whole in the store, is laid out again, unless a container has it mounted;
+//! Repairing goes on: 5. what is damaged is quarantined, so that another copy can take its place,
+//! and what could not be removed is tried again; 6. objects of a read-only volume are taken from
+//! where it is laid out; 7. what is still lost is fetched from peers; 8. a read-only volume that is
+//! damaged where it is laid out, but whole in the store, is laid out again, unless a container has
+//! it mounted;
 //! 9. a layer of containerd's that has lost its directory is unpacked again, from containerd's blob, the store or peers;
 //! 10. all is looked at again. Stopping anywhere is safe: each step leaves the store as any other writer would, and can be
 //! repeated.
@@ -180,6 +182,8 @@ impl Kept {
         }
         findings.extend(self.damaged_packs());
         findings.extend(self.volumes.contradictions()?);
+        findings.extend(self.volumes.leftovers().reasons());
+        findings.extend(self.store.leftovers().reasons());
         for digest in self.volumes.laid_out()? {
             match self.volumes.compare(&digest) {
                 Ok(()) => {}
@@ -231,6 +235,8 @@ impl Kept {
             }
         }
         self.snapshots.mend()?;
+        self.volumes.leftovers().retry();
+        self.store.leftovers().retry();
         self.store.sync()?;
         Ok(quarantined)
     }

@@ -24,6 +24,7 @@ use ttrpc::{Code, Error, get_status};
 
 use crate::check;
 use crate::contents;
+use crate::leftovers::Leftovers;
 use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
 use crate::migrate::{MigrationError, Next, chain, cut, describe, plan, restore, subjects};
 use crate::node::{Node, unix_ms};
@@ -345,6 +346,9 @@ impl Control for Service {
             let registered = containerd.has_snapshotter(godwit_protos::SNAPSHOTTER).await;
             answer.snapshotter_is_registered = registered.unwrap_or(false);
         }
+        let node = &self.node;
+        let parts = [node.volumes.leftovers(), node.store.leftovers(), self.snapshots.leftovers()];
+        answer.leftovers = parts.into_iter().flat_map(Leftovers::reasons).collect();
         answer.ownership = entries
             .into_iter()
             .map(|(container, entry)| {

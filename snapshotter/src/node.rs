@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use crate::content::object::{self, Kind, ObjectError};
 use crate::content::on;
 use crate::directory::{self, Directory};
 use crate::layers::make::Making;
+use crate::leftovers::Leftovers;
 use crate::migrate::destination::Sessions;
 use crate::migrate::journal::Journal;
 use crate::migrate::ownership::Ownership;
@@ -26,6 +28,7 @@ use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
 use crate::peer::shunned::Shunned;
 use crate::store::{Options, SnapshotId, Store, SweepReport, Thrift};
+use crate::trees::{self, RemoveError};
 use crate::volumes::{VolumeError, Volumes};
 
 /// Events that a slow watcher may lag behind before it misses some.
@@ -33,6 +36,9 @@ const EVENTS: usize = 1024;
 
 /// How often unreferenced objects are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How long until what an earlier daemon left is seen to again.
+const RECOVER_PAUSE: Duration = Duration::from_secs(10);
 
 /// How often removing a dump is tried while somebody writes into it, and the time between: ten seconds in all.
 const CLEAR_TRIES: usize = 200;
@@ -106,7 +112,7 @@ impl Node {
     /// Opens everything below the state directory.
     ///
     /// On open: staged files and dumps of sessions that died are removed, unmounting first what CRIU left in
-    /// them; the parts' own rules do the rest.
+    /// them; the parts' own rules do the rest. What cannot be removed is a leftover, and no error.
     ///
     /// Caller: inside a tokio runtime. Errors: [`OpenError`]; nothing is emptied to make it work.
     pub fn open(config: Config, fences: &Path) -> Result<Arc<Self>, OpenError> {
@@ -116,12 +122,7 @@ impl Node {
         let journal = Journal::open(&state.join("node.redb"), fences)?;
         let volumes = Volumes::open(state, journal.clone(), store.clone())?;
         for name in ["stage", "dump"] {
-            let path = state.join(name);
-            if path.exists() {
-                criu_wrapper::leftovers::unmount_below(&path)
-                    .map_err(on("unmount below", &path))?;
-                clear(&path).map_err(on("remove", &path))?;
-            }
+            remove_sessions(&state.join(name), volumes.leftovers());
         }
         let criu = criu_wrapper::version::Version::of("criu");
         let criu_version = criu.as_ref().map_or_else(|_| String::new(), ToString::to_string);
@@ -204,10 +205,8 @@ impl Node {
         }
         // Subscribed first, so that no deletion falls between the two.
         self.forget_deleted().await?;
-        if !self.recovered.load(Ordering::Relaxed) {
-            self.containerd.delete_abandoned_leases().await?;
-            request::recover(&self).await?;
-            self.recovered.store(true, Ordering::Relaxed);
+        if !self.recovered.swap(true, Ordering::Relaxed) {
+            tokio::spawn(self.clone().recover_containers());
         }
         while let Some(event) = events.next().await {
             if let EventKind::ContainerDeleted { id } = event?.kind {
@@ -216,6 +215,36 @@ impl Node {
             }
         }
         Ok(())
+    }
+
+    /// Sees to what an earlier daemon left in containerd. While one container cannot be seen to,
+    /// this tries again, and the others are served.
+    async fn recover_containers(self: Arc<Self>) {
+        let mut is_tidy = false;
+        loop {
+            let settled = request::settle_what_came(&self).await;
+            let mut done = settled.and(self.delete_abandoned_leases().await);
+            if !is_tidy {
+                let removed = request::remove_abandoned(&self).await;
+                is_tidy = removed.is_ok();
+                done = done.and(removed);
+            }
+            match done {
+                Ok(()) => return,
+                Err(error) => {
+                    let error = error.chain();
+                    tracing::warn!(
+                        error,
+                        "not all that an earlier daemon left could be seen to; trying again"
+                    );
+                }
+            }
+            tokio::time::sleep(RECOVER_PAUSE).await;
+        }
+    }
+
+    async fn delete_abandoned_leases(&self) -> Result<(), MigrationError> {
+        Ok(self.containerd.delete_abandoned_leases().await?)
     }
 
     /// Forgets journalled containers that containerd no longer has.
@@ -239,12 +268,17 @@ impl Node {
         Ok(())
     }
 
-    /// Sweeps from time to time. Runs until the daemon ends.
+    /// Sweeps from time to time, and tries again to remove leftovers. Runs until the daemon ends.
     pub async fn sweep_regularly(self: Arc<Self>) {
         loop {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             let node = self.clone();
-            match tokio::task::spawn_blocking(move || node.sweep(Thrift::Usual)).await {
+            let work = move || {
+                node.volumes.leftovers().retry();
+                node.store.leftovers().retry();
+                node.sweep(Thrift::Usual)
+            };
+            match tokio::task::spawn_blocking(work).await {
                 Ok(Ok(report)) => tracing::info!(?report, "swept"),
                 Ok(Err(error)) => {
                     tracing::info!(error = crate::migrate::chain(&error), "not swept");
@@ -284,18 +318,37 @@ impl Node {
     }
 }
 
+/// Removes what sessions that died left in `directory`. Their names are never used again.
+fn remove_sessions(directory: &Path, leftovers: &Leftovers) {
+    let sessions: Vec<_> = match fs::read_dir(directory) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(_) => return,
+    };
+    if let Err(error) = criu_wrapper::leftovers::unmount_below(directory) {
+        // What CRIU mounted may be a hierarchy of control groups, which a removal would enter if it
+        // came by another way.
+        let reason =
+            format!("cannot unmount what CRIU left below {}: {error}", directory.display());
+        sessions.iter().for_each(|session| leftovers.add(session, reason.clone()));
+        return;
+    }
+    for session in sessions {
+        leftovers.note(&session, clear(&session));
+    }
+}
+
 /// Removes `path` and all below it. CRIU outlives a daemon that was killed, and may go on writing there until a directory
 /// is gone.
-fn clear(path: &Path) -> std::io::Result<()> {
+fn clear(path: &Path) -> Result<(), RemoveError> {
     for _ in 0..CLEAR_TRIES {
-        match fs::remove_dir_all(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+        match trees::remove(path) {
+            Err(error) if error.source.kind() == io::ErrorKind::DirectoryNotEmpty => {
                 std::thread::sleep(CLEAR_PAUSE);
             }
             done => return done,
         }
     }
-    fs::remove_dir_all(path)
+    trees::remove(path)
 }
 
 /// What an object of the store refers to, for marking.
@@ -398,5 +451,30 @@ mod tests {
         clear(&dump).unwrap();
         assert!(!dump.exists());
         writer.join().unwrap();
+    }
+
+    /// Method: an immutable file is in one session's directory, and a mount in another's.
+    #[test]
+    fn what_a_session_left_is_removed_or_set_aside() {
+        use nix::mount::{MsFlags, mount, umount};
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let stage = dir.path().join("stage");
+        let (one, other) = (stage.join("1/volume-data"), stage.join("2/images"));
+        fs::create_dir_all(&one).unwrap();
+        fs::create_dir_all(&other).unwrap();
+        fs::write(one.join("fixed"), "x").unwrap();
+        let file = fs::File::open(one.join("fixed")).unwrap();
+        rustix::fs::ioctl_setflags(file, rustix::fs::IFlags::IMMUTABLE).unwrap();
+        let none = None::<&str>;
+        mount(Some(&other), &other, none, MsFlags::MS_BIND, none).unwrap();
+        let leftovers = Leftovers::default();
+        // As after `unmount_below` could not see it.
+        leftovers.note(&stage.join("2"), clear(&stage.join("2")));
+        assert_eq!(leftovers.reasons().len(), 1);
+        remove_sessions(&stage, &leftovers);
+        assert_eq!(leftovers.reasons(), [""; 0]);
+        assert_eq!(fs::read_dir(&stage).unwrap().count(), 0);
+        umount(&other).unwrap_err();
+        remove_sessions(&dir.path().join("missing"), &leftovers);
     }
 }

@@ -22,9 +22,11 @@ use crate::content::capture::{Unchanged, capture};
 use crate::content::image::{capture_image, write_image};
 use crate::content::materialize::materialize;
 use crate::content::{ContentError, Sink, on};
+use crate::leftovers::Leftovers;
 use crate::migrate::journal::{Journal, JournalError, VolumeEntry};
 use crate::store::{Store, StoreError, Writer};
 use places::Places;
+pub use places::Removed;
 
 /// How long an import may take before the sweep no longer waits for it.
 const IMPORT_LEASE: Duration = Duration::from_secs(3600);
@@ -219,14 +221,18 @@ impl Volumes {
         }
     }
 
-    /// Whether a migration may bring a volume of this name here. Errors: [`VolumeError::Exists`].
+    /// Whether a migration may bring a volume of this name here.
+    ///
+    /// Errors: [`VolumeError::Exists`], [`VolumeError::Unjournalled`], [`VolumeError::Busy`]; why what is left of an earlier
+    /// volume of this name cannot be moved away.
     pub fn may_receive(&self, id: &VolumeId) -> Result<(), VolumeError> {
         match self.journal.volume(id)? {
-            // One that was arriving with a container that never ran here is replaced.
             Some(VolumeEntry { moved_to: None, arriving: None, .. }) => {
                 Err(VolumeError::Exists(id.clone()))
             }
-            _ => Ok(()),
+            // One that was arriving with a container that never ran here is replaced.
+            Some(VolumeEntry { moved_to: None, arriving: Some(_), .. }) => Ok(()),
+            Some(VolumeEntry { moved_to: Some(_), .. }) | None => self.places.check_free(id),
         }
     }
 
@@ -299,12 +305,12 @@ impl Volumes {
 
     /// Undoes [`Volumes::install`] for a container that will never run here.
     pub fn uninstall(&self, id: &VolumeId) -> Result<(), VolumeError> {
-        self.places.remove(id, None)
+        self.places.remove(id, None).map(Removed::delete)
     }
 
-    /// Notes that a volume moved to `node` and removes its data, which the store still has as a snapshot. Repeating it is
-    /// safe.
-    pub fn give_away(&self, id: &VolumeId, node: &str) -> Result<(), VolumeError> {
+    /// Notes that a volume moved to `node`. From then on it may come back; the caller deletes its data, which the store
+    /// still has as a snapshot. Repeating it is safe.
+    pub fn give_away(&self, id: &VolumeId, node: &str) -> Result<Removed, VolumeError> {
         let entry = VolumeEntry { moved_to: Some(node.to_owned()), ..VolumeEntry::default() };
         self.places.remove(id, Some(&entry))
     }
@@ -315,7 +321,7 @@ impl Volumes {
             VolumeSource::Writable(id) if self.journal.volume(id)?.is_none() => {
                 Err(VolumeError::Unknown(id.clone()))
             }
-            VolumeSource::Writable(id) => self.places.remove(id, None),
+            VolumeSource::Writable(id) => self.places.remove(id, None).map(Removed::delete),
             VolumeSource::Content(digest) => self.places.remove_content(digest),
         }
     }
@@ -331,7 +337,7 @@ impl Volumes {
             let unpacked = self.places.temporary("import")?;
             let tree = archive::unpack(from, &unpacked)
                 .and_then(|()| put_tree(&unpacked, self.store.writer(&lease).cold()));
-            places::remove(&unpacked)?;
+            self.places.leftovers().remove(&unpacked);
             tree?
         } else {
             put_tree(from, self.store.writer(&lease).cold())?
@@ -425,6 +431,11 @@ impl Volumes {
     pub fn laid_out(&self) -> Result<Vec<Digest>, VolumeError> {
         let contents = self.contents()?.into_iter();
         Ok(contents.filter(|digest| self.places.content(digest).is_dir()).collect())
+    }
+
+    /// What could not be removed so far.
+    pub fn leftovers(&self) -> &Leftovers {
+        self.places.leftovers()
     }
 
     /// What is wrong with the places of volumes, each in words that say what to do.

@@ -128,7 +128,8 @@ pub async fn retire_if_full(node: &Arc<Node>) -> Option<Lack> {
     }
 }
 
-/// Bytes that the store holds too many, and for what. A disk that does not tell its room costs nothing.
+/// Bytes that the store holds too many, and for what. A disk that does not tell its room costs
+/// nothing.
 fn excess(node: &Node) -> Result<Option<(u64, Lack)>, StoreError> {
     let cache = &node.config.cache;
     let over = node.store.usage()?.bytes.saturating_sub(mib(cache.budget_mib));
@@ -146,7 +147,8 @@ fn worse(over_budget: u64, short_of_disk: u64) -> Option<(u64, Lack)> {
 
 /// Gives up snapshots until the store is within its budget, or nothing is left that may go.
 ///
-/// Snapshots share chunks, so what their removal frees is measured again after each round. Returns what is lacking still.
+/// Snapshots share chunks, so what their removal frees is measured again after each round. Returns
+/// what is lacking still.
 fn make_room(node: &Node) -> Result<Option<Lack>, VolumeError> {
     for _ in 0..ROUNDS_MAX {
         if let Err(error) = node.sweep(Thrift::Tight) {

@@ -45,6 +45,7 @@ impl Client {
 
     /// Deletes the leases, in every namespace, of daemons that died: what they held, nobody goes on with.
     pub async fn delete_abandoned_leases(&self) -> Result<(), ClientError> {
+        let mut deleted = Ok(());
         for namespace in self.namespaces().await? {
             let filters = vec![format!("labels.{LABEL:?}")];
             let request = self.request(&namespace, ListRequest { filters })?;
@@ -53,11 +54,11 @@ impl Client {
             for lease in answer.into_inner().leases {
                 let of = lease.labels.get(LABEL);
                 if of.is_some_and(|run| *run != *THIS_RUN) {
-                    self.delete_lease(&namespace, &lease.id).await?;
+                    deleted = deleted.and(self.delete_lease(&namespace, &lease.id).await);
                 }
             }
         }
-        Ok(())
+        deleted
     }
 
     async fn delete_lease(&self, namespace: &str, id: &str) -> Result<(), ClientError> {

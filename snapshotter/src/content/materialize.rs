@@ -234,7 +234,8 @@ impl<S: Source> Writer<'_, S> {
             Err(Errno::EISDIR) => {
                 // The kernel resolves the descriptor; what is removed lies below it.
                 let within = PathBuf::from(format!("/proc/self/fd/{}", at.as_raw_fd())).join(name);
-                crate::trees::remove(&within).map_err(on("remove", &self.path.join(name)))
+                crate::trees::remove(&within)
+                    .map_err(|error| on("remove", &self.path.join(name))(error.source))
             }
             done => done.map_err(on("remove", &self.path.join(name))),
         }

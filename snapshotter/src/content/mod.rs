@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use godwit_protos::Digest;
 
 use crate::store::StoreError;
+use crate::trees::RemoveError;
 use object::ObjectError;
 
 /// Why content could not be read, stored or laid out.
@@ -84,6 +85,12 @@ impl ContentError {
             Self::Store(source) => matches!(source, StoreError::Full { .. }),
             _ => false,
         }
+    }
+}
+
+impl From<RemoveError> for ContentError {
+    fn from(RemoveError { path, source }: RemoveError) -> Self {
+        Self::File { action: "remove", path, source }
     }
 }
 

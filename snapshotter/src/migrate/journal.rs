@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::ownership::{Epoch, Event, Ownership};
 use crate::database;
 use crate::step::reach;
+use crate::trees::{self, RemoveError};
 
 /// Key: `NAMESPACE/ID`. Value: [`Entry`] as JSON.
 const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers_v1");
@@ -282,7 +283,11 @@ impl Journal {
                 transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
             table.remove(key.as_str()).map(drop).map_err(|error| self.failed(error))
         })?;
-        self.remove_fence(container)
+        if let Err(error) = self.remove_fence(container) {
+            // As in `apply`.
+            tracing::error!(%container, %error, "a fence stays");
+        }
+        Ok(())
     }
 
     /// The entry of a volume.
@@ -335,12 +340,17 @@ impl Journal {
         let Ownership::Released(epoch, to) = ownership else { return self.remove_fence(container) };
         let path = self.fence(container);
         let node = to.split('/').next().unwrap_or(to);
+        let text = format!("moved to {node}, epoch {}", epoch.0);
         let write = || {
+            // It was flushed when it was written. So a daemon starts although the disk is full.
+            if fs::read(&path).is_ok_and(|found| found == text.as_bytes()) {
+                return Ok(());
+            }
             if let Some(parent) = path.parent() {
                 fs::create_dir_all(parent)?;
             }
             let partial = path.with_extension("tmp~");
-            fs::write(&partial, format!("moved to {node}, epoch {}", epoch.0))?;
+            fs::write(&partial, &text)?;
             fs::File::open(&partial)?.sync_all()?;
             fs::rename(&partial, &path)?;
             path.parent().map_or(Ok(()), |parent| fs::File::open(parent)?.sync_all())
@@ -349,9 +359,8 @@ impl Journal {
     }
 
     fn remove_fence(&self, container: &ContainerRef) -> Result<(), JournalError> {
-        let path = self.fence(container);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+        match trees::remove(&self.fence(container)) {
+            Err(RemoveError { path, source }) if source.kind() != io::ErrorKind::NotFound => {
                 Err(JournalError::Fence { path, source })
             }
             _ => Ok(()),
@@ -374,7 +383,10 @@ impl Journal {
             }
         }
         for other in files_below(&self.fences).into_iter().filter(|path| !wanted.contains(path)) {
-            fs::remove_file(&other).map_err(failed(&other))?;
+            // It only refuses to create a container, and runs none.
+            if let Err(RemoveError { path, source }) = trees::remove(&other) {
+                tracing::error!(path = %path.display(), error = %source, "a fence stays; remove it");
+            }
         }
         Ok(())
     }
@@ -450,6 +462,35 @@ mod tests {
         journal.forget(&container()).unwrap();
         assert!(!fence.exists());
         assert_eq!(journal.container(&container()).unwrap(), None);
+    }
+
+    /// Method: something is mounted where a fence of no container lies, and the fence of a released
+    /// one cannot be replaced.
+    #[test]
+    fn a_fence_that_cannot_be_removed_keeps_no_journal_from_opening() {
+        use nix::mount::{MsFlags, mount, umount};
+        let dir = tempfile::tempdir().unwrap();
+        let journal = open(dir.path());
+        let offer = Event::Offer("edge-b/default/cache".into(), Epoch(0));
+        journal.apply(&container(), &offer, |_| {}).unwrap();
+        journal.apply(&container(), &Event::Release(Epoch(1)), |_| {}).unwrap();
+        drop(journal);
+        let fences = [("cache", "moved to edge-b, epoch 1"), ("other", "stale")];
+        let fences =
+            fences.map(|(name, text)| (dir.path().join("fences/default").join(name), text));
+        let none = None::<&str>;
+        for (fence, text) in &fences {
+            fs::write(fence, text).unwrap();
+            mount(Some(fence), fence, none, MsFlags::MS_BIND, none).unwrap();
+        }
+        let journal = open(dir.path());
+        assert!(fences.iter().all(|(fence, _)| fence.exists()), "it only refuses");
+        journal.forget(&container()).unwrap();
+        assert_eq!(journal.container(&container()).unwrap(), None);
+        drop(journal);
+        fences.iter().for_each(|(fence, _)| umount(fence).unwrap());
+        drop(open(dir.path()));
+        assert!(fences.iter().all(|(fence, _)| !fence.exists()));
     }
 
     /// Method: a release stops before either of its steps, and a return between its two.

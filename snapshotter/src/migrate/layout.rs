@@ -11,7 +11,7 @@
 //! open of the daemon everything below `stage` is removed: sessions live in memory.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 
 use godwit_protos::peer::ObjectBatch;
@@ -23,9 +23,11 @@ use crate::content::encoding::Codec;
 use crate::content::image::write_image;
 use crate::content::materialize::materialize;
 use crate::content::object::{Image, Kind};
-use crate::content::{Source as _, memory, on};
+use crate::content::{ContentError, Source as _, memory, on};
+use crate::leftovers::Leftovers;
 use crate::node::Node;
 use crate::store::{Lease, Store};
+use crate::trees;
 use crate::volumes::{VolumeError, Volumes};
 
 /// A staged volume: its version, and what it holds if that is an image.
@@ -48,6 +50,7 @@ pub struct Layout {
     layer: Option<Digest>,
     memory: Option<Digest>,
     installed: Vec<VolumeId>,
+    leftovers: Leftovers,
 }
 
 impl Layout {
@@ -63,7 +66,7 @@ impl Layout {
             fs::create_dir_all(&path).map_err(on("make directory", &path))?;
         }
         if let Some(upper) = &upper_dir {
-            clear(upper).map_err(on("clear", upper))?;
+            trees::clear(upper).map_err(ContentError::from)?;
         }
         Ok(Self {
             store: node.store.clone(),
@@ -74,6 +77,7 @@ impl Layout {
             layer: None,
             memory: None,
             installed: Vec::new(),
+            leftovers: node.volumes.leftovers().clone(),
         })
     }
 
@@ -181,7 +185,7 @@ impl Layout {
             }
         }
         if let Some(upper) = &self.upper_dir {
-            let _ = clear(upper);
+            let _ = trees::clear(upper);
         }
         self.remove_staged();
     }
@@ -192,21 +196,8 @@ impl Layout {
             tracing::warn!(%error, "CRIU left mounts that cannot be removed; staged files stay");
             return;
         }
-        let _ = fs::remove_dir_all(&self.directory);
+        self.leftovers.remove(&self.directory);
     }
-}
-
-/// Removes everything below a directory, but not the directory.
-fn clear(directory: &Path) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            std::fs::remove_dir_all(entry.path())?;
-        } else {
-            std::fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// Keeps the objects of a stop-and-copy stream: each is decoded, checked against its digest, and stored.

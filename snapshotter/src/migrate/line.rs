@@ -22,6 +22,10 @@ use crate::peer::Connection;
 /// How long the source has for a round and for the cut.
 const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
 
+/// How long the destination waits for the source to let go before it reports success. Otherwise an
+/// immediate move back would find the container still there.
+const LET_GO_MAX: Duration = Duration::from_secs(15);
+
 /// Subjects of a container that are looked up: volumes, layer and memory.
 const SUBJECTS_MAX: usize = 64;
 
@@ -73,6 +77,15 @@ impl Line {
     /// Ends the session at the source, where the container runs on.
     pub(super) async fn abort(&self, reason: String) {
         let _ = self.send(to_source::Message::Abort(Abort { reason })).await;
+    }
+
+    /// Waits until the source has ended the session, or for [`LET_GO_MAX`]. The source does so once
+    /// it has let go of the container and its volumes.
+    pub(super) async fn ended(&mut self) {
+        let until_the_end = async { while let Ok(Some(_)) = self.from.message().await {} };
+        if tokio::time::timeout(LET_GO_MAX, until_the_end).await.is_err() {
+            tracing::info!("the source is still removing what moved away");
+        }
     }
 
     /// Sends a message. Errors: [`MigrationError::Broken`].

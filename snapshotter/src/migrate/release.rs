@@ -208,10 +208,17 @@ impl Remembered {
         }
         let (volumes, ids, to) = (node.volumes.clone(), self.volumes, self.destination);
         let given = tokio::task::spawn_blocking(move || {
-            ids.iter().try_for_each(|id| volumes.give_away(id, &to))
+            let give = |id: &VolumeId| (id.clone(), volumes.give_away(id, &to));
+            ids.iter().map(give).collect::<Vec<_>>()
         });
-        if let Ok(Err(error)) = given.await {
-            tracing::warn!(%container, %error, "cannot remove a volume that moved away");
+        for (volume, given) in given.await.unwrap_or_default() {
+            match given {
+                // It may come back from now on; deleting takes as long as it is large.
+                Ok(removed) => drop(tokio::task::spawn_blocking(|| removed.delete())),
+                Err(error) => {
+                    tracing::warn!(%container, %volume, %error, "cannot remove a volume that moved away");
+                }
+            }
         }
         if let Err(error) = node.journal.note(container, |entry| entry.let_go = true) {
             tracing::error!(%container, %error, "cannot journal that it was let go");

@@ -124,27 +124,32 @@ pub(super) async fn create_and_start(
 
 /// Removes containers that a daemon had created for a migration when it died. Those that were let run here stay.
 ///
-/// Errors: containerd's, when it does not answer; call again then.
-pub async fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
-    settle_what_came(node).await?;
+/// Caller: once per run of the daemon, after [`settle_what_came`]. Errors: containerd's, when it
+/// does not answer, or the journal's; nothing is removed then, and calling again is safe.
+pub async fn remove_abandoned(node: &Arc<Node>) -> Result<(), MigrationError> {
+    let mut abandoned = Vec::new();
     for namespace in node.containerd.namespaces().await? {
         for record in node.containerd.list_containers(&namespace).await? {
-            let container = ContainerRef::new(&namespace, &record.id)?;
-            if !record.labels.contains_key(LABEL) || has_come(node, &container)? {
-                continue;
+            // Other clients' containers may have names that are none of ours.
+            let Ok(container) = ContainerRef::new(&namespace, &record.id) else { continue };
+            if record.labels.contains_key(LABEL) && !has_come(node, &container)? {
+                abandoned.push(container);
             }
-            let node = node.clone();
-            tokio::spawn(async move {
-                tracing::warn!(%container, "left by a migration that was cut short");
-                tokio::time::sleep(UNDO_MAX).await;
-                // The shim may have asked again meanwhile, and been granted.
-                if matches!(has_come(&node, &container), Ok(false)) {
-                    super::remove_container(&node, &container).await;
-                }
-            });
         }
     }
-    for container in node.volumes.arriving()? {
+    let arriving = node.volumes.arriving()?;
+    for container in abandoned {
+        let node = node.clone();
+        tokio::spawn(async move {
+            tracing::warn!(%container, "left by a migration that was cut short");
+            tokio::time::sleep(UNDO_MAX).await;
+            // The shim may have asked again meanwhile, and been granted.
+            if matches!(has_come(&node, &container), Ok(false)) {
+                super::remove_container(&node, &container).await;
+            }
+        });
+    }
+    for container in arriving {
         let node = node.clone();
         tokio::spawn(async move {
             tokio::time::sleep(UNDO_MAX).await;
@@ -164,21 +169,26 @@ fn remove_arriving(node: &Node, container: &ContainerRef) -> Result<(), VolumeEr
     arriving.try_for_each(|id| node.volumes.uninstall(&id))
 }
 
-/// Containers that were granted to this node, run here, and whose shim could not report it to a daemon that had died.
-async fn settle_what_came(node: &Arc<Node>) -> Result<(), MigrationError> {
+/// Journals as run those containers that were granted to this node, run here, and whose shim could
+/// not report it to a daemon that had died.
+///
+/// Errors: the first of those that could not be seen to; all others were. Call again then.
+pub async fn settle_what_came(node: &Arc<Node>) -> Result<(), MigrationError> {
+    let mut settled = Ok(());
     for (container, entry) in node.journal.containers()? {
-        if !matches!(entry.ownership, Ownership::Owner(_))
-            || entry.resumed
-            || entry.session.is_none()
-        {
-            continue;
+        let is_open = entry.session.is_some() && !entry.resumed;
+        if is_open && matches!(entry.ownership, Ownership::Owner(_)) {
+            settled = settled.and(settle_if_it_runs(node, &container).await);
         }
-        let task = node.containerd.task(container.namespace(), container.id()).await?;
-        if task.is_some_and(|task| matches!(task.status, TaskStatus::Running | TaskStatus::Paused))
-        {
-            node.journal.mark_resumed(&container)?;
-            node.volumes.arrived(&container)?;
-        }
+    }
+    settled
+}
+
+async fn settle_if_it_runs(node: &Node, container: &ContainerRef) -> Result<(), MigrationError> {
+    let task = node.containerd.task(container.namespace(), container.id()).await?;
+    if task.is_some_and(|task| matches!(task.status, TaskStatus::Running | TaskStatus::Paused)) {
+        node.journal.mark_resumed(container)?;
+        node.volumes.arrived(container)?;
     }
     Ok(())
 }

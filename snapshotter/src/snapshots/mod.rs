@@ -66,6 +66,7 @@ use tree::{WORK_MODE, discard, make_dir, measure, tree_names, tree_number, write
 pub use usage::Usage;
 use writeback::Writeback;
 
+use crate::leftovers::Leftovers;
 use crate::step;
 
 /// Longest key or name, in bytes. containerd's own are an image's chain ID or a container's id with
@@ -130,6 +131,7 @@ pub struct Snapshots {
     number_floor: AtomicU64,
     /// overlayfs options that every overlay gets.
     overlay_options: Vec<String>,
+    leftovers: Leftovers,
     /// Released when the file is closed.
     _lock: File,
 }
@@ -163,6 +165,7 @@ impl Snapshots {
             writeback: Writeback::default(),
             number_floor: AtomicU64::new(highest.map_or(1, |number| number + 1)),
             overlay_options: overlay_options(),
+            leftovers: Leftovers::default(),
             _lock: lock,
         };
         snapshots.cleanup().map_err(OpenError::Unreadable)?;
@@ -378,8 +381,8 @@ impl Snapshots {
         Ok(infos.filter(|info| filters.matches(info)).collect())
     }
 
-    /// Deletes the directories that the database does not name. What cannot be deleted is logged
-    /// and left.
+    /// Deletes the directories that the database does not name. What cannot be deleted is left and
+    /// reported; its number is not used again.
     ///
     /// 1. find them, 2. commit the database, so that no removal can be undone, 3. delete one after the other.
     ///
@@ -394,7 +397,7 @@ impl Snapshots {
         }
         for orphan in orphans {
             step::reach("cleanup 3");
-            discard(&orphan);
+            self.leftovers.remove(&orphan);
         }
         Ok(())
     }
@@ -417,7 +420,13 @@ impl Snapshots {
             let missing = missing.display();
             found.push(format!("directory {missing} of a snapshot is missing: {advice}"));
         }
+        found.extend(self.leftovers.reasons());
         Ok((rows.len() as u64, found))
+    }
+
+    /// Directories that could not be deleted so far.
+    pub fn leftovers(&self) -> &Leftovers {
+        &self.leftovers
     }
 
     /// What a snapshot's directory lacks.

@@ -241,7 +241,8 @@ mod tests {
         assert_eq!(fs::read_dir(spare).unwrap().count(), COUNT);
     }
 
-    /// Method: a path that is too long fails when the directory of all is made, as a full disk does.
+    /// Method: a path that is too long fails when the directory of all is made, as a full disk
+    /// does.
     #[test]
     fn the_error_is_that_of_the_directory_that_could_not_be_made() {
         let dir = tempfile::tempdir().unwrap();

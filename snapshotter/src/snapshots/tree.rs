@@ -104,8 +104,8 @@ pub(super) fn measure(upper: &Path) -> Result<Usage, SnapshotError> {
 /// Deletes a directory that no snapshot has. What cannot be deleted is logged and left.
 pub(super) fn discard(tree: &Path) {
     match trees::remove(tree) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            let path = tree.display();
+        Err(error) if error.source.kind() != io::ErrorKind::NotFound => {
+            let (path, error) = (error.path.display(), error.source);
             tracing::warn!(%path, %error, "cannot delete a snapshot's directory");
         }
         _ => (),

@@ -54,6 +54,7 @@ use godwit_protos::Digest;
 use redb::{ReadableTable as _, ReadableTableMetadata as _};
 use tokio::sync::watch;
 
+use crate::leftovers::Leftovers;
 use encoding::Decoder;
 pub use encoding::{Encoding, decode};
 pub use error::{Mismatch, OpenError, StoreError};
@@ -149,6 +150,7 @@ struct Inner {
     packs: Packs,
     leases: Arc<Leases>,
     damage: Vec<Damage>,
+    leftovers: Leftovers,
     /// Grows when objects leave the index; tells writers that what they have read is out of date.
     removals: AtomicU64,
     /// Tells whoever follows that the snapshots are others than before.
@@ -176,8 +178,9 @@ impl Store {
         let newest = files.iter().chain(known.keys()).max().copied().unwrap_or(0);
         let packs = Packs::new(packs_dir, options.pack_bytes_max, newest.saturating_add(1));
         let damage = recover_packs(&index, &packs, &known)?;
+        let leftovers = Leftovers::default();
         for leftover in files.iter().filter(|number| !known.contains_key(number)) {
-            packs.remove(*leftover)?;
+            leftovers.remove(&packs.path(*leftover));
         }
         let inner = Inner {
             dir: dir.to_owned(),
@@ -186,6 +189,7 @@ impl Store {
             packs,
             leases: Arc::default(),
             damage,
+            leftovers,
             removals: AtomicU64::new(0),
             snapshots_changed: watch::Sender::new(()),
         };
@@ -195,6 +199,12 @@ impl Store {
     /// Packs that were not whole on open.
     pub fn damage(&self) -> &[Damage] {
         &self.inner.damage
+    }
+
+    /// Files of packs that nothing refers to and that could not be removed so far. Their numbers
+    /// are not used again.
+    pub fn leftovers(&self) -> &Leftovers {
+        &self.inner.leftovers
     }
 
     /// Whether the store has the object.

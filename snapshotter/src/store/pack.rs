@@ -139,7 +139,7 @@ impl Packs {
         Self { dir, bytes_max, appender: Mutex::new(appender), readers: Mutex::default() }
     }
 
-    fn path(&self, number: u32) -> PathBuf {
+    pub(super) fn path(&self, number: u32) -> PathBuf {
         self.dir.join(format!("{number}.pack"))
     }
 

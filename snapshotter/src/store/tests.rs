@@ -198,6 +198,26 @@ fn one_process_has_the_store_and_a_store_reopens_with_everything_synced() {
     assert_eq!(pack_files(dir.path()), BTreeSet::from([1]));
 }
 
+/// Method: something is mounted over a pack that the index does not name.
+#[test]
+fn a_pack_that_cannot_be_removed_keeps_no_store_from_opening() {
+    use nix::mount::{MsFlags, mount, umount};
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path()));
+    let stray = dir.path().join("packs/7.pack");
+    std::fs::write(&stray, "x").unwrap();
+    let none = None::<&str>;
+    mount(Some(&stray), &stray, none, MsFlags::MS_BIND, none).unwrap();
+    let store = open(dir.path());
+    assert_eq!(store.leftovers().reasons().len(), 1);
+    let digests = put_all(&store, &[page(1)]);
+    assert!(all_whole(&store, &digests) && pack_files(dir.path()) == [7, 8].into());
+    umount(&stray).unwrap();
+    store.leftovers().retry();
+    assert_eq!(store.leftovers().reasons(), [""; 0]);
+    assert_eq!(pack_files(dir.path()), [8].into());
+}
+
 #[test]
 fn a_full_disk_is_told_apart_and_nothing_is_lost() {
     let dir = tempfile::tempdir().unwrap();

@@ -3,24 +3,30 @@
 //! ```text
 //! STATE/volumes/ID/data        a writable volume: a directory, or the image of a block volume
 //! STATE/volumes/ID/new         one that is not journalled yet
-//! STATE/volumes/ID/gone        one that is being removed
+//! STATE/volumes/ID/removed     empty: the volume is being removed
 //! STATE/content/HEX            the tree sha256:HEX laid out; never written to again
 //! STATE/content/HEX.kept       empty: the tree was imported, and is whole in the store
 //! STATE/content/NAME-N.tmp     one that is being laid out, or an archive that is being imported
-//! STATE/trash/NAME             read-only content that is being removed
+//! STATE/trash/NAME-N           what was removed and still takes room
 //! ```
 //!
-//! What has its final name is whole, whenever the machine stops, and what is not there takes no room: a volume is removed
-//! only once it has another name, and what has such a name is seen to on open.
+//! What has its final name is whole, whenever the machine stops. A volume is removed by moving it
+//! to the trash, so its ID is free at once: however large it is, and whatever keeps it from being
+//! deleted ([`Leftovers`]).
 //!
 //! On open, for each `ID`:
 //!
-//! - if the journal has the volume here and there is no `data`, then `new`, or else `gone`, becomes `data`: an arrival
-//!   that was journalled is finished, a removal that was not is undone;
-//! - `new` and `gone` that are left are removed, and `ID` if it is empty.
+//! - if there is `removed`, and the journal does not have the volume here, `ID` goes to the trash:
+//!   the removal is finished. If the journal has it, `removed` is deleted: the removal never
+//!   happened;
+//! - if the journal has the volume here and there is no `data`, `new` becomes `data`: the arrival
+//!   is finished;
+//! - any other `new` goes to the trash, and `ID` is removed if it is empty.
 //!
-//! A `data` that the journal does not have here is kept, and told ([`Places::contradictions`]): the journal may be an older
-//! copy. Laid-out trees without their final names, and what lies in the trash, are removed.
+//! Laid-out trees without their final names, and what lies in the trash, are removed. A `data` that
+//! the journal does not have here is kept and reported ([`Places::contradictions`]), since the
+//! journal may be an older copy. No single volume keeps the others from being opened: what cannot
+//! be done is reported.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::{self, File};
@@ -32,11 +38,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use godwit_protos::{Digest, VolumeId};
 
 use super::VolumeError;
-use crate::content::{ContentError, on};
+use crate::content::on;
+use crate::leftovers::Leftovers;
+use crate::migrate::chain;
 use crate::migrate::journal::{Journal, VolumeEntry};
 use crate::step::reach;
 use crate::sys::spread_out;
-use crate::trees;
 
 /// The places of one node. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -45,6 +52,27 @@ pub(super) struct Places {
     journal: Journal,
     /// Writable volumes that are coming or going.
     busy: Arc<Mutex<HashSet<VolumeId>>>,
+    leftovers: Leftovers,
+    /// Why volumes could not be recovered on open.
+    unrecovered: Arc<Vec<String>>,
+}
+
+/// A removed volume that still takes room.
+#[derive(Debug)]
+#[must_use = "it takes room until it is deleted"]
+pub struct Removed {
+    place: Option<PathBuf>,
+    leftovers: Leftovers,
+}
+
+impl Removed {
+    /// Deletes it, which takes as long as the disk needs. What cannot be deleted is reported by the
+    /// node.
+    pub fn delete(self) {
+        if let Some(place) = self.place {
+            self.leftovers.remove(&place);
+        }
+    }
 }
 
 /// Keeps others from a volume that is coming or going.
@@ -62,7 +90,13 @@ impl Drop for Busy<'_> {
 impl Places {
     /// Opens the places below `state_dir`, by the rules above.
     pub(super) fn open(state_dir: &Path, journal: Journal) -> Result<Self, VolumeError> {
-        let places = Self { state_dir: state_dir.to_owned(), journal, busy: Arc::default() };
+        let mut places = Self {
+            state_dir: state_dir.to_owned(),
+            journal,
+            busy: Arc::default(),
+            leftovers: Leftovers::default(),
+            unrecovered: Arc::default(),
+        };
         for name in ["volumes", "content", "trash"] {
             let path = state_dir.join(name);
             fs::create_dir_all(&path).map_err(on("make directory", &path))?;
@@ -70,16 +104,17 @@ impl Places {
                 spread_out(&path);
             }
         }
-        for name in places.names("volumes")? {
-            if let Ok(id) = name.parse() {
-                places.recover(&id)?;
-            }
-        }
-        for name in places.names("trash")? {
-            remove(&state_dir.join("trash").join(name))?;
-        }
-        for name in places.names("content")?.iter().filter(|name| name.ends_with(".tmp")) {
-            remove(&state_dir.join("content").join(name))?;
+        let ids = places.names("volumes")?.into_iter().filter_map(|name| name.parse().ok());
+        let failed = |id: VolumeId| {
+            let error = places.recover(&id).err()?;
+            Some(format!("volume {id} could not be recovered: {}", chain(&error)))
+        };
+        places.unrecovered = Arc::new(ids.filter_map(failed).collect());
+        let trash = places.names("trash")?.into_iter().map(|name| ("trash", name));
+        let content = places.names("content")?.into_iter().map(|name| ("content", name));
+        let unfinished = content.filter(|(_, name)| name.ends_with(".tmp"));
+        for (directory, name) in trash.chain(unfinished) {
+            places.leftovers.remove(&state_dir.join(directory).join(name));
         }
         for told in places.contradictions()? {
             tracing::warn!("{told}");
@@ -88,26 +123,26 @@ impl Places {
     }
 
     fn recover(&self, id: &VolumeId) -> Result<(), VolumeError> {
-        let [data, new, gone] = ["data", "new", "gone"].map(|name| self.volume(id).join(name));
-        if self.is_journalled(id)? && !is_there(&data)? {
-            for found in [&new, &gone] {
-                if is_there(found)? {
-                    fs::rename(found, &data).map_err(on("move into place", &data))?;
-                    sync(&self.volume(id))?;
-                    break;
-                }
+        let [data, new, mark] = ["data", "new", "removed"].map(|name| self.volume(id).join(name));
+        if is_there(&mark)? {
+            if !self.is_journalled(id)? {
+                return self.finish_removal(id).map(Removed::delete);
             }
+            fs::remove_file(&mark).map_err(on("remove", &mark))?;
+        }
+        if self.is_journalled(id)? && !is_there(&data)? && is_there(&new)? {
+            fs::rename(&new, &data).map_err(on("move into place", &data))?;
+            sync(&self.volume(id))?;
         }
         self.remove_rest(id)
     }
 
-    /// Removes `new` and `gone`, and `ID` if nothing else is in it.
+    /// Removes `new`, and `ID` if nothing else is in it.
     fn remove_rest(&self, id: &VolumeId) -> Result<(), VolumeError> {
         let directory = self.volume(id);
-        for rest in ["new", "gone"].map(|name| directory.join(name)) {
-            if is_there(&rest)? {
-                remove(&rest)?;
-            }
+        let new = directory.join("new");
+        if is_there(&new)? {
+            self.leftovers.remove(&self.to_trash(&new, id.as_str())?);
         }
         match fs::remove_dir(&directory) {
             Err(error)
@@ -122,6 +157,51 @@ impl Places {
         }
     }
 
+    /// Moves what was removed to the trash. Returns its place there.
+    fn to_trash(&self, path: &Path, name: &str) -> Result<PathBuf, VolumeError> {
+        let trash = self.state_dir.join("trash");
+        loop {
+            // An earlier daemon may have left something under the same number.
+            let place = trash.join(format!("{name}-{}", next()));
+            if is_there(&place)? {
+                continue;
+            }
+            fs::rename(path, &place).map_err(on("remove", path))?;
+            return Ok(place);
+        }
+    }
+
+    /// Step 4 of [`Self::remove`].
+    fn finish_removal(&self, id: &VolumeId) -> Result<Removed, VolumeError> {
+        let directory = self.volume(id);
+        let place = if is_there(&directory)? {
+            let place = self.to_trash(&directory, id.as_str())?;
+            sync(&self.state_dir.join("volumes"))?;
+            Some(place)
+        } else {
+            None
+        };
+        Ok(Removed { place, leftovers: self.leftovers.clone() })
+    }
+
+    /// What could not be removed so far.
+    pub(super) fn leftovers(&self) -> &Leftovers {
+        &self.leftovers
+    }
+
+    /// Checks that [`Self::put`] could put a volume into place now.
+    ///
+    /// Errors: [`VolumeError::Unjournalled`]; [`VolumeError::Busy`]; why an earlier volume of this
+    /// name cannot be moved away.
+    pub(super) fn check_free(&self, id: &VolumeId) -> Result<(), VolumeError> {
+        let _busy = self.take(id)?;
+        if is_there(&self.volume(id).join("removed"))? {
+            self.finish_removal(id)?.delete();
+        }
+        let data = self.data(id);
+        if is_there(&data)? { Err(VolumeError::Unjournalled(data)) } else { Ok(()) }
+    }
+
     /// Whether the journal has it here.
     fn is_journalled(&self, id: &VolumeId) -> Result<bool, VolumeError> {
         Ok(self.journal.volume(id)?.is_some_and(|entry| entry.moved_to.is_none()))
@@ -132,7 +212,7 @@ impl Places {
     pub(super) fn contradictions(&self) -> Result<Vec<String>, VolumeError> {
         let on_disk = self.names("volumes")?.into_iter().filter_map(|name| name.parse().ok());
         let journalled = self.journal.volumes()?.into_iter().map(|(id, _)| id);
-        let mut found = Vec::new();
+        let mut found = self.unrecovered.to_vec();
         for id in on_disk.chain(journalled).collect::<BTreeSet<VolumeId>>() {
             // Nobody begins meanwhile.
             let busy = self.busy();
@@ -154,7 +234,8 @@ impl Places {
 
     /// Puts a writable volume into place, which `make` makes at the path that it is given.
     ///
-    /// 1. remove what is left of an earlier attempt, 2. make `new`, 3. fsync it, `ID` and `volumes`, 4. journal `entry`,
+    /// 1. remove what is left of an earlier volume or attempt, 2. make `new`, 3. fsync it, `ID` and
+    ///    `volumes`, 4. journal `entry`,
     /// 5. rename `new` to `data`, 6. fsync `ID`.
     ///
     /// One that arrives with a container is not synced: it is as good as not here until that has run, and before that is
@@ -168,12 +249,10 @@ impl Places {
         entry: &VolumeEntry,
         make: impl FnOnce(&Path) -> Result<(), VolumeError>,
     ) -> Result<PathBuf, VolumeError> {
+        self.check_free(id)?;
         let _busy = self.take(id)?;
         let (directory, data, is_durable) =
             (self.volume(id), self.data(id), entry.arriving.is_none());
-        if is_there(&data)? {
-            return Err(VolumeError::Unjournalled(data));
-        }
         reach("put 1");
         self.remove_rest(id)?;
         reach("put 2");
@@ -205,7 +284,8 @@ impl Places {
 
     /// Removes a writable volume, of which the journal then says `entry`. It need not be there.
     ///
-    /// 1. rename `data` to `gone`, 2. fsync `ID`, 3. journal, 4. remove `gone` and `ID`.
+    /// 1. make `removed`, 2. fsync `ID`, 3. journal, 4. rename `ID` to `trash/ID-N` and fsync
+    ///    `volumes`. The caller deletes it there.
     ///
     /// Errors: [`VolumeError::Busy`]; the disk's or the journal's. Opening goes back to before step 1, or on from step 3.
     /// Repeating it is safe.
@@ -213,29 +293,38 @@ impl Places {
         &self,
         id: &VolumeId,
         entry: Option<&VolumeEntry>,
-    ) -> Result<(), VolumeError> {
+    ) -> Result<Removed, VolumeError> {
         let _busy = self.take(id)?;
-        let (data, gone) = (self.data(id), self.volume(id).join("gone"));
         reach("remove 1");
-        if is_there(&data)? {
-            if is_there(&gone)? {
-                remove(&gone)?;
+        if is_there(&self.volume(id))? {
+            let mark = self.volume(id).join("removed");
+            match File::create(&mark) {
+                // Removing must work on a full disk. Without the mark, a volume of which step 4 was
+                // not reached is kept and reported.
+                Err(error) if error.kind() == io::ErrorKind::StorageFull => {}
+                made => made.map(drop).map_err(on("make", &mark))?,
             }
-            fs::rename(&data, &gone).map_err(on("remove", &data))?;
             reach("remove 2");
             sync(&self.volume(id))?;
         }
         reach("remove 3");
         self.journal.set_volume(id, entry)?;
         reach("remove 4");
-        self.remove_rest(id)
+        self.finish_removal(id)
     }
 
     /// Makes a directory that the next opening removes.
     pub(super) fn temporary(&self, name: &str) -> Result<PathBuf, VolumeError> {
-        let path = self.state_dir.join("content").join(format!("{name}-{}.tmp", next()));
-        fs::create_dir(&path).map_err(on("make directory", &path))?;
-        Ok(path)
+        loop {
+            let path = self.state_dir.join("content").join(format!("{name}-{}.tmp", next()));
+            match fs::create_dir(&path) {
+                // What an earlier daemon left and could not be removed.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => {
+                    return Ok(made.map(|()| path.clone()).map_err(on("make directory", &path))?);
+                }
+            }
+        }
     }
 
     /// Notes that the store has a tree whole, and durably.
@@ -266,12 +355,12 @@ impl Places {
         reach("content 1");
         let partial = self.temporary(&digest.hex())?;
         if let Err(error) = make(&partial) {
-            remove(&partial)?;
+            self.leftovers.remove(&partial);
             return Err(error);
         }
         reach("content 2");
         match fs::rename(&partial, &path) {
-            Err(_) if path.is_dir() => remove(&partial)?,
+            Err(_) if path.is_dir() => self.leftovers.remove(&partial),
             renamed => renamed.map_err(on("move into place", &path))?,
         }
         reach("content 3");
@@ -293,39 +382,39 @@ impl Places {
         digest: &Digest,
         make: impl FnOnce(&Path) -> Result<(), VolumeError>,
     ) -> Result<(), VolumeError> {
-        let (path, name) = (self.content(digest), trash_name(digest));
+        let path = self.content(digest);
         let [content, trash] = self.content_and_trash();
-        let gone = trash.join(&name);
         if is_mounted("content", &digest.hex())? {
             return Err(VolumeError::Mounted(*digest));
         }
         reach("replace 1");
         let partial = self.temporary(&digest.hex())?;
         if let Err(error) = make(&partial) {
-            remove(&partial)?;
+            self.leftovers.remove(&partial);
             return Err(error);
         }
         reach("replace 2");
         self.keep(digest)?;
         reach("replace 3");
-        fs::rename(&path, &gone).map_err(on("remove", &path))?;
+        let gone = self.to_trash(&path, &digest.hex())?;
         // Somebody may have mounted it by its old name until just now, and nobody can any more.
-        if is_mounted("trash", &name)? {
+        if is_mounted("trash", &gone.file_name().unwrap_or_default().to_string_lossy())? {
             fs::rename(&gone, &path).map_err(on("move back", &path))?;
-            remove(&partial)?;
+            self.leftovers.remove(&partial);
             return Err(VolumeError::Mounted(*digest));
         }
         reach("replace 4");
         match fs::rename(&partial, &path) {
             // Somebody has laid it out meanwhile.
-            Err(_) if path.is_dir() => remove(&partial)?,
+            Err(_) if path.is_dir() => self.leftovers.remove(&partial),
             renamed => renamed.map_err(on("move into place", &path))?,
         }
         reach("replace 5");
         sync(&trash)?;
         sync(&content)?;
         reach("replace 6");
-        Ok(remove(&gone)?)
+        self.leftovers.remove(&gone);
+        Ok(())
     }
 
     /// Removes a tree, whether it is laid out or not.
@@ -339,21 +428,20 @@ impl Places {
         }
         let (path, kept) = (self.content(digest), self.kept(digest));
         let [content, trash] = self.content_and_trash();
-        let gone = trash.join(trash_name(digest));
         reach("trash 1");
         if is_there(&kept)? {
-            remove(&kept)?;
+            fs::remove_file(&kept).map_err(on("remove", &kept))?;
         }
         reach("trash 2");
-        let is_laid_out = is_there(&path)?;
-        if is_laid_out {
-            fs::rename(&path, &gone).map_err(on("remove", &path))?;
-        }
+        let gone = if is_there(&path)? { Some(self.to_trash(&path, &digest.hex())?) } else { None };
         reach("trash 3");
         sync(&trash)?;
         sync(&content)?;
         reach("trash 4");
-        if is_laid_out { Ok(remove(&gone)?) } else { Ok(()) }
+        if let Some(gone) = gone {
+            self.leftovers.remove(&gone);
+        }
+        Ok(())
     }
 
     /// Where a writable volume is, if it is here.
@@ -420,10 +508,6 @@ fn is_there(path: &Path) -> Result<bool, VolumeError> {
     Ok(fs::exists(path).map_err(on("look at", path))?)
 }
 
-fn trash_name(digest: &Digest) -> String {
-    format!("{}-{}", digest.hex(), next())
-}
-
 /// Whether a process that we can see has the tree `directory/name` mounted, or what is in it. `name` has a digest in it, so
 /// it is the same tree wherever that lies.
 ///
@@ -452,11 +536,4 @@ fn is_mounted(directory: &str, name: &str) -> Result<bool, VolumeError> {
 fn sync(path: &Path) -> Result<(), VolumeError> {
     let synced = File::open(path).and_then(|opened| opened.sync_all());
     Ok(synced.map_err(on("sync", path))?)
-}
-
-/// Removes a directory or file.
-pub(super) fn remove(path: &Path) -> Result<(), ContentError> {
-    let kind = fs::symlink_metadata(path).map_err(on("stat", path))?;
-    let removed = if kind.is_dir() { trees::remove(path) } else { fs::remove_file(path) };
-    removed.map_err(on("remove", path))
 }

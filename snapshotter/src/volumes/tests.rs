@@ -2,6 +2,9 @@
 
 use std::os::unix::fs::MetadataExt as _;
 
+use nix::mount::{MsFlags, mount, umount};
+use rustix::fs::{IFlags, ioctl_setflags};
+
 use super::*;
 use crate::step::stop_before;
 
@@ -23,7 +26,7 @@ fn a_volume_that_moved_is_neither_here_nor_overwritten_by_create() {
     let path = volumes.create(&id, Shape::Tree).unwrap();
     fs::write(path.join("f"), b"x").unwrap();
     assert!(matches!(volumes.create(&id, Shape::Tree), Err(VolumeError::Exists(_))));
-    volumes.give_away(&id, "edge-b").unwrap();
+    volumes.give_away(&id, "edge-b").unwrap().delete();
     assert!(!path.exists());
     let error = volumes.path(&named("data"), false).unwrap_err();
     assert!(error.to_string().contains("edge-b"), "{error}");
@@ -157,7 +160,7 @@ fn an_image_that_came_is_a_block_volume_here() {
     volumes.arrived(&container).unwrap();
     assert_eq!(volumes.file_system(&named("data")).unwrap(), Some(FileSystem::Xfs));
     assert_eq!(fs::read(volumes.path(&named("data"), false).unwrap()).unwrap(), b"second");
-    volumes.give_away(&id, "edge-b").unwrap();
+    volumes.give_away(&id, "edge-b").unwrap().delete();
     assert_eq!(volumes.list().unwrap().len(), 0);
     assert_eq!(fs::read_dir(dir.path().join("trash")).unwrap().count(), 0);
 }
@@ -257,7 +260,7 @@ fn a_removal_that_stops_anywhere_never_happened_or_is_finished_on_open() {
             fs::write(path.join("row"), "1").unwrap();
             let go = |volumes: &Volumes| {
                 if moves {
-                    volumes.give_away(&id, "edge-b")
+                    volumes.give_away(&id, "edge-b").map(Removed::delete)
                 } else {
                     volumes.remove(&named("data"))
                 }
@@ -383,4 +386,110 @@ fn who_comes_while_a_volume_is_made_is_told_to_try_again() {
         Ok(fs::create_dir(path).map_err(on("make directory", path))?)
     });
     assert!(put.unwrap().is_dir());
+}
+
+/// A directory on a file system that has flags.
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap()
+}
+
+/// Mounts the directory at `point` over itself.
+fn mount_at(point: &Path) {
+    let none = None::<&str>;
+    mount(Some(point), point, none, MsFlags::MS_BIND, none).unwrap();
+}
+
+/// A staged volume that arrives with a container, and has run.
+fn arrive(dir: &Path, volumes: &Volumes, id: &VolumeId) {
+    let (staged, container) = (dir.join("staged"), ContainerRef::new("default", "cache").unwrap());
+    fs::create_dir(&staged).unwrap();
+    volumes.may_receive(id).unwrap();
+    volumes.install(id, (&staged, None), &container).unwrap();
+    volumes.arrived(&container).unwrap();
+}
+
+#[test]
+fn an_immutable_file_keeps_no_volume_from_being_removed() {
+    let dir = scratch();
+    let volumes = open(dir.path());
+    let id: VolumeId = "data".parse().unwrap();
+    let path = volumes.create(&id, Shape::Tree).unwrap();
+    fs::write(path.join("fixed"), "x").unwrap();
+    for path in [path.join("fixed"), path] {
+        ioctl_setflags(fs::File::open(path).unwrap(), IFlags::IMMUTABLE).unwrap();
+    }
+    volumes.give_away(&id, "edge-b").unwrap().delete();
+    assert_eq!(volumes.leftovers().reasons(), [""; 0]);
+    drop(volumes);
+    reopened(dir.path());
+}
+
+/// Method: something is mounted in the volume, and then at its very directory.
+#[test]
+fn what_cannot_be_removed_is_set_aside_and_its_volume_may_come_back() {
+    for below in ["mounted", ""] {
+        let dir = scratch();
+        let volumes = open(dir.path());
+        let id: VolumeId = "data".parse().unwrap();
+        let path = volumes.create(&id, Shape::Tree).unwrap();
+        fs::create_dir(path.join("mounted")).unwrap();
+        fs::write(path.join("file"), "x").unwrap();
+        fs::write(path.join("mounted/file"), "x").unwrap();
+        mount_at(&path.join(below));
+        volumes.give_away(&id, "edge-b").unwrap().delete();
+        let told = volumes.leftovers().reasons();
+        assert!(told.len() == 1 && told[0].contains("unmount it"), "{told:?}");
+        arrive(dir.path(), &volumes, &id);
+        drop(volumes);
+        let volumes = open(dir.path());
+        assert_eq!(volumes.leftovers().reasons().len(), 1);
+        assert_eq!(volumes.path(&named("data"), false).unwrap(), path);
+        // Nor does a second one of that name.
+        volumes.give_away(&id, "edge-b").unwrap().delete();
+        arrive(dir.path(), &volumes, &id);
+        let mut aside = fs::read_dir(dir.path().join("trash")).unwrap();
+        let aside = aside.next().unwrap().unwrap().path().join("data").join(below);
+        assert!(aside.join("file").exists(), "what is mounted is not ours");
+        umount(&aside).unwrap();
+        volumes.leftovers().retry();
+        assert_eq!(volumes.leftovers().reasons(), [""; 0]);
+        drop(volumes);
+        reopened(dir.path());
+    }
+}
+
+/// Method: the directory of the volume's ID is a mount point, which cannot be renamed.
+#[test]
+fn a_volume_that_cannot_be_moved_away_is_told_before_one_of_its_name_comes() {
+    let dir = scratch();
+    let volumes = open(dir.path());
+    let id: VolumeId = "data".parse().unwrap();
+    let path = volumes.create(&id, Shape::Tree).unwrap();
+    mount_at(path.parent().unwrap());
+    volumes.give_away(&id, "edge-b").unwrap_err();
+    let error = volumes.may_receive(&id).unwrap_err();
+    assert!(crate::migrate::chain(&error).contains("volumes/data"), "{error}");
+    drop(volumes);
+    let volumes = open(dir.path());
+    assert!(matches!(volumes.path(&named("data"), false), Err(VolumeError::Moved { .. })));
+    let told = volumes.contradictions().unwrap();
+    assert!(told.iter().any(|one| one.contains("could not be recovered")), "{told:?}");
+    umount(path.parent().unwrap()).unwrap();
+    arrive(dir.path(), &volumes, &id);
+    drop(volumes);
+    reopened(dir.path());
+}
+
+#[test]
+fn a_volume_comes_back_while_what_was_there_is_still_being_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let volumes = open(dir.path());
+    let id: VolumeId = "data".parse().unwrap();
+    let path = volumes.create(&id, Shape::Tree).unwrap();
+    fs::write(path.join("old"), "x").unwrap();
+    let removed = volumes.give_away(&id, "edge-b").unwrap();
+    arrive(dir.path(), &volumes, &id);
+    removed.delete();
+    assert_eq!(fs::read_dir(path).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(dir.path().join("trash")).unwrap().count(), 0);
 }

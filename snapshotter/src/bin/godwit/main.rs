@@ -347,7 +347,8 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     let object = json!({"node": status.node, "version": status.version, "criu_version": status.criu_version,
         "listen": status.listen, "store_bytes": status.store_bytes, "objects": status.objects,
         "directory": status.directory, "containerd_version": status.containerd_version,
-        "snapshotter_is_registered": status.snapshotter_is_registered, "ownership": ownership});
+        "snapshotter_is_registered": status.snapshotter_is_registered, "leftovers": status.leftovers,
+        "ownership": ownership});
     if out.json {
         return out.object(&object, "");
     }
@@ -361,6 +362,8 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
         format!("store: {objects} objects, {bytes} bytes"),
         format!("directory: {}", status.directory),
     ];
+    let leftovers = status.leftovers.iter().map(|leftover| format!("left over: {leftover}"));
+    let lines: Vec<_> = lines.into_iter().chain(leftovers).collect();
     out.object(&object, &lines.join("\n"))?;
     out.table(&ownership, &["container", "state", "epoch", "peer"])
 }
