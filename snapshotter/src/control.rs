@@ -136,6 +136,7 @@ fn volume_error(error: &VolumeError) -> Error {
         | VolumeError::ReadOnly(_)
         | VolumeError::NoProgram { .. }
         | VolumeError::NotAdmitted { .. }
+        | VolumeError::NotKept { .. }
         | VolumeError::Mounted(_)
         | VolumeError::Unjournalled(_) => Code::FAILED_PRECONDITION,
         VolumeError::Busy(_) => Code::ABORTED,

@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use nix::libc;
+use nix::sys::ioctl::ioctl_num_type;
+use nix::{request_code_read, request_code_write};
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 
@@ -65,6 +67,48 @@ pub(crate) fn spread_out(directory: &Path) {
         let path = directory.display();
         tracing::debug!(%path, %error, "the file system takes no advice on directories");
     }
+}
+
+/// `struct fsxattr` of `linux/fs.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Extended {
+    flags: u32,
+    extent_bytes: u32,
+    extents: u32,
+    project: u32,
+    copy_extent_bytes: u32,
+    padding: [u8; 8],
+}
+
+/// `FS_IOC_FSGETXATTR` of `linux/fs.h`.
+const GET_EXTENDED: ioctl_num_type = request_code_read!(b'X', 31, size_of::<Extended>());
+/// `FS_IOC_FSSETXATTR` of `linux/fs.h`.
+const SET_EXTENDED: ioctl_num_type = request_code_write!(b'X', 32, size_of::<Extended>());
+
+#[expect(unsafe_code, reason = "neither nix nor rustix has this ioctl")]
+fn extended(file: impl AsFd) -> io::Result<Extended> {
+    let mut found = Extended::default();
+    let file = file.as_fd();
+    // SAFETY: the call writes a `struct fsxattr`, which `found` is, and `file` is open.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), GET_EXTENDED, &raw mut found) };
+    nix::errno::Errno::result(done)?;
+    Ok(found)
+}
+
+/// The project ID for quotas of an open file or directory. Errors: the system's.
+pub(crate) fn project(file: impl AsFd) -> io::Result<u32> {
+    Ok(extended(file)?.project)
+}
+
+/// Gives an open file or directory another project ID. Errors: the system's.
+#[expect(unsafe_code, reason = "neither nix nor rustix has this ioctl")]
+pub(crate) fn set_project(file: impl AsFd, project: u32) -> io::Result<()> {
+    let (file, wanted) = (file.as_fd(), Extended { project, ..extended(&file)? });
+    // SAFETY: the call reads a `struct fsxattr`, which `wanted` is, and `file` is open.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), SET_EXTENDED, &raw const wanted) };
+    nix::errno::Errno::result(done)?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -21,7 +21,9 @@ use godwit_protos::{ContainerRef, Digest, FileSystem, VolumeId, VolumeSource};
 use crate::content::capture::{Unchanged, capture};
 use crate::content::image::{capture_image, write_image};
 use crate::content::materialize::materialize;
+use crate::content::object::Tree;
 use crate::content::{ContentError, Sink, on};
+use crate::inode;
 use crate::leftovers::Leftovers;
 use crate::migrate::journal::{Journal, JournalError, VolumeEntry};
 use crate::store::{Store, StoreError, Writer};
@@ -99,6 +101,19 @@ pub enum VolumeError {
         id: VolumeId,
         /// What its image holds.
         file_system: FileSystem,
+    },
+    /// Files have what the file system here does not keep.
+    #[error(
+        "files of {what} have {lost}, which the file system of {} does not keep: take that from them with chattr(1), or choose \
+         a node whose file system does", directory.display()
+    )]
+    NotKept {
+        /// A volume or writable layer.
+        what: String,
+        /// Names of flags, or project IDs.
+        lost: String,
+        /// Where they would lie.
+        directory: PathBuf,
     },
     /// An export would mix with what is there.
     #[error("{} is not an empty or new directory", .0.display())]
@@ -223,8 +238,8 @@ impl Volumes {
 
     /// Whether a migration may bring a volume of this name here.
     ///
-    /// Errors: [`VolumeError::Exists`], [`VolumeError::Unjournalled`], [`VolumeError::Busy`]; why what is left of an earlier
-    /// volume of this name cannot be moved away.
+    /// Errors: [`VolumeError::Exists`], [`VolumeError::Unjournalled`], [`VolumeError::Busy`]; why
+    /// what is left of an earlier volume of this name cannot be moved away.
     pub fn may_receive(&self, id: &VolumeId) -> Result<(), VolumeError> {
         match self.journal.volume(id)? {
             Some(VolumeEntry { moved_to: None, arriving: None, .. }) => {
@@ -234,6 +249,24 @@ impl Volumes {
             Some(VolumeEntry { moved_to: None, arriving: Some(_), .. }) => Ok(()),
             Some(VolumeEntry { moved_to: Some(_), .. }) | None => self.places.check_free(id),
         }
+    }
+
+    /// Checks that the file system here keeps the flags and project IDs of a tree, which is `what`.
+    ///
+    /// Errors: [`VolumeError::NotKept`], the disk's.
+    pub fn check_kept(&self, what: &str, tree: &Tree) -> Result<(), VolumeError> {
+        if tree.flags == 0 && !tree.has_projects {
+            return Ok(());
+        }
+        let probe = self.places.temporary("flags")?;
+        let lost = inode::not_kept(&probe, tree.flags, tree.has_projects);
+        self.places.leftovers().remove(&probe);
+        let lost = lost.map_err(on("probe", &probe))?.join(", ");
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let directory = probe.parent().unwrap_or(&probe).to_owned();
+        Err(VolumeError::NotKept { what: what.to_owned(), lost, directory })
     }
 
     /// Makes an empty writable volume. Errors: [`VolumeError`]; there is no such volume then.
@@ -308,8 +341,8 @@ impl Volumes {
         self.places.remove(id, None).map(Removed::delete)
     }
 
-    /// Notes that a volume moved to `node`. From then on it may come back; the caller deletes its data, which the store
-    /// still has as a snapshot. Repeating it is safe.
+    /// Notes that a volume moved to `node`. From then on it may come back; the caller deletes its
+    /// data, which the store still has as a snapshot. Repeating it is safe.
     pub fn give_away(&self, id: &VolumeId, node: &str) -> Result<Removed, VolumeError> {
         let entry = VolumeEntry { moved_to: Some(node.to_owned()), ..VolumeEntry::default() };
         self.places.remove(id, Some(&entry))

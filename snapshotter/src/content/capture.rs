@@ -28,6 +28,7 @@ use serde_bytes::ByteBuf;
 
 use super::object::{Attributes, Content, Directory, Entry, Node, Object as _, Piece, Tree};
 use super::{ContentError, Sink, chunks, on};
+use crate::inode::{self, Flags};
 
 /// Directories below each other that are followed.
 pub const DEPTH_MAX: usize = 200;
@@ -91,13 +92,21 @@ pub fn capture(
         trusts_times: keeps_times(&directory, root)?,
         started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
         bytes: 0,
+        flags: 0,
+        has_projects: false,
         path: root.to_owned(),
         names: Vec::new(),
     };
-    let attributes = reader.attributes(&directory, c".", &stat)?;
+    let flags = reader.flags(&directory)?;
+    if flags.bits & inode::FIXED.bits() != 0 {
+        let (path, flags) = (root.to_owned(), inode::names(flags.bits & inode::FIXED.bits()));
+        return Err(ContentError::FixedRoot { path, flags });
+    }
+    let attributes = reader.attributes(&directory, c".", &stat, flags)?;
     let root = reader.directory(directory)?;
     let (bytes, seen) = (reader.bytes, std::mem::take(&mut reader.seen));
-    let tree = sink.put(&Tree { attributes, root, bytes }.encode())?;
+    let (flags, has_projects) = (reader.flags, reader.has_projects);
+    let tree = sink.put(&Tree { attributes, root, bytes, flags, has_projects }.encode())?;
     unchanged.files = seen;
     Ok(Captured { tree, bytes })
 }
@@ -117,11 +126,14 @@ struct Reader<'a> {
     known: HashMap<(u64, u64), Seen>,
     seen: HashMap<(u64, u64), Seen>,
     mapped: &'a HashSet<u64>,
-    /// Path of the first name of each file with several names.
-    linked: HashMap<(u64, u64), Vec<ByteBuf>>,
+    /// Of everything with several names, the path of the first and what links note of it.
+    linked: HashMap<(u64, u64), (Vec<ByteBuf>, Option<Digest>)>,
     trusts_times: bool,
     started: Duration,
     bytes: u64,
+    /// Flags that were found, and whether a project ID was.
+    flags: u32,
+    has_projects: bool,
     /// Where we are, for messages.
     path: PathBuf,
     /// Where we are, as components below the root.
@@ -186,25 +198,24 @@ impl Reader<'_> {
             u32::try_from(nix::sys::stat::minor(stat.st_rdev)).unwrap_or(u32::MAX),
         );
         let entry_name = ByteBuf::from(name.to_bytes());
-        let node = match stat.st_mode & S_IFMT {
+        let (kind, inode) = (stat.st_mode & S_IFMT, (stat.st_dev, stat.st_ino));
+        let is_linked = kind != S_IFDIR && stat.st_nlink > 1;
+        if is_linked && let Some((first, identity)) = self.linked.get(&inode) {
+            let node = Node::HardLink(first.clone(), *identity);
+            return Ok(Entry { name: entry_name, attributes: None, node });
+        }
+        let mut flags = Flags::default();
+        let node = match kind {
             S_IFREG => {
-                if stat.st_nlink > 1 {
-                    let inode = (stat.st_dev, stat.st_ino);
-                    if let Some(first) = self.linked.get(&inode) {
-                        let node = Node::HardLink(first.clone());
-                        return Ok(Entry { name: entry_name, attributes: None, node });
-                    }
-                }
-                let (bytes, content) = self.file(parent, name, &stat)?;
-                if stat.st_nlink > 1 {
-                    self.linked.insert((stat.st_dev, stat.st_ino), self.names.clone());
-                }
+                let (bytes, content, found) = self.file(parent, name, &stat)?;
+                flags = found;
                 Node::File(bytes, content)
             }
             S_IFDIR => {
-                let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
-                let directory = openat(parent, name, flags | OFlag::O_CLOEXEC, Mode::empty())
+                let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+                let directory = openat(parent, name, how | OFlag::O_CLOEXEC, Mode::empty())
                     .map_err(on("open directory", &path))?;
+                flags = self.flags(&directory)?;
                 Node::Directory(self.directory(directory)?)
             }
             S_IFLNK => {
@@ -217,7 +228,10 @@ impl Reader<'_> {
             S_IFSOCK => Node::Socket,
             _ => return Err(on("name the type of", &path)(Errno::EINVAL)),
         };
-        let attributes = Some(self.attributes(parent, name, &stat)?);
+        if is_linked {
+            self.linked.insert(inode, (self.names.clone(), node.identity()));
+        }
+        let attributes = Some(self.attributes(parent, name, &stat, flags)?);
         Ok(Entry { name: entry_name, attributes, node })
     }
 
@@ -226,6 +240,7 @@ impl Reader<'_> {
         parent: &OwnedFd,
         name: &CStr,
         stat: &FileStat,
+        flags: Flags,
     ) -> Result<Attributes, ContentError> {
         // Through the descriptor, since links and devices cannot be opened; the last name is not followed.
         let at = PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()))
@@ -248,7 +263,19 @@ impl Reader<'_> {
             gid: stat.st_gid,
             modified: (stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0)),
             xattrs,
+            flags: flags.bits,
+            project: flags.project,
         })
+    }
+
+    /// Flags and project of an open file or directory. Errors: [`ContentError::Flag`] for one that
+    /// cannot move.
+    fn flags(&mut self, opened: &OwnedFd) -> Result<Flags, ContentError> {
+        let found = inode::read(opened).map_err(on("read the flags of", &self.path))?;
+        let found = found.map_err(|flag| ContentError::Flag { path: self.path.clone(), flag })?;
+        self.flags |= found.bits;
+        self.has_projects |= found.project != 0;
+        Ok(found)
     }
 
     /// `listed` is what the name was when it was looked at: a container may have put a device in its place, which
@@ -258,7 +285,7 @@ impl Reader<'_> {
         parent: &OwnedFd,
         name: &CStr,
         listed: &FileStat,
-    ) -> Result<(u64, Content), ContentError> {
+    ) -> Result<(u64, Content, Flags), ContentError> {
         let path = self.path.clone();
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let file = openat(parent, name, flags, Mode::empty()).map_err(on("open", &path))?;
@@ -267,6 +294,7 @@ impl Reader<'_> {
         if inode != (listed.st_dev, listed.st_ino) || stat.st_mode != listed.st_mode {
             return Err(on("read", &path)(Errno::ENOENT));
         }
+        let flags = self.flags(&file)?;
         let times = ((stat.st_mtime, stat.st_mtime_nsec), (stat.st_ctime, stat.st_ctime_nsec));
         let trusted = self.trusts_times && !self.mapped.contains(&stat.st_ino);
         if let Some(seen) = self.known.get(&inode).filter(|seen| {
@@ -277,7 +305,7 @@ impl Reader<'_> {
             self.seen.insert(inode, seen);
             let bytes = u64::try_from(stat.st_size).unwrap_or(0);
             self.bytes += bytes;
-            return Ok((bytes, content));
+            return Ok((bytes, content, flags));
         }
         let pieces = self.pieces(File::from(file), &path)?;
         let bytes = pieces.iter().map(|piece| piece.bytes).sum();
@@ -293,7 +321,7 @@ impl Reader<'_> {
             let seen = Seen { size: stat.st_size, modified, changed, content: content.clone() };
             self.seen.insert(inode, seen);
         }
-        Ok((bytes, content))
+        Ok((bytes, content, flags))
     }
 
     /// Data and holes as the file system tells them (`lseek(2)`, `SEEK_DATA`).

@@ -144,7 +144,7 @@ impl<S: Source> Walk<'_, S> {
                 (Node::File(_, new), Some(Node::File(_, base))) => self.file(new, Some(base))?,
                 (Node::File(_, new), _) => self.file(new, None)?,
                 (
-                    Node::HardLink(_)
+                    Node::HardLink(..)
                     | Node::Symlink(_)
                     | Node::CharDevice(..)
                     | Node::BlockDevice(..)

@@ -1,8 +1,13 @@
 //! Making a directory equal to a [`Tree`], by touching only what differs from the tree it was equal to before.
 //!
-//! The directory is ours alone while this runs, but the tree may come from a hostile peer. Every step goes by
-//! the file descriptor of the directory above and follows no symbolic link (`openat2(2)`, `RESOLVE_BENEATH`), names
-//! were checked when the objects were decoded, and a hard link can only name a regular file of the same tree.
+//! The directory is ours alone while this runs, but the tree may come from a hostile peer. Every
+//! step goes by the file descriptor of the directory above and follows no symbolic link
+//! (`openat2(2)`, `RESOLVE_BENEATH`), names were checked when the objects were decoded, and a hard
+//! link can only name what is in the same tree and no directory.
+//!
+//! Flags that keep even root from changing a file ([`inode::GUARDS`]) are lifted from all of the
+//! old tree first and set in all of the new one last. Both cost a walk of every directory, so a
+//! tree says whether it has any.
 //!
 //! On failure the directory is neither the old tree nor the new one: throw it away.
 
@@ -30,6 +35,7 @@ use nix::unistd::{
 
 use super::object::{Attributes, Content, Entry, Kind, Node, ObjectError, Piece, Tree};
 use super::{ContentError, Source, capture::DEPTH_MAX, on};
+use crate::inode::{self, Flags};
 
 /// Makes the existing directory `target` equal to the tree `new`.
 ///
@@ -48,9 +54,60 @@ pub fn materialize<S: Source>(
     let base = base.map(|base| source.decode::<Tree>(base)).transpose()?;
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = nix::fcntl::open(target, flags, Mode::empty()).map_err(on("open", target))?;
-    let mut writer = Writer { source, root: &root, path: target.to_owned(), depth: 0 };
+    let mut writer =
+        Writer { source, root: &root, path: target.to_owned(), depth: 0, of: (*new, &tree) };
+    // A new directory may have such flags from the one above it.
+    inode::lift_guards(&root).map_err(on("lift the flags of", target))?;
+    for (path, _) in base.as_ref().map_or(Ok(Vec::new()), |base| guarded(source, base))? {
+        let opened = writer.opened(&path)?;
+        inode::lift_guards(opened).map_err(on("lift the flags of", &target.join(path)))?;
+    }
     writer.directory(&root, &tree.root, base.as_ref().map(|base| &base.root))?;
-    writer.attributes(&root, OsStr::new("."), &tree.attributes)
+    writer.attributes(&root, OsStr::new("."), &tree.attributes, Before::Inherited)?;
+    for (path, flags) in guarded(source, &tree)? {
+        let opened = writer.opened(&path)?;
+        inode::write(opened, flags).map_err(on("set the flags of", &target.join(path)))?;
+    }
+    Ok(())
+}
+
+/// Paths in a tree of what has flags that keep root from changing it, with all their flags.
+fn guarded<S: Source>(source: &S, tree: &Tree) -> Result<Vec<(PathBuf, Flags)>, ContentError> {
+    let all = Flags { bits: tree.flags, project: 0 };
+    if all.guards() == 0 {
+        return Ok(Vec::new());
+    }
+    let root = (PathBuf::from("."), tree.attributes.inode_flags());
+    let mut found: Vec<_> =
+        Some(root).filter(|(_, flags)| flags.guards() != 0).into_iter().collect();
+    let mut pending = vec![(PathBuf::from("."), tree.root, 0)];
+    while let Some((path, directory, depth)) = pending.pop() {
+        if depth >= DEPTH_MAX {
+            return Err(ContentError::TooDeep(path));
+        }
+        for entry in source.entries(&directory)? {
+            let path = path.join(OsStr::from_bytes(&entry.name));
+            let flags = entry.attributes.as_ref().map(Attributes::inode_flags).unwrap_or_default();
+            if flags.guards() != 0 {
+                found.push((path.clone(), flags));
+            }
+            if let Node::Directory(below) = entry.node {
+                pending.push((path, below, depth + 1));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What flags something has before its attributes are set.
+#[derive(Clone, Copy)]
+enum Before<'a> {
+    /// Those of these attributes, less what was lifted.
+    Known(&'a Attributes),
+    /// It is new, and was made where nothing is inherited.
+    None,
+    /// It is new, and has what it inherited from the directory above.
+    Inherited,
 }
 
 struct Writer<'a, S> {
@@ -59,6 +116,8 @@ struct Writer<'a, S> {
     /// Where we are, for messages.
     path: PathBuf,
     depth: usize,
+    /// The tree that is laid out, and its name.
+    of: (Digest, &'a Tree),
 }
 
 impl<S: Source> Writer<'_, S> {
@@ -75,6 +134,7 @@ impl<S: Source> Writer<'_, S> {
         if self.depth >= DEPTH_MAX {
             return Err(ContentError::TooDeep(self.path.clone()));
         }
+        let inherits = inode::has_any(at).map_err(on("read the flags of", &self.path))?;
         let entries = self.source.entries(new)?;
         let before = base.map(|base| self.source.entries(base)).transpose()?.unwrap_or_default();
         let find = |list: &[Entry], name: &[u8]| {
@@ -88,7 +148,7 @@ impl<S: Source> Writer<'_, S> {
         for entry in &entries {
             let old = find(&before, &entry.name).map(|index| &before[index]);
             self.path.push(OsStr::from_bytes(&entry.name));
-            let done = self.entry(at, entry, old);
+            let done = self.entry(at, entry, old, inherits);
             self.path.pop();
             done?;
         }
@@ -100,9 +160,10 @@ impl<S: Source> Writer<'_, S> {
         at: &OwnedFd,
         new: &Entry,
         old: Option<&Entry>,
+        inherits: bool,
     ) -> Result<(), ContentError> {
-        // A hard link that stays is not proof that its file stayed the same inode, but a file is only ever
-        // patched in place, so it is.
+        // That also holds of a hard link: a file is patched in place and stays the same inode, and
+        // of anything else the link has the identity.
         if old == Some(new) {
             return Ok(());
         }
@@ -125,7 +186,13 @@ impl<S: Source> Writer<'_, S> {
             }
             self.create(at, name, &new.node)?;
         }
-        new.attributes.as_ref().map_or(Ok(()), |attributes| self.attributes(at, name, attributes))
+        let Some(attributes) = &new.attributes else { return Ok(()) };
+        let before = match old.and_then(|old| old.attributes.as_ref()).filter(|_| patched) {
+            Some(before) => Before::Known(before),
+            None if inherits => Before::Inherited,
+            None => Before::None,
+        };
+        self.attributes(at, name, attributes, before)
     }
 
     fn create(&mut self, at: &OwnedFd, name: &OsStr, node: &Node) -> Result<(), ContentError> {
@@ -138,7 +205,7 @@ impl<S: Source> Writer<'_, S> {
                     .map_err(on("make directory", &path))?;
                 self.subdirectory(at, name, directory, None)
             }
-            Node::HardLink(target) => self.hard_link(at, name, target),
+            Node::HardLink(target, _) => self.hard_link(at, name, target),
             Node::Symlink(target) => {
                 symlinkat(OsStr::from_bytes(target), at, name).map_err(on("make link", &path))
             }
@@ -223,8 +290,8 @@ impl<S: Source> Writer<'_, S> {
         let last = OsStr::from_bytes(last);
         let stat =
             fstatat(&parent, last, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(on("link", &self.path))?;
-        if stat.st_mode & nix::libc::S_IFMT != nix::libc::S_IFREG {
-            return Err(on("link a non-regular file to", &self.path)(Errno::EINVAL));
+        if stat.st_mode & nix::libc::S_IFMT == nix::libc::S_IFDIR {
+            return Err(on("link a directory to", &self.path)(Errno::EINVAL));
         }
         linkat(&parent, last, at, name, AtFlags::empty()).map_err(on("link", &self.path))
     }
@@ -241,12 +308,51 @@ impl<S: Source> Writer<'_, S> {
         }
     }
 
-    /// Owner first, since changing it clears set-user-id bits and capabilities; times last.
+    /// Opens a file or directory of the tree by its path.
+    fn opened(&self, path: &Path) -> Result<OwnedFd, ContentError> {
+        let how = OpenHow::new()
+            .flags(OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+        openat2(self.root, path, how).map_err(on("open", &self.path.join(path)))
+    }
+
+    /// Sets the flags that do not keep anybody from changing the file.
+    fn flags(
+        &self,
+        at: &OwnedFd,
+        name: &OsStr,
+        wanted: &Attributes,
+        before: Before<'_>,
+    ) -> Result<(), ContentError> {
+        let (digest, tree) = self.of;
+        let flags = wanted.inode_flags();
+        if flags.bits & !tree.flags != 0 || (flags.project != 0 && !tree.has_projects) {
+            let source =
+                ObjectError::Rule { kind: Kind::Tree, rule: "a tree has its entries' flags" };
+            return Err(ContentError::Object { digest, source });
+        }
+        let is_set = match before {
+            Before::Known(before) => before.inode_flags().unguarded() == flags.unguarded(),
+            Before::None => flags.unguarded() == Flags::default(),
+            Before::Inherited => false,
+        };
+        if is_set {
+            return Ok(());
+        }
+        let path = &self.path;
+        let how = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let opened = openat(at, name, how, Mode::empty()).map_err(on("open", path))?;
+        inode::write(opened, flags.unguarded()).map_err(on("set the flags of", path))
+    }
+
+    /// Owner first, since changing it clears set-user-id bits and capabilities; times after all
+    /// that changes them.
     fn attributes(
         &self,
         at: &OwnedFd,
         name: &OsStr,
         wanted: &Attributes,
+        before: Before<'_>,
     ) -> Result<(), ContentError> {
         let path = &self.path;
         let within = PathBuf::from(format!("/proc/self/fd/{}", at.as_raw_fd())).join(name);
@@ -263,7 +369,11 @@ impl<S: Source> Writer<'_, S> {
             xattr::set(&within, OsStr::from_bytes(key), value)
                 .map_err(on("set an attribute of", path))?;
         }
-        if stat.st_mode & nix::libc::S_IFMT != nix::libc::S_IFLNK {
+        let kind = stat.st_mode & nix::libc::S_IFMT;
+        if [nix::libc::S_IFREG, nix::libc::S_IFDIR].contains(&kind) {
+            self.flags(at, name, wanted, before)?;
+        }
+        if kind != nix::libc::S_IFLNK {
             let mode = Mode::from_bits_truncate(wanted.mode);
             fchmodat(at, name, mode, FchmodatFlags::FollowSymlink)
                 .map_err(on("set the mode of", path))?;
@@ -327,6 +437,7 @@ mod tests {
     use crate::content::capture::{Unchanged, capture};
     use crate::content::fake::Objects;
     use proptest::prelude::*;
+    use rustix::fs::IFlags;
     use std::collections::HashSet;
     use std::fs;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -412,8 +523,15 @@ mod tests {
         use crate::content::object::{Directory, Object as _};
         use serde_bytes::ByteBuf;
         let to = tempfile::tempdir().unwrap();
-        let attributes =
-            Attributes { mode: 0o755, uid: 0, gid: 0, modified: (0, 0), xattrs: Vec::new() };
+        let attributes = Attributes {
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            modified: (0, 0),
+            xattrs: Vec::new(),
+            flags: 0,
+            project: 0,
+        };
         let name = |text: &str| ByteBuf::from(text.as_bytes());
         let mut objects = Objects::default();
         // "a" points out of the tree; "b" asks for a hard link through it.
@@ -426,14 +544,191 @@ mod tests {
             Entry {
                 name: name("b"),
                 attributes: None,
-                node: Node::HardLink(vec![name("a"), name("passwd")]),
+                node: Node::HardLink(vec![name("a"), name("passwd")], None),
             },
         ];
         let root = objects.put(&Directory::Entries(entries).encode()).unwrap();
-        let tree = objects.put(&Tree { attributes, root, bytes: 0 }.encode()).unwrap();
+        let tree = Tree { attributes, root, bytes: 0, flags: 0, has_projects: false };
+        let tree = objects.put(&tree.encode()).unwrap();
         let error = materialize(&objects, &tree, None, to.path()).unwrap_err();
         assert!(matches!(error, ContentError::File { .. }), "{error}");
         assert!(!to.path().join("b").exists());
+    }
+
+    /// A directory on a file system that has flags.
+    fn scratch() -> tempfile::TempDir {
+        tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap()
+    }
+
+    fn flag(path: &Path, bits: IFlags) {
+        inode::write(File::open(path).unwrap(), Flags { bits: bits.bits(), project: 0 }).unwrap();
+    }
+
+    /// Method: rounds that set, keep and clear flags of what changes, of what stays, and of the
+    /// directory above it.
+    #[test]
+    fn flags_are_kept_and_keep_nothing_from_being_patched_or_removed() {
+        let (from, to) = (scratch(), scratch());
+        let at = |name: &str| from.path().join(name);
+        fs::create_dir_all(at("dir/sub")).unwrap();
+        for name in ["dir/fixed", "dir/sub/log", "linked", "plain", "stays"] {
+            fs::write(at(name), "one").unwrap();
+        }
+        fs::hard_link(at("linked"), at("zlinked")).unwrap();
+        let mut objects = Objects::default();
+        let mut base = None;
+        let mut round = |base: &mut Option<Digest>| {
+            let tree = take(from.path(), &mut objects);
+            materialize(&objects, &tree, base.as_ref(), to.path()).unwrap();
+            assert_eq!(take(to.path(), &mut objects), tree);
+            *base = Some(tree);
+        };
+        flag(&at("dir/fixed"), IFlags::IMMUTABLE);
+        flag(&at("dir/sub/log"), IFlags::APPEND | IFlags::NODUMP);
+        flag(&at("dir/sub"), IFlags::APPEND);
+        flag(&at("dir"), IFlags::IMMUTABLE);
+        flag(&at("linked"), IFlags::IMMUTABLE);
+        flag(&at("stays"), IFlags::NOATIME | IFlags::SYNC);
+        flag(from.path(), IFlags::NOATIME | IFlags::PROJECT_INHERIT);
+        round(&mut base);
+        // The log grows, and another name of an immutable file comes, beside what does not change.
+        let mut log = File::options().append(true).open(at("dir/sub/log")).unwrap();
+        std::io::Write::write_all(&mut log, b"two").unwrap();
+        fs::write(at("dir/sub/new"), "new").unwrap();
+        flag(&at("linked"), IFlags::empty());
+        fs::hard_link(at("linked"), at("dir/sub/other")).unwrap();
+        flag(&at("linked"), IFlags::IMMUTABLE);
+        round(&mut base);
+        let inode = |name: &str| fs::metadata(to.path().join(name)).unwrap().ino();
+        assert_eq!(inode("dir/sub/other"), inode("zlinked"));
+        // What was protected goes, changes its type, or is only protected otherwise.
+        for name in ["dir", "dir/sub", "dir/fixed", "linked"] {
+            flag(&at(name), IFlags::empty());
+        }
+        fs::remove_file(at("dir/fixed")).unwrap();
+        fs::create_dir(at("dir/fixed")).unwrap();
+        flag(&at("dir/fixed"), IFlags::IMMUTABLE);
+        round(&mut base);
+        flag(&at("dir/fixed"), IFlags::empty());
+        flag(&at("dir/sub/log"), IFlags::empty());
+        fs::remove_dir_all(at("dir")).unwrap();
+        round(&mut base);
+        crate::trees::clear(to.path()).unwrap();
+        crate::trees::clear(from.path()).unwrap();
+    }
+
+    #[test]
+    fn a_root_that_cannot_be_renamed_is_refused() {
+        let from = scratch();
+        flag(from.path(), IFlags::IMMUTABLE);
+        let error = capture(
+            from.path(),
+            &mut Objects::default(),
+            &mut Unchanged::default(),
+            &HashSet::new(),
+        );
+        flag(from.path(), IFlags::empty());
+        let error = error.unwrap_err();
+        assert!(error.to_string().contains("itself is immutable (i)"), "{error}");
+    }
+
+    /// Method: two directories of a file system with projects; what is made in the second inherits
+    /// another project.
+    #[test]
+    fn projects_are_kept_where_the_file_system_has_them() {
+        let file_system = crate::inode::tests::Mounted::xfs();
+        let (from, to) = (file_system.path().join("from"), file_system.path().join("to"));
+        fs::create_dir_all(from.join("dir")).unwrap();
+        fs::create_dir(&to).unwrap();
+        fs::write(from.join("linked"), "x").unwrap();
+        fs::hard_link(from.join("linked"), from.join("dir/linked")).unwrap();
+        let of = |path: &Path, project| {
+            let bits = IFlags::PROJECT_INHERIT.bits();
+            inode::write(File::open(path).unwrap(), Flags { bits, project }).unwrap();
+        };
+        of(&from.join("dir"), 300);
+        // What is laid out here would inherit another one.
+        of(&to, 7);
+        fs::write(from.join("dir/inherits"), "x").unwrap();
+        let mut objects = Objects::default();
+        let before = take(&from, &mut objects);
+        materialize(&objects, &before, None, &to).unwrap();
+        assert_eq!(take(&to, &mut objects), before);
+        let project = |path: &str| crate::sys::project(File::open(to.join(path)).unwrap()).unwrap();
+        assert_eq!((project("dir"), project("dir/inherits"), project("dir/linked")), (300, 300, 0));
+        fs::write(from.join("plain"), "y").unwrap();
+        of(&from.join("dir"), 301);
+        let after = take(&from, &mut objects);
+        materialize(&objects, &after, Some(&before), &to).unwrap();
+        assert_eq!(take(&to, &mut objects), after);
+        // A file system without projects.
+        let without = crate::inode::tests::Mounted::ext4();
+        let error = materialize(&objects, &after, None, &without.path()).unwrap_err();
+        assert!(error.to_string().contains("set the flags of"), "{error}");
+    }
+
+    /// Method: pipes, symbolic links and sockets with several names; then the first of the names
+    /// gets another target.
+    #[test]
+    fn what_is_no_file_keeps_its_several_names_also_when_it_is_replaced() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let at = |name: &str| from.path().join(name);
+        fs::create_dir(at("d")).unwrap();
+        let root = File::open(from.path()).unwrap();
+        mkfifoat(&root, "pipe", Mode::from_bits_truncate(0o640)).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(at("socket")).unwrap());
+        std::os::unix::fs::symlink("one", at("a")).unwrap();
+        for (name, other) in [("pipe", "d/pipe"), ("socket", "d/socket"), ("a", "z/a")] {
+            fs::create_dir_all(at(other).parent().unwrap()).unwrap();
+            fs::hard_link(at(name), at(other)).unwrap();
+        }
+        let mut objects = Objects::default();
+        let same = |one: &str, other: &str| {
+            let inode = |name: &str| fs::symlink_metadata(to.path().join(name)).unwrap().ino();
+            inode(one) == inode(other)
+        };
+        let before = take(from.path(), &mut objects);
+        materialize(&objects, &before, None, to.path()).unwrap();
+        assert_eq!(take(to.path(), &mut objects), before);
+        assert!(same("pipe", "d/pipe") && same("socket", "d/socket") && same("a", "z/a"));
+        fs::remove_file(at("a")).unwrap();
+        fs::remove_file(at("z/a")).unwrap();
+        std::os::unix::fs::symlink("two", at("a")).unwrap();
+        fs::hard_link(at("a"), at("z/a")).unwrap();
+        let after = take(from.path(), &mut objects);
+        materialize(&objects, &after, Some(&before), to.path()).unwrap();
+        assert_eq!(take(to.path(), &mut objects), after);
+        assert!(same("a", "z/a"));
+        assert_eq!(fs::read_link(to.path().join("z/a")).unwrap(), Path::new("two"));
+    }
+
+    /// Method: a peer's tree says that it has no flags, and an entry has one.
+    #[test]
+    fn a_tree_that_hides_its_flags_is_refused() {
+        use crate::content::Sink as _;
+        use crate::content::object::{Directory, Object as _};
+        let to = tempfile::tempdir().unwrap();
+        let (modified, xattrs) = ((0, 0), Vec::new());
+        let plain =
+            Attributes { mode: 0o755, uid: 0, gid: 0, modified, xattrs, flags: 0, project: 0 };
+        let entry = |attributes| Entry {
+            name: serde_bytes::ByteBuf::from(b"f".to_vec()),
+            attributes: Some(attributes),
+            node: Node::File(0, Content::Pieces(Vec::new())),
+        };
+        for hidden in [
+            Attributes { flags: 0x10, ..plain.clone() },
+            Attributes { project: 7, ..plain.clone() },
+        ] {
+            let mut objects = Objects::default();
+            let root = objects.put(&Directory::Entries(vec![entry(hidden)]).encode()).unwrap();
+            let tree =
+                Tree { attributes: plain.clone(), root, bytes: 0, flags: 0, has_projects: false };
+            let tree = objects.put(&tree.encode()).unwrap();
+            let error = materialize(&objects, &tree, None, to.path()).unwrap_err();
+            assert!(matches!(error, ContentError::Object { .. }), "{error}");
+            fs::remove_file(to.path().join("f")).unwrap();
+        }
     }
 
     #[derive(Debug, Clone)]

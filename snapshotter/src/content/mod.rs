@@ -63,6 +63,24 @@ pub enum ContentError {
     /// A tree nests deeper than Godwit follows.
     #[error("{} nests deeper than {} directories", .0.display(), capture::DEPTH_MAX)]
     TooDeep(PathBuf),
+    /// A file or directory has a flag that cannot be laid out elsewhere.
+    #[error("{} has the flag {flag}, which cannot move: replace it by a copy without", path.display())]
+    Flag {
+        /// Which.
+        path: PathBuf,
+        /// The flag, as chattr(1) names it.
+        flag: &'static str,
+    },
+    /// The top directory of a tree has a flag that keeps it from being renamed.
+    #[error(
+        "{} itself is {flags}: take that from it with chattr(1); what is in it may have such flags", path.display()
+    )]
+    FixedRoot {
+        /// Which.
+        path: PathBuf,
+        /// Its flags, as chattr(1) names them.
+        flags: String,
+    },
     /// CRIU's image directory could not be read or written.
     #[error("CRIU's images are not as expected")]
     Images(#[from] criu_wrapper::pagemap::ImageError),

@@ -15,6 +15,7 @@
 //! docs/formats.md has them, and the tests pin them. Decoding takes bytes from peers: it returns errors and
 //! checks every rule that the writers keep.
 
+mod children;
 mod raw;
 
 use std::borrow::Cow;
@@ -23,6 +24,8 @@ use godwit_protos::{Digest, FileSystem};
 use serde::{Deserialize, Serialize};
 
 use super::alias::{Aliases, Area};
+use crate::inode;
+pub use children::children;
 use raw::{digest, digests, optional_digest};
 
 /// Version byte in front of every object but chunks and memory images.
@@ -118,7 +121,7 @@ pub enum ObjectError {
     },
 }
 
-/// Mode, owner, modification time and extended attributes.
+/// Mode, owner, modification time, extended attributes and flags.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attributes {
     /// Permission bits with set-user-id, set-group-id and sticky; no file type.
@@ -131,6 +134,17 @@ pub struct Attributes {
     pub modified: (i64, u32),
     /// Extended attributes, sorted by name.
     pub xattrs: Vec<(serde_bytes::ByteBuf, serde_bytes::ByteBuf)>,
+    /// Flags of a file or directory that travel, as `FS_IOC_GETFLAGS` has them; others have none.
+    pub flags: u32,
+    /// Project ID of a file or directory, for quotas.
+    pub project: u32,
+}
+
+impl Attributes {
+    /// Flags and project.
+    pub(crate) fn inode_flags(&self) -> inode::Flags {
+        inode::Flags { bits: self.flags, project: self.project }
+    }
 }
 
 /// Part of a file: a chunk, or a hole.
@@ -158,9 +172,10 @@ pub enum Content {
 pub enum Node {
     /// A regular file: size in bytes, content.
     File(u64, Content),
-    /// Another name of the regular file at this path (components from the root of the tree), which comes
-    /// earlier in the order of the tree.
-    HardLink(Vec<serde_bytes::ByteBuf>),
+    /// Another name of what is at this path (components from the root of the tree), which comes
+    /// earlier in the order of the tree and is no directory; and what [`Node::identity`] says of
+    /// that.
+    HardLink(Vec<serde_bytes::ByteBuf>, #[serde(with = "optional_digest")] Option<Digest>),
     /// A directory.
     Directory(#[serde(with = "digest")] Digest),
     /// A symbolic link with its target.
@@ -173,6 +188,18 @@ pub enum Node {
     Fifo,
     /// A Unix socket's name.
     Socket,
+}
+
+impl Node {
+    /// What a hard link notes of the node that it links: nothing of a regular file, which is
+    /// patched in place and so stays the same inode; of all others their digest, since they are
+    /// replaced, and their links must be with them.
+    pub fn identity(&self) -> Option<Digest> {
+        #[expect(clippy::expect_used, reason = "our own invariant")]
+        let bytes =
+            || postcard::to_extend(self, Vec::new()).expect("every sequence has a known length");
+        (!matches!(self, Self::File(..))).then(|| Digest::of(&bytes()))
+    }
 }
 
 /// One name in a directory.
@@ -206,6 +233,10 @@ pub struct Tree {
     pub root: Digest,
     /// Sum of the sizes of the regular files, in bytes.
     pub bytes: u64,
+    /// Union of the flags of all entries and of the root.
+    pub flags: u32,
+    /// Whether any of them has a project ID.
+    pub has_projects: bool,
 }
 
 /// A block volume: the image of a file system.
@@ -373,7 +404,14 @@ impl Object for Tree {
     const KIND: Kind = Kind::Tree;
 
     fn check(&self) -> Result<(), &'static str> {
-        Ok(())
+        if self.flags & !inode::KEPT.bits() != 0 || self.attributes.flags & !self.flags != 0 {
+            return Err("a tree has its root's flags, and only flags that travel");
+        }
+        if self.attributes.flags & inode::FIXED.bits() != 0 {
+            return Err("a root is neither immutable nor append-only");
+        }
+        let has_projects = self.has_projects || self.attributes.project == 0;
+        if has_projects { Ok(()) } else { Err("a tree has its root's project") }
     }
 }
 
@@ -474,12 +512,21 @@ impl Entry {
         if !is_entry_name(&self.name) {
             return Err("a name is 1 to 255 bytes without '/' and NUL, and neither '.' nor '..'");
         }
-        if self.attributes.is_none() != matches!(self.node, Node::HardLink(_)) {
+        if self.attributes.is_none() != matches!(self.node, Node::HardLink(..)) {
             return Err("everything but a hard link has attributes");
+        }
+        if let Some(Attributes { flags, project, .. }) = self.attributes {
+            let has_none = (flags, project) == (0, 0);
+            if !has_none && !matches!(self.node, Node::File(..) | Node::Directory(_)) {
+                return Err("only files and directories have flags and projects");
+            }
+            if flags & !inode::KEPT.bits() != 0 {
+                return Err("only flags that travel");
+            }
         }
         match &self.node {
             Node::File(bytes, content) => check_content(*bytes, content),
-            Node::HardLink(path) => {
+            Node::HardLink(path, _) => {
                 if !path.is_empty() && path.iter().all(|name| is_entry_name(name)) {
                     Ok(())
                 } else {
@@ -523,75 +570,88 @@ fn check_pieces(pieces: &[Piece]) -> Result<(), &'static str> {
     if pieces.iter().all(fits) { Ok(()) } else { Err("a piece has bytes, a chunk at most 4 MiB") }
 }
 
-/// What an object refers to, in order.
-///
-/// Errors: [`ObjectError`] when `bytes` are no object of this kind.
-pub fn children(kind: Kind, bytes: &[u8]) -> Result<Vec<(Kind, Digest)>, ObjectError> {
-    let chunks = |pieces: &[Piece]| -> Vec<(Kind, Digest)> {
-        pieces.iter().filter_map(|piece| piece.chunk).map(|chunk| (Kind::Chunk, chunk)).collect()
-    };
-    let all = |kind, digests: Vec<Digest>| digests.into_iter().map(|one| (kind, one)).collect();
-    let content = |content: Content| match content {
-        Content::Pieces(pieces) => chunks(&pieces),
-        Content::Blocks(blocks) => all(Kind::Pieces, blocks),
-    };
-    Ok(match kind {
-        Kind::Chunk => Vec::new(),
-        Kind::Pieces => chunks(&Pieces::decode(bytes)?.0),
-        Kind::Pages => all(Kind::Chunk, Pages::decode(bytes)?.pages),
-        Kind::Tree => vec![(Kind::Directory, Tree::decode(bytes)?.root)],
-        Kind::Image => all(Kind::Pieces, Image::decode(bytes)?.blocks),
-        Kind::Directory => match Directory::decode(bytes)? {
-            Directory::Parts(parts) => all(Kind::Directory, parts),
-            Directory::Entries(entries) => entries
-                .into_iter()
-                .flat_map(|entry| match entry.node {
-                    Node::File(_, bytes) => content(bytes),
-                    Node::Directory(directory) => vec![(Kind::Directory, directory)],
-                    Node::HardLink(_)
-                    | Node::Symlink(_)
-                    | Node::CharDevice(..)
-                    | Node::BlockDevice(..)
-                    | Node::Fifo
-                    | Node::Socket => Vec::new(),
-                })
-                .collect(),
-        },
-        Kind::Memory => {
-            let memory = Memory::decode(bytes)?;
-            let images = memory.images.map(|images| (Kind::Tree, images));
-            let blocks = memory.maps.into_iter().flat_map(|map| map.blocks);
-            images.into_iter().chain(blocks.map(|block| (Kind::Pages, block))).collect()
-        }
-        Kind::Layer => content(Layer::decode(bytes)?.content),
-        Kind::Cut => {
-            let parts = Cut::decode(bytes)?.parts.into_iter();
-            parts
-                .map(|part| Ok((Kind::try_from(part.kind)?, part.root)))
-                .collect::<Result<_, _>>()?
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     fn attributes() -> Attributes {
-        Attributes { mode: 0o644, uid: 1, gid: 2, modified: (3, 4), xattrs: Vec::new() }
+        let (modified, xattrs) = ((3, 4), Vec::new());
+        Attributes { mode: 0o644, uid: 1, gid: 2, modified, xattrs, flags: 0, project: 0 }
+    }
+
+    fn named(name: &[u8], attributes: Attributes, node: Node) -> Directory {
+        let name = serde_bytes::ByteBuf::from(name.to_vec());
+        Directory::Entries(vec![Entry { name, attributes: Some(attributes), node }])
     }
 
     #[test]
     fn the_bytes_of_a_directory_are_these() {
-        let entry = Entry {
-            name: serde_bytes::ByteBuf::from(b"a".to_vec()),
-            attributes: Some(attributes()),
-            node: Node::Fifo,
-        };
-        let bytes = Directory::Entries(vec![entry]).encode();
-        assert_eq!(bytes, [1, 0, 1, 1, b'a', 1, 0xa4, 3, 1, 2, 6, 4, 0, 6]);
+        let bytes = named(b"a", attributes(), Node::Fifo).encode();
+        assert_eq!(bytes, [1, 0, 1, 1, b'a', 1, 0xa4, 3, 1, 2, 6, 4, 0, 0, 0, 6]);
         assert!(Directory::decode(&bytes).is_ok());
+        // Immutable, of project 300: an empty file.
+        let of = Attributes { flags: 0x10, project: 300, ..attributes() };
+        let bytes = named(b"a", of, Node::File(0, Content::Pieces(Vec::new()))).encode();
+        let expected = [1, 0, 1, 1, b'a', 1, 0xa4, 3, 1, 2, 6, 4, 0, 0x10, 0xac, 2, 0, 0, 0, 0];
+        assert_eq!(bytes, expected);
+        assert!(Directory::decode(&bytes).is_ok());
+    }
+
+    #[test]
+    fn the_bytes_of_a_hard_link_are_these() {
+        let path = vec![serde_bytes::ByteBuf::from(b"b".to_vec())];
+        let link = |identity| Entry {
+            name: serde_bytes::ByteBuf::from(b"c".to_vec()),
+            attributes: None,
+            node: Node::HardLink(path.clone(), identity),
+        };
+        let file = Node::File(0, Content::Pieces(Vec::new())).identity();
+        let bytes = Directory::Entries(vec![link(file)]).encode();
+        assert_eq!(bytes, [1, 0, 1, 1, b'c', 0, 1, 1, 1, b'b', 0]);
+        let pipe = Node::Fifo.identity();
+        let bytes = Directory::Entries(vec![link(pipe)]).encode();
+        let digest = Digest::of(&[6]);
+        let expected = [&[1, 0, 1, 1, b'c', 0, 1, 1, 1, b'b', 1][..], digest.as_bytes()].concat();
+        assert_eq!(bytes, expected);
+        assert!(Directory::decode(&bytes).is_ok());
+        let target = |name: &[u8]| Node::Symlink(serde_bytes::ByteBuf::from(name.to_vec()));
+        assert_ne!(target(b"x").identity(), target(b"y").identity());
+    }
+
+    #[test]
+    fn the_bytes_of_a_tree_are_these_and_it_has_the_flags_of_its_root() {
+        let root = Digest::from_bytes([9; 32]);
+        let attributes = Attributes { flags: 0x80, ..attributes() };
+        let tree = Tree { attributes, root, bytes: 5, flags: 0x90, has_projects: true };
+        let mut expected = vec![1, 0xa4, 3, 1, 2, 6, 4, 0, 0x80, 1, 0];
+        expected.extend([9; 32]);
+        expected.extend([5, 0x90, 1, 1]);
+        assert_eq!(tree.encode(), expected);
+        assert_eq!(Tree::decode(&expected).unwrap(), tree);
+        let of_root = |flags, project| Attributes { flags, project, ..tree.attributes.clone() };
+        for wrong in [
+            Tree { flags: 0x10, ..tree.clone() },
+            Tree { flags: 0x490, ..tree.clone() },
+            Tree { attributes: of_root(0x10, 0), ..tree.clone() },
+            Tree { attributes: of_root(0x80, 7), has_projects: false, ..tree.clone() },
+        ] {
+            assert!(matches!(Tree::decode(&wrong.encode()), Err(ObjectError::Rule { .. })));
+        }
+    }
+
+    #[test]
+    fn flags_that_do_not_travel_are_refused_and_those_of_what_cannot_have_them() {
+        let file = || Node::File(0, Content::Pieces(Vec::new()));
+        for (flags, project, node) in [
+            (0x800, 0, file()),
+            (0x0008_0000, 0, file()),
+            (0x10, 0, Node::Fifo),
+            (0, 7, Node::Symlink(serde_bytes::ByteBuf::from(b"x".to_vec()))),
+        ] {
+            let bytes = named(b"a", Attributes { flags, project, ..attributes() }, node).encode();
+            assert!(matches!(Directory::decode(&bytes), Err(ObjectError::Rule { .. })));
+        }
     }
 
     #[test]

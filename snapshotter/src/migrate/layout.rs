@@ -24,7 +24,6 @@ use crate::content::image::write_image;
 use crate::content::materialize::materialize;
 use crate::content::object::{Image, Kind};
 use crate::content::{ContentError, Source as _, memory, on};
-use crate::leftovers::Leftovers;
 use crate::node::Node;
 use crate::store::{Lease, Store};
 use crate::trees;
@@ -50,7 +49,8 @@ pub struct Layout {
     layer: Option<Digest>,
     memory: Option<Digest>,
     installed: Vec<VolumeId>,
-    leftovers: Leftovers,
+    /// This node's, for what they know of its disk.
+    here: Volumes,
 }
 
 impl Layout {
@@ -77,7 +77,7 @@ impl Layout {
             layer: None,
             memory: None,
             installed: Vec::new(),
-            leftovers: node.volumes.leftovers().clone(),
+            here: node.volumes.clone(),
         })
     }
 
@@ -98,6 +98,9 @@ impl Layout {
     /// Brings volumes and writable layer to these versions; of memory it notes the version.
     pub fn stage(&mut self, manifests: &Parsed) -> Result<(), MigrationError> {
         for (subject, (kind, root), _) in manifests {
+            if *kind == Kind::Tree {
+                self.here.check_kept(&subject.to_string(), &self.store.decode(root)?)?;
+            }
             match subject {
                 Subject::Memory { .. } => self.memory = Some(*root),
                 // Whoever has a cut names its parts; images come another way.
@@ -196,7 +199,7 @@ impl Layout {
             tracing::warn!(%error, "CRIU left mounts that cannot be removed; staged files stay");
             return;
         }
-        self.leftovers.remove(&self.directory);
+        self.here.leftovers().remove(&self.directory);
     }
 }
 

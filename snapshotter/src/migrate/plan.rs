@@ -27,7 +27,7 @@ use super::destination::{Connections, connect, kind_told, mode_word};
 use super::line::{Line, Subjects, named};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use super::request::{Request, describe_at, pre_flight, record};
-use super::{MigrationError, blocking, choice};
+use super::{MigrationError, blocking, chain, choice};
 use crate::containerd::ClientError;
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
@@ -129,7 +129,7 @@ pub struct Plan {
 pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, MigrationError> {
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, &request.from.container).await?;
-    let obstacles = obstacles(node, request, &connections, &described).await?;
+    let mut obstacles = obstacles(node, request, &connections, &described).await?;
     if !described.obstacles.is_empty() {
         // The source would refuse a session, and captures would be work for nothing.
         let nothing = Prediction::default();
@@ -147,6 +147,7 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
         })
         .collect();
     let (subjects, capture, found) = survey.subjects(request, &contents).await?;
+    obstacles.extend(subjects.iter().filter_map(|one| one.obstacle.clone()));
     surveyed.extend(subjects);
     for digest in contents {
         let has_it = found.iter().filter(|entry| entry.manifest == digest);
@@ -199,6 +200,8 @@ struct Surveyed {
     part: Part,
     wire_ratio: f64,
     candidates: Vec<Candidate>,
+    /// Why it cannot be laid out here.
+    obstacle: Option<String>,
 }
 
 struct Survey<'a> {
@@ -274,6 +277,14 @@ impl Survey<'_> {
             let size = Some(manifest.size_bytes);
             let mut one = self.tree(subject.to_string(), root, size, (&entries, &choices)).await?;
             one.part.is_memory = root.0 == Kind::Memory;
+            if root.0 == Kind::Tree {
+                let (node, what) = (self.node.clone(), subject.to_string());
+                let kept = move || {
+                    let tree = node.store.decode(&root.1)?;
+                    Ok(node.volumes.check_kept(&what, &tree).err())
+                };
+                one.obstacle = blocking(kept).await?.map(|error| chain(&error));
+            }
             surveyed.push(one);
         }
         Ok(surveyed)
@@ -339,7 +350,7 @@ impl Survey<'_> {
             .into_iter()
             .map(|(peer, known, held)| self.candidate(&peer, known, of(held), &part))
             .collect();
-        Ok(Surveyed { name, part, wire_ratio, candidates })
+        Ok(Surveyed { name, part, wire_ratio, candidates, obstacle: None })
     }
 
     /// What a neighbour has of `missing`, by its best snapshots.

@@ -73,7 +73,8 @@ impl Survey<'_> {
             self.candidate(peer, known, *held, &part)
         };
         let candidates = holders.iter().map(candidate).collect();
-        Ok(Surveyed { name: "image".to_owned(), part, wire_ratio: 1.0, candidates })
+        let name = "image".to_owned();
+        Ok(Surveyed { name, part, wire_ratio: 1.0, candidates, obstacle: None })
     }
 
     /// Whether this node keeps the layer of an absent blob in chunks.
