@@ -1,11 +1,13 @@
 //! Mends images before a restore where CRIU would restore something else than what it dumped.
 //!
-//! | image | what CRIU does | what [`mend`] does |
-//! |---|---|---|
-//! | `files.img` | A periodic timerfd with an unread tick comes back disarmed (CRIU issue 3162). | Arms it for one interval later. |
-//! | `files.img` | A timerfd set to an absolute time is up to one second early, or fires twice. | See [`mended_timer`]. |
-//! | `core-*.img` | A wait in a system call ends with `EINTR`. | Lets the call run again; see [`crate::waits`]. |
-//! | `mm-*.img` | With a parent image every private mapping is mapped writable at first, so a reservation beyond the memory fails with `ENOMEM`. | Adds `MAP_NORESERVE` to it, or has the process restored without a parent. |
+//! - `files.img`: CRIU restores a periodic timerfd with an unread tick disarmed (CRIU issue 3162). It
+//!   is armed for one interval later. A timerfd set to an absolute time would be up to one second
+//!   early, or fire twice: see [`mended_timer`].
+//! - `core-*.img`: a wait in a system call would end with `EINTR`. The call runs again: see
+//!   [`crate::waits`].
+//! - `mm-*.img`: with a parent image CRIU maps every private mapping writable at first, so a
+//!   reservation beyond the memory would fail with `ENOMEM`. It gets `MAP_NORESERVE`, or its process
+//!   is restored without a parent.
 //!
 //! Only fields named here change; all others keep their bytes. An image that does not parse stays as
 //! it is and is reported in [`Mended::unread`]: CRIU then says itself what is wrong with it.
