@@ -11,6 +11,7 @@ use oci_spec::runtime::Spec;
 use super::obstacles::{self, Findings, Process};
 use super::ownership::Ownership;
 use super::shim::Shim;
+use super::spec::{Outline, SpecError};
 use super::{MigrationError, blocking};
 use crate::containerd::{Container, Descriptor, TaskStatus, upper_dir};
 use crate::node::Node;
@@ -82,14 +83,14 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         node.containerd.mounts(namespace, &record.snapshotter, &record.snapshot_key).await?;
     let target = node.containerd.image(namespace, &record.image).await?;
     let spec_json = String::from_utf8_lossy(&record.spec).into_owned();
-    let spec: Spec = serde_json::from_str(&spec_json)
-        .map_err(|error| MigrationError::Spec(super::spec::SpecError::Parse(error)))?;
-    let (volumes, writable_volumes) = volumes(node, &spec)?;
+    let spec = serde_json::from_slice(&record.spec).map_err(SpecError::Parse)?;
+    let outline = Outline::parse(&record.spec)?;
+    let (volumes, writable_volumes) = volumes(node, &outline)?;
     Ok(Described {
         container: container.clone(),
         image_blobs: image_blobs(node, namespace, target.as_ref()).await,
         image: target,
-        memory: memory_subject(container, &record.image, &spec),
+        memory: memory_subject(container, &record.image, &outline),
         upper_dir: upper_dir(&mounts),
         mapped_inodes: mapped_inodes(&pids),
         record,
@@ -124,8 +125,8 @@ async fn image_blobs(node: &Node, namespace: &str, target: Option<&Descriptor>) 
     blobs
 }
 
-fn memory_subject(container: &ContainerRef, image: &str, spec: &Spec) -> Subject {
-    let annotated = |key: &str| spec.annotations().as_ref().and_then(|all| all.get(key)).cloned();
+fn memory_subject(container: &ContainerRef, image: &str, spec: &Outline) -> Subject {
+    let annotated = |key: &str| spec.annotation(key).map(str::to_owned);
     let named = |text: String, instead: &str| {
         // A subject's text form parts by '|'.
         let text = text.replace('|', "_");
@@ -140,26 +141,21 @@ fn memory_subject(container: &ContainerRef, image: &str, spec: &Spec) -> Subject
 
 type Volumes = (Vec<VolumeMount>, Vec<WritableVolume>);
 
-fn volumes(node: &Node, spec: &Spec) -> Result<Volumes, MigrationError> {
+fn volumes(node: &Node, spec: &Outline) -> Result<Volumes, MigrationError> {
     let (mut all, mut writable) = (Vec::new(), Vec::new());
-    for mount in spec.mounts().iter().flatten() {
-        if mount.typ().as_deref() != Some("godwit") {
-            continue;
-        }
-        let source = mount.source().as_deref().unwrap_or(std::path::Path::new(""));
-        let volume: VolumeSource = source.to_string_lossy().parse()?;
-        let options = mount.options().as_deref().unwrap_or_default();
-        let read_only = options.iter().any(|option| option == "ro");
+    for mount in spec.volumes() {
+        let volume: VolumeSource = mount.source().parse()?;
+        let read_only = mount.is_read_only();
         let path = node.volumes.path(&volume, read_only)?;
         let file_system = node.volumes.file_system(&volume)?;
         all.push(VolumeMount {
             volume: volume.to_string(),
-            destination: mount.destination().to_string_lossy().into_owned(),
+            destination: mount.destination.clone(),
             read_only,
             file_system: file_system.map_or_else(String::new, |one| one.to_string()),
         });
         if let VolumeSource::Writable(id) = volume {
-            let destination = mount.destination().clone();
+            let destination = mount.destination.clone().into();
             writable.push(WritableVolume { id, path, file_system, destination });
         }
     }
@@ -285,12 +281,9 @@ pub async fn volume_user(
             if besides.is_some_and(|besides| this == (besides.namespace(), besides.id())) {
                 continue;
             }
-            let Ok(spec) = serde_json::from_slice::<Spec>(&other.spec) else { continue };
-            let mounts = spec.mounts().as_deref().unwrap_or_default();
-            let uses = mounts.iter().any(|mount| {
-                mount.typ().as_deref() == Some("godwit")
-                    && mount.source().as_deref().and_then(|source| source.to_str()) == Some(&name)
-            });
+            // A specification of another kind than OCI's mounts no volume.
+            let Ok(spec) = Outline::parse(&other.spec) else { continue };
+            let uses = spec.volumes().any(|mount| mount.source() == name);
             if uses && node.containerd.task(&namespace, &other.id).await?.is_some() {
                 return Ok(Some(format!("{namespace}/{}", other.id)));
             }

@@ -11,6 +11,7 @@
 //! gone, because the daemon restarted, is answered from the journal and the source's word. Read next: [`super::session`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +25,7 @@ use tokio::task::JoinSet;
 use super::MigrationError;
 use super::ownership::{Epoch, Event, Ownership};
 use super::session::begin;
+use super::spec::Outline;
 use crate::content::object::Kind;
 use crate::directory::{Entry, Joined, Lookup, Query};
 use crate::node::Node;
@@ -64,24 +66,24 @@ impl Settings {
     /// Those that the annotations of a container's own specification ask for. Errors: in words.
     pub fn of_bundle(bundle: &Path) -> Result<Self, String> {
         let path = bundle.join("config.json");
-        let spec = oci_spec::runtime::Spec::load(&path)
-            .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
-        let annotations = spec.annotations().clone().unwrap_or_default();
+        let unreadable = |error: &dyn Error| format!("cannot read {}: {error}", path.display());
+        let json = std::fs::read(&path).map_err(|error| unreadable(&error))?;
+        let spec = Outline::parse(&json).map_err(|error| unreadable(&error))?;
         let bad = |key: &str, value: &str| format!("annotation {key} cannot be {value:?}");
         let mut settings = Self::default();
-        if let Some(value) = annotations.get(annotation::MODE) {
-            settings.cooperative = match value.as_str() {
+        if let Some(value) = spec.annotation(annotation::MODE) {
+            settings.cooperative = match value {
                 "cooperative" => true,
                 "traditional" => false,
                 other => return Err(bad(annotation::MODE, other)),
             };
         }
-        if let Some(value) = annotations.get(annotation::MAX_ROUNDS) {
+        if let Some(value) = spec.annotation(annotation::MAX_ROUNDS) {
             settings.max_rounds =
                 value.parse().map_err(|_cause| bad(annotation::MAX_ROUNDS, value))?;
         }
-        if let Some(value) = annotations.get(annotation::WRITABLE_LAYER) {
-            settings.writable_layer = match value.as_str() {
+        if let Some(value) = spec.annotation(annotation::WRITABLE_LAYER) {
+            settings.writable_layer = match value {
                 "yes" => true,
                 "no" => false,
                 other => return Err(bad(annotation::WRITABLE_LAYER, other)),

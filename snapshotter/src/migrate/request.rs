@@ -292,7 +292,8 @@ pub(super) fn record_with(
     let netns = request.netns.as_deref().map(Path::new);
     let container = &request.from.container;
     let wanted = spec::Wanted { container, netns, annotations: &annotations };
-    let spec = spec::derive(&described.spec_json, &node.config.admit, &wanted)?;
+    let machine = spec::Machine::read(Path::new("/sys"));
+    let spec = spec::derive(&described.spec_json, &node.config.admit, &machine, &wanted)?;
     let id = request.from.container.id().to_owned();
     let mut labels = described.labels.clone();
     labels.insert(LABEL.to_owned(), request.from.to_string());

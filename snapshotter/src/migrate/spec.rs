@@ -1,19 +1,27 @@
 //! Deriving the specification of a migrated container from this node's own rules.
 //!
-//! The source describes what its container looks like; it does not command. A fresh specification is built here
-//! from that description: the process and its environment are taken over, privileges only as far as the configuration
-//! admits them, and whatever is not understood is refused by name. Nothing is dropped silently: a container that came
-//! up with less than it had would fail later and elsewhere.
+//! The source describes what its container looks like; it does not command. [`derive`] walks the description field by
+//! field along the table in [`fields`]: a field is taken as it is, changed, or refused by name, and so is one that the
+//! table does not have. Then it sets what is this node's own. The walk is over JSON rather than over typed fields: types
+//! drop what they do not know and give defaults to what is absent, and a container must come up after a restart here
+//! with exactly what it had.
+//!
+//! Read next: [`checks`] for the privileges, paths and hardware that a value may ask for.
 
-use std::collections::HashSet;
-use std::path::{Component, Path};
+mod checks;
+mod fields;
+mod machine;
 
-use godwit_protos::{ContainerRef, VolumeSource, annotation};
-use oci_spec::runtime::{
-    Capability, LinuxBuilder, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceType,
-    LinuxNamespaceType, Mount, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
-};
+use std::collections::BTreeMap;
+use std::path::Path;
 
+use godwit_protos::{ContainerRef, annotation};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use self::checks::{Context, Why};
+use self::fields::{FIELDS, Rule};
+pub use self::machine::Machine;
 use crate::config::Admit;
 
 /// Why a container may not come here.
@@ -25,12 +33,55 @@ pub enum SpecError {
     /// A part that every container has is missing.
     #[error("the container's specification has no {0}")]
     Incomplete(&'static str),
+    /// A field is of another type than the specification gives it.
+    #[error("{0} of the container's specification is malformed")]
+    Malformed(String),
     /// Something that this node's configuration does not admit.
-    #[error("this node does not admit {0}; see [admit] in its configuration")]
-    NotAdmitted(String),
-    /// Our own specification could not be put together.
-    #[error("cannot put the specification together")]
-    Build(#[from] oci_spec::OciSpecError),
+    #[error("this node does not admit {what}; admit.{key} in its configuration can")]
+    NotAdmitted {
+        /// What the container asks for.
+        what: String,
+        /// The key of `[admit]` that could list it.
+        key: &'static str,
+    },
+    /// A field that does not come along.
+    #[error(
+        "{field} of the container's specification is not taken over: {reason}; to move it, create the container here \
+         yourself with the annotation {}",
+        annotation::MIGRATE_FROM
+    )]
+    Refused {
+        /// Its path.
+        field: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A field that this version does not know.
+    #[error(
+        "{0} of the container's specification is not known to this version of Godwit; update it, or start the \
+         container without it"
+    )]
+    Unknown(String),
+    /// A field asks for what this node does not have.
+    #[error("{field} of the container's specification needs {what}")]
+    Lacking {
+        /// Its path.
+        field: String,
+        /// What is missing here.
+        what: String,
+    },
+}
+
+impl SpecError {
+    fn new(field: &str, why: Why) -> Self {
+        let field = field.to_owned();
+        match why {
+            Why::NotAdmitted(what, key) => Self::NotAdmitted { what, key },
+            Why::Lacking(what) => Self::Lacking { field, what },
+            Why::Refused(reason) => Self::Refused { field, reason },
+            Why::Malformed => Self::Malformed(field),
+        }
+    }
 }
 
 /// What the request adds to the description.
@@ -44,233 +95,215 @@ pub struct Wanted<'a> {
     pub annotations: &'a [(&'static str, String)],
 }
 
+/// What Godwit itself reads of a specification, whatever else that has.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Outline {
+    annotations: Option<BTreeMap<String, String>>,
+    mounts: Option<Vec<OutlinedMount>>,
+}
+
+/// A mount of an [`Outline`].
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct OutlinedMount {
+    /// Where the container has it.
+    pub destination: String,
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    source: Option<String>,
+    options: Option<Vec<String>>,
+}
+
+impl Outline {
+    /// Reads a specification. Errors: it is none.
+    pub fn parse(json: &[u8]) -> Result<Self, SpecError> {
+        Ok(serde_json::from_slice(json)?)
+    }
+
+    /// The value of an annotation.
+    pub fn annotation(&self, key: &str) -> Option<&str> {
+        self.annotations.as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// The mounts of volumes.
+    pub fn volumes(&self) -> impl Iterator<Item = &OutlinedMount> {
+        let is_volume = |mount: &&OutlinedMount| mount.kind.as_deref() == Some("godwit");
+        self.mounts.iter().flatten().filter(is_volume)
+    }
+}
+
+impl OutlinedMount {
+    /// The volume, as the mount names it.
+    pub fn source(&self) -> &str {
+        self.source.as_deref().unwrap_or_default()
+    }
+
+    /// Whether it is mounted read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.options.iter().flatten().any(|option| option == "ro")
+    }
+}
+
 /// Namespaces that a container must have of its own.
-const OWN_NAMESPACES: [LinuxNamespaceType; 5] = [
-    LinuxNamespaceType::Pid,
-    LinuxNamespaceType::Mount,
-    LinuxNamespaceType::Network,
-    LinuxNamespaceType::Ipc,
-    LinuxNamespaceType::Uts,
-];
+const OWN_NAMESPACES: [&str; 5] = ["pid", "mount", "network", "ipc", "uts"];
 
-/// Paths that stay hidden whatever the source says; containerd's own list.
-const MASKED_PATHS: [&str; 8] = [
-    "/proc/acpi",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/sys/firmware",
-];
-
-/// Paths that stay read-only; containerd's own list.
-const READ_ONLY_PATHS: [&str; 5] =
-    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
-
-/// Devices that every container may use, by major and minor: null, zero, full, random, urandom, tty, console, ptmx
-/// and, with any minor, pseudo terminals. containerd's and runc's own list.
-const USUAL_DEVICES: [(i64, Option<i64>); 9] = [
-    (1, Some(3)),
-    (1, Some(5)),
-    (1, Some(7)),
-    (1, Some(8)),
-    (1, Some(9)),
-    (5, Some(0)),
-    (5, Some(1)),
-    (5, Some(2)),
-    (136, None),
-];
-
-/// Whether a rule of the device cgroup allows what not every container may do.
-fn allows_more(rule: &LinuxDeviceCgroup) -> bool {
-    let is_character = rule.typ() == Some(LinuxDeviceType::C);
-    let (major, minor) = (rule.major().unwrap_or(-1), rule.minor().filter(|minor| *minor >= 0));
-    let usual = USUAL_DEVICES
-        .iter()
-        .any(|(one, other)| *one == major && (other.is_none() || *other == minor));
-    rule.allow() && !(is_character && usual)
-}
-
-/// The specification under which the container described by `description` may run here.
+/// The specification under which the container described by `description` may run here, as JSON.
 ///
-/// Errors: [`SpecError`] that names what is not admitted. Source: OCI runtime specification 1.2, "config".
-pub fn derive(description: &str, admit: &Admit, wanted: &Wanted<'_>) -> Result<Spec, SpecError> {
-    let from: Spec = serde_json::from_str(description)?;
-    let none = |condition: bool, what: &str| {
-        if condition { Err(SpecError::NotAdmitted(what.to_owned())) } else { Ok(()) }
-    };
-    let process = from.process().as_ref().ok_or(SpecError::Incomplete("process"))?;
-    let linux = from.linux().as_ref().ok_or(SpecError::Incomplete("linux section"))?;
-    none(from.hooks().is_some(), "hooks")?;
-    none(linux.devices().as_ref().is_some_and(|devices| !devices.is_empty()), "devices")?;
-    none(linux.uid_mappings().as_ref().is_some_and(|maps| !maps.is_empty()), "user namespaces")?;
-    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
-    none(
-        rules.is_some_and(|rules| rules.iter().any(allows_more)),
-        "device rules beyond the usual",
-    )?;
-    none(linux.sysctl().as_ref().is_some_and(|sysctl| !sysctl.is_empty()), "sysctls")?;
-    if let Some(held) = process.capabilities() {
-        check_capabilities(held, admit)?;
-    }
-    let mounts = from.mounts().as_deref().unwrap_or_default();
-    let mounts =
-        mounts.iter().map(|mount| fresh_mount(mount, admit)).collect::<Result<Vec<_>, _>>()?;
-
-    let mut fresh = ProcessBuilder::default()
-        .terminal(process.terminal().unwrap_or(false))
-        .user(process.user().clone())
-        .args(process.args().clone().unwrap_or_default())
-        .env(process.env().clone().unwrap_or_default())
-        .cwd(process.cwd().clone())
-        .no_new_privileges(process.no_new_privileges().unwrap_or(true));
-    if let Some(held) = process.capabilities() {
-        fresh = fresh.capabilities(held.clone());
-    }
-    if let Some(limits) = process.rlimits() {
-        fresh = fresh.rlimits(limits.clone());
-    }
-    let read_only =
-        from.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false);
-    let mut spec = SpecBuilder::default()
-        .version(from.version().clone())
-        .process(fresh.build()?)
-        .root(RootBuilder::default().path("rootfs").readonly(read_only).build()?)
-        .mounts(mounts)
-        .linux(fresh_linux(linux, wanted)?)
-        .annotations(annotations(&from, wanted));
-    if let Some(hostname) = from.hostname() {
-        spec = spec.hostname(hostname.clone());
-    }
-    Ok(spec.build()?)
-}
-
-fn fresh_linux(
-    from: &oci_spec::runtime::Linux,
+/// Errors: [`SpecError`] that names what is not admitted. Source: OCI runtime specification 1.3, "config".
+pub fn derive(
+    description: &str,
+    admit: &Admit,
+    machine: &Machine,
     wanted: &Wanted<'_>,
-) -> Result<oci_spec::runtime::Linux, SpecError> {
-    let mut namespaces = Vec::new();
-    for mut namespace in from.namespaces().clone().unwrap_or_default() {
-        let is_network = namespace.typ() == LinuxNamespaceType::Network;
-        if let (true, Some(netns)) = (is_network, wanted.netns) {
-            namespace.set_path(Some(netns.to_owned()));
-        }
-        // A named network namespace is this node's own of that name; any other would join what is not the
-        // container's.
-        if let Some(path) = namespace.path()
-            && !(is_network && is_named_netns(path))
-        {
-            let what = format!("{} namespace {}", namespace.typ(), path.display());
-            return Err(SpecError::NotAdmitted(what));
-        }
-        namespaces.push(namespace);
-    }
-    for kind in OWN_NAMESPACES {
-        if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
-            return Err(SpecError::NotAdmitted(format!(
-                "a container in the host's {kind} namespace"
-            )));
+) -> Result<Value, SpecError> {
+    let context = Context { admit, wanted, machine };
+    let from: Map<String, Value> = serde_json::from_str(description)?;
+    let mut spec = members("", from, &context)?;
+    for part in ["process", "linux"] {
+        if !spec.contains_key(part) {
+            return Err(SpecError::Incomplete(part));
         }
     }
-    let mut linux = LinuxBuilder::default().namespaces(namespaces);
+    require_own_namespaces(&spec)?;
+    for (field, rule) in FIELDS {
+        if let Rule::AtLeast(ours) = rule {
+            let all = at(&mut spec, field);
+            let theirs = all.as_array().map_or(&[][..], Vec::as_slice);
+            let more = theirs.iter().filter(|path| !ours.iter().any(|one| *path == one));
+            *all = ours.iter().map(|one| Value::from(*one)).chain(more.cloned()).collect();
+        }
+    }
+    *at(&mut spec, "root.path") = "rootfs".into();
     let container = wanted.container;
-    linux = linux.cgroups_path(format!("/{}/{}", container.namespace(), container.id()));
-    if let Some(resources) = from.resources() {
-        linux = linux.resources(resources.clone());
+    *at(&mut spec, "linux.cgroupsPath") =
+        format!("/{}/{}", container.namespace(), container.id()).into();
+    deny_devices(at(&mut spec, "linux.resources.devices"));
+    annotate(at(&mut spec, "annotations"), wanted);
+    Ok(spec.into())
+}
+
+/// Judges the members of the object at `path`.
+fn members(
+    path: &str,
+    object: Map<String, Value>,
+    context: &Context<'_>,
+) -> Result<Map<String, Value>, SpecError> {
+    let mut taken = Map::new();
+    for (key, value) in object {
+        let field = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        if let Some(value) = judge(&field, value, context)? {
+            taken.insert(key, value);
+        }
     }
-    if let Some(seccomp) = from.seccomp() {
-        linux = linux.seccomp(seccomp.clone());
+    Ok(taken)
+}
+
+/// What becomes of a field here; `None` if it is absent.
+fn judge(field: &str, value: Value, context: &Context<'_>) -> Result<Option<Value>, SpecError> {
+    // To a runtime, which decodes it in Go or C, null is an absent field.
+    if value.is_null() {
+        return Ok(None);
     }
-    linux = linux.masked_paths(at_least(&MASKED_PATHS, from.masked_paths().as_deref()));
-    linux = linux.readonly_paths(at_least(&READ_ONLY_PATHS, from.readonly_paths().as_deref()));
-    Ok(linux.build()?)
-}
-
-/// `ours` and whatever of `theirs` is not among them.
-fn at_least(ours: &[&str], theirs: Option<&[String]>) -> Vec<String> {
-    let more = theirs.unwrap_or_default().iter().filter(|path| !ours.contains(&path.as_str()));
-    ours.iter().map(|path| (*path).to_owned()).chain(more.cloned()).collect()
-}
-
-/// Whether `path` is where `ip netns` keeps the network namespaces of this node.
-fn is_named_netns(path: &Path) -> bool {
-    let parent = path.parent().unwrap_or(path);
-    let known = [Path::new("/run/netns"), Path::new("/var/run/netns")];
-    known.contains(&parent) && path.file_name().is_some()
-}
-
-fn annotations(from: &Spec, wanted: &Wanted<'_>) -> std::collections::HashMap<String, String> {
-    let kept = from.annotations().clone().unwrap_or_default().into_iter();
-    let is_kept = |key: &str| {
-        [annotation::SERVICE, annotation::USER].contains(&key)
-            || key.starts_with(annotation::CRIU_PREFIX)
-    };
-    let ours = |key: &str| key.starts_with("godwit.io/") && !is_kept(key);
-    let mut fresh: std::collections::HashMap<String, String> =
-        kept.filter(|(key, _)| !ours(key) && !key.starts_with("org.criu.")).collect();
-    fresh.extend(wanted.annotations.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
-    fresh
-}
-
-fn check_capabilities(held: &LinuxCapabilities, admit: &Admit) -> Result<(), SpecError> {
-    let sets =
-        [held.bounding(), held.effective(), held.permitted(), held.inheritable(), held.ambient()];
-    let held: HashSet<Capability> =
-        sets.into_iter().flatten().flat_map(|set| set.iter().copied()).collect();
-    let mut held: Vec<String> =
-        held.iter().map(|one| format!("CAP_{one}").replace("CAP_CAP_", "CAP_")).collect();
-    held.sort_unstable();
-    match held.iter().find(|one| !admit.capabilities.contains(one)) {
-        Some(one) => Err(SpecError::NotAdmitted(format!("capability {one}"))),
-        None => Ok(()),
+    let malformed = || SpecError::Malformed(field.to_owned());
+    let rule = fields::rule(field).ok_or_else(|| SpecError::Unknown(field.to_owned()))?;
+    match (rule, value) {
+        (Rule::Members, Value::Object(object)) => Ok(Some(members(field, object, context)?.into())),
+        (Rule::Each(check), Value::Array(items)) => {
+            let item = |item| {
+                let Value::Object(object) = item else { return Err(malformed()) };
+                let mut object = members(&format!("{field}[]"), object, context)?;
+                check(&mut object, context).map_err(|why| SpecError::new(field, why))?;
+                Ok(Value::from(object))
+            };
+            Ok(Some(items.into_iter().map(item).collect::<Result<Vec<_>, _>>()?.into()))
+        }
+        (Rule::Taken, value) if is_plain(&value) => Ok(Some(value)),
+        (Rule::If(check), value) => {
+            check(&value, context).map_err(|why| SpecError::new(field, why))?;
+            Ok(Some(value))
+        }
+        (Rule::AtLeast(_), value @ Value::Array(_)) if is_plain(&value) => Ok(Some(value)),
+        (Rule::Ours, _) => Ok(None),
+        (Rule::Refused(_), value) if is_empty(&value) => Ok(None),
+        (Rule::Refused(reason), _) => {
+            Err(SpecError::Refused { field: field.to_owned(), reason: reason.to_owned() })
+        }
+        (Rule::Members | Rule::Each(_) | Rule::Taken | Rule::AtLeast(_), _) => Err(malformed()),
     }
 }
 
-/// A mount with the options that this node insists on.
-fn fresh_mount(mount: &Mount, admit: &Admit) -> Result<Mount, SpecError> {
-    let kind = mount.typ().as_deref().unwrap_or("");
-    let refuse = |what: String| Err(SpecError::NotAdmitted(what));
-    let source = mount.source().as_deref().unwrap_or(Path::new(""));
-    // The runtime bind-mounts whatever has such an option, of any type.
-    let binds = |option: &String| option == "bind" || option == "rbind";
-    let kind = if mount.options().iter().flatten().any(binds) { "bind" } else { kind };
-    let required: &[&str] = match kind {
-        "proc" => &["nosuid", "noexec", "nodev"],
-        "sysfs" | "cgroup" => &["nosuid", "noexec", "nodev", "ro"],
-        "tmpfs" | "devpts" | "mqueue" => &["nosuid"],
-        "godwit" => match source.to_str().unwrap_or("").parse::<VolumeSource>() {
-            Ok(_) => &[],
-            Err(error) => return refuse(error.to_string()),
-        },
-        "bind" => {
-            let plain = !source.components().any(|part| part == Component::ParentDir);
-            if !plain || !admit.bind_sources.iter().any(|allowed| source.starts_with(allowed)) {
-                return refuse(format!("the bind mount of {}", source.display()));
+/// Whether it is a single value or an array of such.
+fn is_plain(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => items.iter().all(|item| !item.is_array() && !item.is_object()),
+        other => !other.is_object(),
+    }
+}
+
+/// Whether a runtime takes it for an absent field.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => items.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    }
+}
+
+/// The member at a path; what lies on the way is made. Caller: what is there already are objects.
+fn at<'v>(spec: &'v mut Map<String, Value>, path: &str) -> &'v mut Value {
+    match path.split_once('.') {
+        None => spec.entry(path).or_insert(Value::Null),
+        Some((first, rest)) => {
+            let inner = spec.entry(first).or_insert_with(|| json!({}));
+            if !inner.is_object() {
+                *inner = json!({});
             }
-            &[]
+            match inner {
+                Value::Object(inner) => at(inner, rest),
+                other => other,
+            }
         }
-        other => {
-            let at = mount.destination().display();
-            return refuse(format!("a mount of type {other:?} at {at}"));
+    }
+}
+
+fn require_own_namespaces(spec: &Map<String, Value>) -> Result<(), SpecError> {
+    let namespaces = spec.get("linux").and_then(|linux| linux.get("namespaces"));
+    let namespaces = namespaces.and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let has = |kind: &&str| namespaces.iter().any(|namespace| namespace["type"] == **kind);
+    match OWN_NAMESPACES.iter().find(|kind| !has(kind)) {
+        None => Ok(()),
+        Some(kind) => {
+            let why = Why::Refused(format!("the container is in the host's {kind} namespace"));
+            Err(SpecError::new("linux.namespaces", why))
         }
-    };
-    let mut options = mount.options().clone().unwrap_or_default();
-    let opposite = |option: &String| required.contains(&"ro") && option == "rw";
-    options.retain(|option| !opposite(option));
-    let missing = required.iter().filter(|option| !options.iter().any(|has| has == *option));
-    let missing: Vec<String> = missing.map(|option| (*option).to_owned()).collect();
-    options.extend(missing);
-    let mut fresh = mount.clone();
-    fresh.set_options(Some(options));
-    Ok(fresh)
+    }
+}
+
+/// Puts the rule first that denies all devices; the others allow what every container may use.
+fn deny_devices(rules: &mut Value) {
+    let deny = json!({"allow": false, "access": "rwm"});
+    let theirs = rules.as_array().map_or(&[][..], Vec::as_slice);
+    if theirs.first() != Some(&deny) {
+        *rules = std::iter::once(&deny).chain(theirs).cloned().collect();
+    }
+}
+
+/// Leaves the annotations that come along, and adds the request's.
+fn annotate(annotations: &mut Value, wanted: &Wanted<'_>) {
+    let theirs = annotations.as_object().into_iter().flatten();
+    let mut all: Map<String, Value> = theirs
+        .filter(|(key, _)| checks::is_kept(key))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    let ours = wanted.annotations.iter();
+    all.extend(ours.map(|(key, value)| ((*key).to_owned(), value.clone().into())));
+    *annotations = all.into();
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
 
     fn description() -> Value {
         let capabilities = json!(["CAP_CHOWN", "CAP_KILL"]);
@@ -291,28 +324,39 @@ mod tests {
         })
     }
 
-    fn derived(description: &Value, admit: &Admit) -> Result<Spec, SpecError> {
+    fn derived(description: &Value, admit: &Admit) -> Result<Value, SpecError> {
         let annotations = [
             (annotation::MIGRATE_FROM, "edge-a/default/cache".into()),
             (annotation::MODE, "traditional".into()),
         ];
         let container = ContainerRef::new("default", "cache").unwrap();
         let wanted = Wanted { container: &container, netns: None, annotations: &annotations };
-        derive(&description.to_string(), admit, &wanted)
+        derive(&description.to_string(), admit, &Machine::default(), &wanted)
     }
 
     #[test]
     fn the_process_comes_over_and_the_settings_are_this_requests() {
         let spec = derived(&description(), &Admit::default()).unwrap();
-        assert_eq!(spec.process().as_ref().unwrap().args().as_ref().unwrap(), &["redis-server"]);
-        assert_eq!(spec.root().as_ref().unwrap().path(), Path::new("rootfs"));
-        let annotations = spec.annotations().as_ref().unwrap();
-        assert_eq!(annotations.get(annotation::MIGRATE_FROM).unwrap(), "edge-a/default/cache");
-        assert_eq!(annotations.get(annotation::MODE).unwrap(), "traditional");
-        assert_eq!(annotations.get(annotation::USER).unwrap(), "anna");
-        // The shim checks its value again.
-        assert_eq!(annotations.get("godwit.io/criu.link-remap").unwrap(), "no");
-        assert!(!annotations.contains_key("org.criu.config"));
+        let expected = json!({
+            "ociVersion": "1.1.0",
+            "process": description()["process"],
+            "root": {"path": "rootfs"},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/data", "type": "godwit", "source": "redis-data", "options": ["rw"]},
+            ],
+            // Of CRIU's options, the shim checks the values again.
+            "annotations": {"godwit.io/user": "anna", "godwit.io/mode": "traditional",
+                "godwit.io/migrate-from": "edge-a/default/cache", "godwit.io/criu.link-remap": "no"},
+            "linux": {
+                "namespaces": description()["linux"]["namespaces"],
+                "cgroupsPath": "/default/cache",
+                "maskedPaths": spec["linux"]["maskedPaths"],
+                "readonlyPaths": spec["linux"]["readonlyPaths"],
+                "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            },
+        });
+        assert_eq!(spec, expected);
     }
 
     #[test]
@@ -340,6 +384,7 @@ mod tests {
         refused("/mounts/1/source", json!("../../etc"), "volume id");
         refused("/linux/namespaces/2/path", json!("/proc/1/ns/net"), "/proc/1/ns/net");
         refused("/linux/namespaces/2/path", json!("/run/netns/../x"), "netns/../x");
+        refused("/linux/namespaces/0", json!({"type": "user"}), "user namespaces");
         refused("/linux/namespaces", json!([]), "pid");
         let mut with = description();
         with["linux"]["resources"] = json!({"devices": [
@@ -347,11 +392,11 @@ mod tests {
         assert!(derived(&with, &Admit::default()).is_ok());
         with["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
         assert!(
-            derived(&with, &Admit::default()).unwrap_err().to_string().contains("device rules")
+            derived(&with, &Admit::default()).unwrap_err().to_string().contains("every container")
         );
         with["linux"]["resources"] = json!({"devices": [{"allow": true, "type": "b", "major": 1, "minor": 3, "access": "r"}]});
         assert!(
-            derived(&with, &Admit::default()).unwrap_err().to_string().contains("device rules")
+            derived(&with, &Admit::default()).unwrap_err().to_string().contains("every container")
         );
         let mut with = description();
         with["hooks"] = json!({"prestart": [{"path": "/bin/sh"}]});
@@ -367,12 +412,56 @@ mod tests {
         let mut with = description();
         with["linux"]["cgroupsPath"] = json!("/system.slice/sshd.service");
         with["mounts"][0]["options"] = json!(["rw"]);
+        with["linux"]["maskedPaths"] = json!(["/proc/mine", "/proc/keys"]);
+        with["mounts"][0]["options"] = json!(["exec", "rsuid", "rw", "nodev", "dev"]);
         let spec = derived(&with, &Admit::default()).unwrap();
-        let linux = spec.linux().as_ref().unwrap();
-        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/default/cache")));
-        assert!(linux.masked_paths().as_ref().unwrap().iter().any(|path| path == "/proc/kcore"));
-        let proc = &spec.mounts().as_ref().unwrap()[0];
-        assert!(proc.options().as_ref().unwrap().iter().any(|option| option == "noexec"));
+        let linux = &spec["linux"];
+        assert_eq!(linux["cgroupsPath"], "/default/cache");
+        let masked = linux["maskedPaths"].as_array().unwrap();
+        assert_eq!((masked.len(), masked.last().unwrap()), (9, &json!("/proc/mine")));
+        assert_eq!(linux["resources"]["devices"][0], json!({"allow": false, "access": "rwm"}));
+        assert_eq!(spec["mounts"][0]["options"], json!(["rw", "nodev", "nosuid", "noexec"]));
+        with["mounts"][0]["type"] = json!("sysfs");
+        let spec = derived(&with, &Admit::default()).unwrap();
+        assert_eq!(spec["mounts"][0]["options"], json!(["nodev", "nosuid", "noexec", "ro"]));
+    }
+
+    /// Containers that each lacked something which typed fields gave a default to.
+    #[test]
+    fn what_is_absent_stays_absent() {
+        let bare = json!({
+            "ociVersion": "1.1.0",
+            "process": {"user": {"uid": 1, "gid": 1}, "cwd": "/", "env": null},
+            "linux": {"namespaces": description()["linux"]["namespaces"]},
+        });
+        let spec = derived(&bare, &Admit::default()).unwrap();
+        let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/"});
+        assert_eq!(spec["process"], process);
+        assert_eq!(spec["root"], json!({"path": "rootfs"}));
+        assert_eq!((spec.get("hostname"), spec.get("mounts")), (None, None));
+        let linux = spec["linux"].as_object().unwrap();
+        let set = ["cgroupsPath", "maskedPaths", "namespaces", "readonlyPaths", "resources"];
+        assert!(linux.keys().eq(set), "{linux:?}");
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_wherever_it_is() {
+        for path in ["", "/process", "/process/user", "/linux", "/mounts/0", "/linux/namespaces/1"]
+        {
+            let mut with = description();
+            // Go's decoder would take it for "hooks".
+            with.pointer_mut(path).unwrap()["Hooks"] = json!({});
+            let error = derived(&with, &Admit::default()).unwrap_err().to_string();
+            assert!(error.contains("Hooks") && error.contains("not known"), "{error}");
+        }
+        for (path, value) in
+            [("/process/args", json!([["a"]])), ("/process/cwd", json!({})), ("/mounts", json!({}))]
+        {
+            let mut with = description();
+            *with.pointer_mut(path).unwrap() = value;
+            let error = derived(&with, &Admit::default()).unwrap_err();
+            assert!(matches!(error, SpecError::Malformed(_)), "{error}");
+        }
     }
 
     #[test]
