@@ -11,14 +11,23 @@ mod basics;
 mod bed;
 #[path = "moves/clocks.rs"]
 mod clocks;
+#[path = "moves/image.rs"]
+mod image;
 #[path = "moves/memory.rs"]
 mod memory;
+#[path = "moves/specification.rs"]
+mod specification;
 #[path = "moves/table.rs"]
 mod table;
 
 /// The rows of all subjects, in the order of the document.
-const SUBJECTS: &[(&str, &[table::Row])] =
-    &[("Processes", basics::ROWS), ("Clocks", clocks::ROWS), ("Memory", memory::ROWS)];
+const SUBJECTS: &[(&str, &[table::Row])] = &[
+    ("Processes", basics::ROWS),
+    ("Clocks", clocks::ROWS),
+    ("Memory", memory::ROWS),
+    ("Specification", specification::ROWS),
+    ("Image", image::ROWS),
+];
 
 #[test]
 fn the_table_in_the_documents_is_the_one_that_is_tested() -> anyhow::Result<()> {

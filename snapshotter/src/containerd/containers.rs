@@ -31,6 +31,10 @@ pub struct Container {
     pub labels: HashMap<String, String>,
     /// The OCI runtime specification, JSON.
     pub spec: Vec<u8>,
+    /// Names of what its client keeps with it; read, never written.
+    pub extensions: Vec<String>,
+    /// The sandbox that it belongs to; read, never written.
+    pub sandbox: Option<String>,
 }
 
 /// A runtime and its options.
@@ -53,13 +57,15 @@ impl From<api::Container> for Container {
             snapshot_key: found.snapshot_key,
             labels: found.labels,
             spec: found.spec.map(|spec| spec.value).unwrap_or_default(),
+            extensions: found.extensions.into_keys().collect(),
+            sandbox: Some(found.sandbox).filter(|sandbox| !sandbox.is_empty()),
         }
     }
 }
 
 impl From<Container> for api::Container {
     fn from(new: Container) -> Self {
-        let Container { id, image, runtime, snapshotter, snapshot_key, labels, spec } = new;
+        let Container { id, image, runtime, snapshotter, snapshot_key, labels, spec, .. } = new;
         let Runtime { name, options } = runtime;
         Self {
             id,
@@ -151,6 +157,7 @@ mod tests {
             snapshot_key: "cache".to_owned(),
             labels: [("k".to_owned(), "v".to_owned())].into(),
             spec: b"{}".to_vec(),
+            ..Container::default()
         };
         let sent = api::Container::from(container.clone());
         assert_eq!(sent.spec.as_ref().unwrap().type_url, SPEC_TYPE);

@@ -93,7 +93,9 @@ struct OciIndex {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct OciManifest {
+    media_type: Option<String>,
     config: OciDescriptor,
     layers: Vec<OciDescriptor>,
 }
@@ -123,12 +125,10 @@ fn is_index(media_type: &str) -> bool {
     .contains(&media_type)
 }
 
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
 fn is_manifest(media_type: &str) -> bool {
-    [
-        "application/vnd.oci.image.manifest.v1+json",
-        "application/vnd.docker.distribution.manifest.v2+json",
-    ]
-    .contains(&media_type)
+    [MANIFEST, "application/vnd.docker.distribution.manifest.v2+json"].contains(&media_type)
 }
 
 /// Label by which a manifest refers to its configuration, for containerd's garbage collection.
@@ -261,7 +261,7 @@ impl Client {
         Ok(ImageContent { indexes, ..content })
     }
 
-    /// What the image of a manifest is made of, whatever its architecture.
+    /// What the image of a manifest is made of, whatever its architecture. A media type that `manifest` lacks is added.
     pub(super) async fn manifest_content(
         &self,
         namespace: &str,
@@ -283,7 +283,11 @@ impl Client {
             .map(|diff_id| parse_digest(diff_id, || format!("diff ID in {}", config.digest)))
             .collect::<Result<_, _>>()?;
         let chain_ids = chain_ids(&diff_ids);
-        let (indexes, manifest) = (Vec::new(), manifest.clone());
+        let (indexes, mut manifest) = (Vec::new(), manifest.clone());
+        if manifest.media_type.is_empty() {
+            // OCI's manifests need not say what they are, Docker's do.
+            manifest.media_type = parsed.media_type.unwrap_or_else(|| MANIFEST.to_owned());
+        }
         Ok(ImageContent { indexes, manifest, config, layers, diff_ids, chain_ids })
     }
 

@@ -8,7 +8,7 @@ use prost_types::Timestamp;
 
 use super::images::LABEL_CONFIG;
 use super::unpack::LABEL_UNCOMPRESSED;
-use super::{Client, ClientError, Descriptor, optional};
+use super::{Client, ClientError, Descriptor, ImageContent, optional};
 
 /// Manifests that are looked through for a chain ID, the youngest first.
 const MANIFESTS_MAX: usize = 256;
@@ -56,6 +56,22 @@ impl Client {
             });
             if found.is_some() {
                 return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The image of `namespace` whose layers all together lead to `chain_id`, by its manifest; whether it has a name or
+    /// not. The youngest, if there are several.
+    pub async fn find_manifest(
+        &self,
+        namespace: &str,
+        chain_id: Digest,
+    ) -> Result<Option<ImageContent>, ClientError> {
+        for manifest in self.manifests(namespace).await? {
+            let Ok(image) = self.manifest_content(namespace, &manifest).await else { continue };
+            if image.chain_id() == Some(chain_id) {
+                return Ok(Some(image));
             }
         }
         Ok(None)

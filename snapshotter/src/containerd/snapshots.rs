@@ -7,7 +7,7 @@ use containerd_client::services::v1::snapshots as api;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use tonic::transport::Channel;
 
-use super::{Client, ClientError, Mount, optional};
+use super::{Client, ClientError, Mount, optional, present};
 
 /// The directory that changes below `mounts` go to, in containerd's mount namespace; `None` if they
 /// are read-only.
@@ -85,6 +85,24 @@ impl Client {
         let object = || snapshot_of(snapshotter, key);
         let answer = answer.map_err(|status| self.failed("get mounts of", object(), &status))?;
         Ok(answer.into_inner().mounts)
+    }
+
+    /// Name of the committed snapshot that `key` is made on; `None` if on none.
+    ///
+    /// Errors: [`ClientError::NotFound`].
+    pub async fn snapshot_parent(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+    ) -> Result<Option<String>, ClientError> {
+        let message =
+            api::StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        let answer = self.snapshots().stat(self.request(namespace, message)?).await;
+        let object = || snapshot_of(snapshotter, key);
+        let answer = answer.map_err(|status| self.failed("look up", object(), &status))?;
+        let info = present(answer.into_inner().info, object)?;
+        Ok(Some(info.parent).filter(|parent| !parent.is_empty()))
     }
 
     /// Whether there is a snapshot of that key or name.
@@ -194,6 +212,9 @@ mod tests {
         assert!(client.has_snapshot("default", "godwit", "a").await.unwrap());
         assert!(!client.has_snapshot("default", "godwit", "x").await.unwrap());
         client.prepare("default", "godwit", "y", Some("a")).await.unwrap();
+        let parent = client.snapshot_parent("default", "godwit", "y").await.unwrap();
+        assert_eq!(parent.as_deref(), Some("a"));
+        assert_eq!(client.snapshot_parent("default", "godwit", "a").await.unwrap(), None);
         let parent = client.remove_snapshot("default", "godwit", "a").await.unwrap_err();
         assert_eq!(
             parent.to_string(),

@@ -9,11 +9,13 @@ use godwit_protos::{ContainerRef, FileSystem, Subject, VolumeId, VolumeSource, a
 use oci_spec::runtime::Spec;
 
 use super::obstacles::{self, Findings, Process};
+use super::origin::{self, Origin};
 use super::ownership::Ownership;
+use super::record;
 use super::shim::Shim;
 use super::spec::{Outline, SpecError};
 use super::{MigrationError, blocking};
-use crate::containerd::{Container, Descriptor, TaskStatus, upper_dir};
+use crate::containerd::{Container, TaskStatus, upper_dir};
 use crate::node::Node;
 
 /// A container as its node knows it.
@@ -23,8 +25,8 @@ pub struct Described {
     pub container: ContainerRef,
     /// containerd's record.
     pub record: Container,
-    /// The image's target, if it was made from one.
-    pub image: Option<Descriptor>,
+    /// The image that it was made of.
+    pub origin: Origin,
     /// What the image is made of, as far as it is here.
     pub image_blobs: Vec<Blob>,
     /// Its specification as text and parsed.
@@ -79,17 +81,17 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
     }
     let shim = Shim::find(&node.config, container)?;
     let pids = node.containerd.pids(namespace, id).await?;
+    let origin = origin::find(node, namespace, &record).await?;
     let mounts =
         node.containerd.mounts(namespace, &record.snapshotter, &record.snapshot_key).await?;
-    let target = node.containerd.image(namespace, &record.image).await?;
     let spec_json = String::from_utf8_lossy(&record.spec).into_owned();
     let spec = serde_json::from_slice(&record.spec).map_err(SpecError::Parse)?;
     let outline = Outline::parse(&record.spec)?;
     let (volumes, writable_volumes) = volumes(node, &outline)?;
     Ok(Described {
         container: container.clone(),
-        image_blobs: image_blobs(node, namespace, target.as_ref()).await,
-        image: target,
+        image_blobs: image_blobs(node, namespace, &origin).await,
+        origin,
         memory: memory_subject(container, &record.image, &outline),
         upper_dir: upper_dir(&mounts),
         mapped_inodes: mapped_inodes(&pids),
@@ -104,12 +106,9 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
     })
 }
 
-/// What an image is made of; nothing if its lists are not all here, which matters to a plan only.
-async fn image_blobs(node: &Node, namespace: &str, target: Option<&Descriptor>) -> Vec<Blob> {
-    let Some(target) = target else { return Vec::new() };
-    let Ok(content) = node.containerd.image_content(namespace, target).await else {
-        return Vec::new();
-    };
+/// What an image is made of; nothing if it is not here.
+async fn image_blobs(node: &Node, namespace: &str, origin: &Origin) -> Vec<Blob> {
+    let Some((_, content)) = &origin.image else { return Vec::new() };
     let mut blobs = Vec::new();
     for blob in content.blobs() {
         let place = content.layers.iter().position(|layer| layer == blob);
@@ -236,10 +235,12 @@ impl Described {
         Path::new(path::MOUNTS).join(self.container.namespace()).join(self.container.id())
     }
 
-    /// The answer to a peer.
-    pub fn response(&self, node: &Node, findings: Findings) -> DescribeResponse {
+    /// The answer to a peer that is to make the container, and so needs its image.
+    pub fn response(&self, node: &Node, mut findings: Findings) -> DescribeResponse {
+        self.origin.survey(&self.record.image, &mut findings);
+        record::survey(&self.record, &mut findings);
         let pages: u64 = self.pids.iter().map(|pid| resident_pages(*pid)).sum();
-        let target = self.image.as_ref();
+        let target = self.origin.image.as_ref().map(|(target, _)| target);
         DescribeResponse {
             image: self.record.image.clone(),
             image_media_type: target.map_or_else(String::new, |target| target.media_type.clone()),
@@ -258,6 +259,8 @@ impl Described {
             obstacles: findings.obstacles,
             warnings: findings.warnings,
             image_blobs: self.image_blobs.clone(),
+            chain_id: self.origin.chain_id_text(),
+            image_renamed: self.origin.is_renamed,
         }
     }
 }

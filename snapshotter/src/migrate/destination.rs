@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 
 use super::MigrationError;
 use super::ownership::{Epoch, Event, Ownership};
+use super::rounds::ROUNDS_MAX;
 use super::session::begin;
 use super::spec::Outline;
 use crate::content::object::Kind;
@@ -63,6 +64,14 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Errors: in words, more rounds than there can be.
+    pub fn check(&self) -> Result<(), String> {
+        if self.max_rounds > ROUNDS_MAX {
+            return Err(format!("{} rounds are too many, at most {ROUNDS_MAX}", self.max_rounds));
+        }
+        Ok(())
+    }
+
     /// Those that the annotations of a container's own specification ask for. Errors: in words.
     pub fn of_bundle(bundle: &Path) -> Result<Self, String> {
         let path = bundle.join("config.json");
@@ -81,6 +90,7 @@ impl Settings {
         if let Some(value) = spec.annotation(annotation::MAX_ROUNDS) {
             settings.max_rounds =
                 value.parse().map_err(|_cause| bad(annotation::MAX_ROUNDS, value))?;
+            settings.check()?;
         }
         if let Some(value) = spec.annotation(annotation::WRITABLE_LAYER) {
             settings.writable_layer = match value {
@@ -517,6 +527,18 @@ pub fn kind_told(subject: &Subject, told: u32) -> Option<Kind> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn more_rounds_than_there_can_be_are_refused() {
+        let bundle = tempfile::tempdir().unwrap();
+        let settings = |rounds: &str| {
+            let annotations = serde_json::json!({"annotations": {annotation::MAX_ROUNDS: rounds}});
+            std::fs::write(bundle.path().join("config.json"), annotations.to_string()).unwrap();
+            Settings::of_bundle(bundle.path())
+        };
+        assert_eq!(settings("30").unwrap().max_rounds, 30);
+        assert_eq!(settings("31").unwrap_err(), "31 rounds are too many, at most 30");
+    }
 
     #[test]
     fn only_a_volume_may_be_an_image_and_silence_is_no_image() {

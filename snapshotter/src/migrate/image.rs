@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use godwit_protos::Digest;
+use godwit_protos::peer::DescribeResponse;
 
 use super::MigrationError;
 use super::destination::Connections;
@@ -51,6 +52,47 @@ impl Whom<'_> {
             Self::Neighbours(_) => None,
         }
     }
+}
+
+/// The name under which the image of a described container is kept here.
+///
+/// It is the container's own name for it, unless that stands for other content here, or for other content than the
+/// container's at the source: a migration never gives a name other content. Then it is a name by digest, which no
+/// content but its own can have.
+pub async fn name_here(
+    node: &Node,
+    namespace: &str,
+    described: &DescribeResponse,
+    target: &Descriptor,
+) -> Result<String, MigrationError> {
+    let name = &described.image;
+    let is_other =
+        |existing: Option<Descriptor>| existing.is_some_and(|one| one.digest != target.digest);
+    let is_taken = !name.is_empty() && is_other(node.containerd.image(namespace, name).await?);
+    if name.is_empty() || described.image_renamed || is_taken {
+        return Ok(by_digest(name, target.digest));
+    }
+    Ok(name.clone())
+}
+
+/// What a user is told if the image is not kept under the container's name for it.
+pub fn renaming_warning(described: &DescribeResponse, kept_as: &str) -> Option<String> {
+    (kept_as != described.image).then(|| {
+        format!(
+            "the image name {:?} does not stand for the content that the container was made of; the destination keeps \
+             that as {kept_as}",
+            described.image
+        )
+    })
+}
+
+/// `REPOSITORY@DIGEST`, where `name` is `REPOSITORY:TAG`, `REPOSITORY@DIGEST` or nothing.
+fn by_digest(name: &str, digest: Digest) -> String {
+    let name = name.split('@').next().unwrap_or_default();
+    let tag = name.rfind(':').filter(|at| !name[*at..].contains('/'));
+    let repository = tag.map_or(name, |at| &name[..at]);
+    let repository = if repository.is_empty() { "godwit.io/image" } else { repository };
+    format!("{repository}@{digest}")
 }
 
 /// Makes `name` an image of this node, unpacked for `snapshotter`, and returns what it is made of.
@@ -203,5 +245,24 @@ impl Bring<'_> {
             .map_ok(|(data, _)| data)
         };
         Ok(self.client.write_blob(self.namespace, digest, size, pieces).await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_by_digest_has_no_tag() {
+        let digest = Digest::of(b"x");
+        let names = [
+            ("docker.io/library/redis:7", "docker.io/library/redis"),
+            ("localhost:5000/redis", "localhost:5000/redis"),
+            ("localhost:5000/redis:7@sha256:00", "localhost:5000/redis"),
+            ("", "godwit.io/image"),
+        ];
+        for (name, repository) in names {
+            assert_eq!(by_digest(name, digest), format!("{repository}@{digest}"));
+        }
     }
 }

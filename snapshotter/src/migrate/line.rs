@@ -32,6 +32,16 @@ const SUBJECTS_MAX: usize = 64;
 /// What the rounds will bring, and how fast it is written, in bytes per second, where that was measured.
 pub(super) type Subjects = HashMap<Subject, Option<f64>>;
 
+/// What the source says of a container before the first round.
+pub(super) struct Beginning {
+    /// The epoch of an offer to come.
+    pub(super) epoch: Epoch,
+    /// What the rounds will bring.
+    pub(super) subjects: Subjects,
+    /// Chain ID of the image that the container was made of; empty if it is not known.
+    pub(super) chain_id: String,
+}
+
 /// The two directions of the hand-off stream.
 pub(super) struct Line {
     to: mpsc::Sender<ToSource>,
@@ -50,8 +60,8 @@ impl Line {
         Ok(Self { to, from })
     }
 
-    /// The epoch of what has begun, and the subjects that the rounds will bring.
-    pub(super) async fn begun(&mut self) -> Result<(Epoch, Subjects), MigrationError> {
+    /// What has begun.
+    pub(super) async fn begun(&mut self) -> Result<Beginning, MigrationError> {
         match self.next().await? {
             from_source::Message::Begun(begun) => {
                 let rates = begun.write_rates.into_iter().chain(std::iter::repeat(0.0));
@@ -59,7 +69,11 @@ impl Line {
                 let parse = |(text, rate): (&String, f64)| {
                     Ok::<_, MigrationError>((text.parse()?, (rate > 0.0).then_some(rate)))
                 };
-                Ok((Epoch(begun.epoch), subjects.map(parse).collect::<Result<_, _>>()?))
+                Ok(Beginning {
+                    epoch: Epoch(begun.epoch),
+                    subjects: subjects.map(parse).collect::<Result<_, _>>()?,
+                    chain_id: begun.chain_id,
+                })
             }
             _ => Err(MigrationError::Protocol("expected begun")),
         }

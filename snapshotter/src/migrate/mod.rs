@@ -18,9 +18,11 @@ pub mod journal;
 pub mod layout;
 mod line;
 pub mod obstacles;
+pub mod origin;
 pub mod ownership;
 pub mod plan;
 pub mod predict;
+mod record;
 pub mod release;
 pub mod report;
 pub mod request;
@@ -88,9 +90,43 @@ pub enum MigrationError {
     /// A survey found what cannot move; docs/moves.md lists the kinds.
     #[error("it cannot be moved: {}", .0.join("; also, "))]
     Obstacles(Vec<String>),
-    /// The container was made from an image that containerd no longer knows.
-    #[error("image {0:?} of the container is not in the source's containerd")]
+    /// A label of the container's record that would act on this node.
+    #[error(
+        "this node does not take over the container's label {0}: containerd acts on it outside the container; start \
+         the container without it"
+    )]
+    Label(String),
+    /// What a leftover of another container would be in the way of.
+    #[error(
+        "snapshot {key:?} of {snapshotter} exists on this node already; remove it first (`ctr snapshots rm`)"
+    )]
+    SnapshotExists {
+        /// Its key.
+        key: String,
+        /// Which snapshotter has it.
+        snapshotter: String,
+    },
+    /// The source does not say what the image is made of.
+    #[error("the source does not have the image {0:?} of the container")]
     NoImage(String),
+    /// The root file system was made by hand.
+    #[error(
+        "container {0} has a root file system that no snapshotter holds; only containers that were made of an image move"
+    )]
+    NoSnapshot(String),
+    /// The container here was made of another image than the one at the source.
+    #[error(
+        "the container here was made of another image (chain ID {here}) than the running one (chain ID {there}), \
+         although it may have the same name, {image:?}; create it from the running one's image"
+    )]
+    OtherImage {
+        /// The image's name here.
+        image: String,
+        /// What the container here was made of.
+        here: Digest,
+        /// What the running one was made of.
+        there: Digest,
+    },
     /// A blob of an image that nobody delivers.
     #[error("blob {0} of the image is nowhere to be had")]
     NoBlob(Digest),
@@ -211,9 +247,10 @@ impl MigrationError {
             Self::NoShim(_) => "wrong-runtime",
             Self::Busy { .. } => "busy",
             Self::Obstacles(_) => "obstacles",
+            Self::NoSnapshot(_) | Self::OtherImage { .. } => "image",
             Self::Shim { .. } => "criu",
             Self::Volume(_) => "volume",
-            Self::Spec(_) | Self::Name(_) | Self::Digest(_) => "invalid",
+            Self::Spec(_) | Self::Label(_) | Self::Name(_) | Self::Digest(_) => "invalid",
             error if error.is_disk_full() => "disk-full",
             _ => "failed",
         }

@@ -19,16 +19,16 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use godwit_protos::peer::{Begin, DescribeResponse, RoundDone};
+use godwit_protos::peer::{Begin, RoundDone};
 use godwit_protos::{Digest, ServiceRef, Subject, VolumeSource};
 use serde::{Deserialize, Serialize};
 
 use super::destination::{Connections, connect, kind_told, mode_word};
+use super::image::{name_here, renaming_warning};
 use super::line::{Line, Subjects, named};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
-use super::request::{Request, describe_at, pre_flight, record};
+use super::request::{Request, describe_at, find_obstacles, image_of, texts};
 use super::{MigrationError, blocking, chain, choice};
-use crate::containerd::ClientError;
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
 use crate::directory::{Entry, LOOKUP_MAX};
@@ -129,11 +129,18 @@ pub struct Plan {
 pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, MigrationError> {
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, &request.from.container).await?;
-    let mut obstacles = obstacles(node, request, &connections, &described).await?;
+    let hello = &connections.source.hello;
+    let mut obstacles = texts(&find_obstacles(node, request, hello, &described).await?);
+    let mut warnings = described.warnings.clone();
+    if let Ok(target) = image_of(&described) {
+        let namespace = request.from.container.namespace();
+        let name = name_here(node, namespace, &described, &target).await?;
+        warnings.extend(renaming_warning(&described, &name));
+    }
     if !described.obstacles.is_empty() {
         // The source would refuse a session, and captures would be work for nothing.
         let nothing = Prediction::default();
-        return Ok(document(node, request, Vec::new(), &nothing, (obstacles, described.warnings)));
+        return Ok(document(node, request, Vec::new(), &nothing, (obstacles, warnings)));
     }
     let lease = Arc::new(node.store.lease("plan", PLAN_MAX));
     let survey = Survey { node, connections: &connections, lease: &lease };
@@ -165,33 +172,7 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
         max_rounds: request.settings.max_rounds,
     };
     let told = predict(&input);
-    Ok(document(node, request, surveyed, &told, (obstacles, described.warnings)))
-}
-
-/// What would make the migration fail.
-async fn obstacles(
-    node: &Node,
-    request: &Request,
-    connections: &Connections,
-    described: &DescribeResponse,
-) -> Result<Vec<String>, MigrationError> {
-    let container = &request.from.container;
-    let mut found = Vec::new();
-    match node.containerd.container(container.namespace(), container.id()).await {
-        Err(ClientError::NotFound(_)) => {}
-        Ok(_) => found.push(MigrationError::Exists(container.clone())),
-        Err(error) => return Err(error.into()),
-    }
-    found.extend(pre_flight(node, &connections.source.hello, described).err());
-    found.extend(record(node, request, described).err());
-    for mount in &described.volumes {
-        if let Ok(VolumeSource::Writable(id)) = mount.volume.parse() {
-            found.extend(node.volumes.may_receive(&id).err().map(Into::into));
-        }
-    }
-    let mut obstacles = described.obstacles.clone();
-    obstacles.extend(found.iter().map(MigrationError::chain));
-    Ok(obstacles)
+    Ok(document(node, request, surveyed, &told, (obstacles, warnings)))
 }
 
 /// A part with what the document says of it.
@@ -228,7 +209,7 @@ impl Survey<'_> {
             r#as: Some(named(&request.from.container)),
         };
         let mut line = Line::open(&self.connections.source, begin).await?;
-        let (_, subjects) = line.begun().await?;
+        let subjects = line.begun().await?.subjects;
         let container = &request.from.container;
         let asked = subjects.keys().cloned().collect();
         let lookup = self.connections.look_up(self.node, container, asked, contents.to_vec());

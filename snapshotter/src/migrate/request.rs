@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse};
-use godwit_protos::{ContainerRef, MigrateFrom, annotation};
+use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
 use super::destination::{Prepared, Settings, connect, mode_word};
 use super::ownership::Ownership;
-use super::{MigrationError, image, obstacles, spec};
+use super::{MigrationError, image, obstacles, record, spec};
 use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
 use crate::volumes::VolumeError;
@@ -50,26 +50,24 @@ pub async fn migrate(
 ) -> Result<(), MigrationError> {
     let begun = Instant::now();
     let container = &request.from.container;
-    let (namespace, id) = (container.namespace(), container.id());
+    let namespace = container.namespace();
     node.events.step(migration, "request", &format!("{} to {}", request.from, node.config.node));
-    match node.containerd.container(namespace, id).await {
-        Err(ClientError::NotFound(_)) => {}
-        Ok(_) => return Err(MigrationError::Exists(container.clone())),
-        Err(error) => return Err(error.into()),
-    }
+    // Before the source is asked: it need not be there to see that the container is here.
+    check_absent(node, container).await?;
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, container).await?;
-    pre_flight(node, &connections.source.hello, &described)?;
-    obstacles::check(&described.obstacles)?;
-    for warning in &described.warnings {
+    refuse(find_obstacles(node, request, &connections.source.hello, &described).await?)?;
+    let target = image_of(&described)?;
+    let name = image::name_here(node, namespace, &described, &target).await?;
+    for warning in described.warnings.iter().chain(&image::renaming_warning(&described, &name)) {
         node.events.step(migration, "warning", warning);
     }
 
     node.events.step(migration, "pre-copy", "image");
-    let target = image_of(&described)?;
-    let named = (described.image.as_str(), &target);
     let whom = image::Whom::Migration(&connections);
+    let named = (name.as_str(), &target);
     let content = image::bring(node, namespace, named, &described.snapshotter, whom).await?;
+    check_chain(&described, &content)?;
     let record = record(node, request, &described)?;
     let migration = migration.to_owned();
     let prepared = Prepared { migration, begun, connections, remove_source: true };
@@ -230,6 +228,96 @@ pub(super) fn image_of(described: &DescribeResponse) -> Result<Descriptor, Migra
     })
 }
 
+/// Errors: the container exists here, or containerd does not answer.
+pub(super) async fn check_absent(
+    node: &Node,
+    container: &ContainerRef,
+) -> Result<(), MigrationError> {
+    match node.containerd.container(container.namespace(), container.id()).await {
+        Err(ClientError::NotFound(_)) => Ok(()),
+        Ok(_) => Err(MigrationError::Exists(container.clone())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Everything that would make the migration fail, as far as both nodes can tell before anything moves. `godwit plan`
+/// lists it, `godwit migrate` refuses it ([`refuse`]).
+///
+/// Errors: containerd does not answer.
+pub(super) async fn find_obstacles(
+    node: &Node,
+    request: &Request,
+    source: &HelloResponse,
+    described: &DescribeResponse,
+) -> Result<Vec<MigrationError>, MigrationError> {
+    let container = &request.from.container;
+    let mut found: Vec<MigrationError> =
+        obstacles::check(&described.obstacles).err().into_iter().collect();
+    match check_absent(node, container).await {
+        Err(MigrationError::Containerd(error)) => return Err(error.into()),
+        checked => found.extend(checked.err()),
+    }
+    found.extend(pre_flight(node, source, described).err());
+    found.extend(record(node, request, described).err());
+    found.extend(check_snapshotter(node, container, &described.snapshotter).await.err());
+    for mount in &described.volumes {
+        if let Ok(VolumeSource::Writable(id)) = mount.volume.parse() {
+            found.extend(node.volumes.may_receive(&id).err().map(Into::into));
+        }
+    }
+    Ok(found)
+}
+
+/// Errors: what was found; several as one.
+fn refuse(mut found: Vec<MigrationError>) -> Result<(), MigrationError> {
+    if found.len() > 1 {
+        return Err(MigrationError::Obstacles(texts(&found)));
+    }
+    found.pop().map_or(Ok(()), Err)
+}
+
+/// Obstacles as texts, those that the source found one by one.
+pub(super) fn texts(found: &[MigrationError]) -> Vec<String> {
+    let each = |error: &MigrationError| match error {
+        MigrationError::Obstacles(all) => all.clone(),
+        other => vec![other.chain()],
+    };
+    found.iter().flat_map(each).collect()
+}
+
+/// Errors: this node does not have the snapshotter, or that has a snapshot of the container's name.
+async fn check_snapshotter(
+    node: &Node,
+    container: &ContainerRef,
+    snapshotter: &str,
+) -> Result<(), MigrationError> {
+    let (namespace, key) = (container.namespace(), container.id());
+    match node.containerd.has_snapshot(namespace, snapshotter, key).await {
+        Ok(false) => Ok(()),
+        Ok(true) => {
+            let (key, snapshotter) = (key.to_owned(), snapshotter.to_owned());
+            Err(MigrationError::SnapshotExists { key, snapshotter })
+        }
+        Err(ClientError::Failed { reason, .. }) => Err(MigrationError::Incompatible(format!(
+            "containerd on this node cannot use the container's snapshotter {snapshotter:?}: {reason}"
+        ))),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Errors: the image that came is not the one that the container was made of.
+pub(super) fn check_chain(
+    described: &DescribeResponse,
+    content: &ImageContent,
+) -> Result<(), MigrationError> {
+    let chain_id = content.chain_id().map(|id| id.to_string()).unwrap_or_default();
+    // A source of an older version does not say.
+    if described.chain_id.is_empty() || described.chain_id == chain_id {
+        return Ok(());
+    }
+    Err(MigrationError::Protocol("an image that is not the one that the container was made of"))
+}
+
 /// What would make the restore fail, before anything moves.
 pub(super) fn pre_flight(
     node: &Node,
@@ -295,6 +383,7 @@ pub(super) fn record_with(
     let machine = spec::Machine::read(Path::new("/sys"));
     let spec = spec::derive(&described.spec_json, &node.config.admit, &machine, &wanted)?;
     let id = request.from.container.id().to_owned();
+    record::check_labels(&described.labels)?;
     let mut labels = described.labels.clone();
     labels.insert(LABEL.to_owned(), request.from.to_string());
     Ok(Container {
@@ -305,5 +394,6 @@ pub(super) fn record_with(
         snapshotter: described.snapshotter.clone(),
         labels,
         spec: serde_json::to_vec(&spec).map_err(spec::SpecError::Parse)?,
+        ..Container::default()
     })
 }

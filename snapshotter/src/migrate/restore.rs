@@ -18,11 +18,13 @@ use super::destination::{Acquired, Command, NEIGHBOUR_MAX, Settings, State, kind
 use super::layout::Layout;
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Share};
-use super::request::{self, create_and_start, describe_at, image_of, pre_flight, record_with};
+use super::request::{
+    self, check_absent, check_chain, create_and_start, describe_at, image_of, pre_flight,
+    record_with,
+};
 use super::session::{Parsed, Work};
 use super::source::EPOCH_MAX;
 use super::{MigrationError, blocking, image};
-use crate::containerd::ClientError;
 use crate::content::Source as _;
 use crate::content::object::{Cut, Kind};
 use crate::node::{Node, unix_ms};
@@ -60,22 +62,19 @@ pub async fn restore(
     let age = snapshot.age(unix_ms()).as_secs();
     let text = format!("{container} as it was on {} {age} s ago", cut.node);
     node.events.step(migration, "request", &text);
-    match node.containerd.container(container.namespace(), container.id()).await {
-        Err(ClientError::NotFound(_)) => {}
-        Ok(_) => return Err(MigrationError::Exists(container)),
-        Err(error) => return Err(error.into()),
-    }
+    check_absent(node, &container).await?;
     let peers = look_for_original(node, &container, asked.although_it_may_run).await?;
-    let described = DescribeResponse::decode(&cut.description[..])
-        .map_err(|_cause| MigrationError::Protocol("a cut whose description cannot be read"))?;
+    let described = description(&cut)?;
     let there =
         HelloResponse { architecture: cut.architecture.clone(), ..HelloResponse::default() };
     pre_flight(node, &there, &described)?;
     let target = image_of(&described)?;
-    let named = (described.image.as_str(), &target);
+    let namespace = container.namespace();
+    let name = image::name_here(node, namespace, &described, &target).await?;
+    let named = (name.as_str(), &target);
     let whom = image::Whom::Neighbours(&peers);
-    let content =
-        image::bring(node, container.namespace(), named, &described.snapshotter, whom).await?;
+    let content = image::bring(node, namespace, named, &described.snapshotter, whom).await?;
+    check_chain(&described, &content)?;
     let from = MigrateFrom { node: cut.node.clone(), container: container.clone() };
     let request =
         request::Request { from, settings: Settings::default(), netns: asked.netns.clone() };
@@ -114,6 +113,11 @@ fn container_of(cut: &Cut) -> Result<ContainerRef, MigrationError> {
     let wrong = MigrationError::Protocol("a cut without a container's name");
     let (namespace, id) = cut.container.split_once('/').ok_or(wrong)?;
     Ok(ContainerRef::new(namespace, id)?)
+}
+
+fn description(cut: &Cut) -> Result<DescribeResponse, MigrationError> {
+    let unreadable = |_cause| MigrationError::Protocol("a cut whose description cannot be read");
+    DescribeResponse::decode(&cut.description[..]).map_err(unreadable)
 }
 
 /// What a peer says of the original.
@@ -178,6 +182,7 @@ impl Work {
         let lease = self.node.store.lease("restore", RESTORE_MAX);
         let cut = blocking(move || Ok(store.decode::<Cut>(&digest)?)).await?;
         let manifests = self.parts(&cut)?;
+        self.check_image(&description(&cut)?.chain_id).await?;
         let mut layout = Layout::begin(&self.node, &self.id, self.asked.upper_dir.clone())?;
         let outcome = self.lay_out_and_run(&cut, manifests, &mut layout).await;
         let (volumes, failed) = (self.node.volumes.clone(), outcome.is_err());

@@ -19,11 +19,11 @@ use super::destination::{
     give_back, kind_told, mode_word,
 };
 use super::layout::Layout;
-use super::line::{Line, Subjects, named};
+use super::line::{Beginning, Line, Subjects, named};
 use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
-use super::{MigrationError, blocking, choice, rounds};
+use super::{MigrationError, blocking, choice, origin, rounds};
 use crate::caching::retention::{admitted, record};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
@@ -219,7 +219,8 @@ impl Work {
         layout: &mut Layout,
         line: &mut Line,
     ) -> Result<Report, MigrationError> {
-        let (epoch, mut subjects) = line.begun().await?;
+        let Beginning { epoch, mut subjects, chain_id } = line.begun().await?;
+        self.check_image(&chain_id).await?;
         subjects.retain(|subject, _| self.is_asked(subject));
         let lookup = prepared.connections.look_up(
             &self.node,
@@ -547,6 +548,13 @@ impl Work {
         } else {
             Err(MigrationError::Restore(settlement.reason))
         }
+    }
+
+    /// Errors: the container here was made of another image than the one whose chain ID is `there`.
+    pub(super) async fn check_image(&self, there: &str) -> Result<(), MigrationError> {
+        let (namespace, id) = (self.asked.container.namespace(), self.asked.container.id());
+        let record = self.node.containerd.container(namespace, id).await?;
+        origin::check_same(&self.node, namespace, &record, there).await
     }
 
     /// Whether containerd has a running task of the container.

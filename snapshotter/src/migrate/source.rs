@@ -170,6 +170,7 @@ impl Session {
             epoch: epoch.0,
             write_rates: subjects.iter().map(rate).collect(),
             subjects: subjects.iter().map(ToString::to_string).collect(),
+            chain_id: self.described.origin.chain_id_text(),
         };
         self.send(from_source::Message::Begun(begun)).await?;
         loop {

@@ -336,7 +336,9 @@ fn settings(asked: &MigrateRequest) -> Result<Settings, String> {
         other => return Err(format!("mode {other:?} is neither cooperative nor traditional")),
     };
     let writable_layer = !asked.without_writable_layer;
-    Ok(Settings { cooperative, max_rounds: asked.max_rounds, writable_layer })
+    let settings = Settings { cooperative, max_rounds: asked.max_rounds, writable_layer };
+    settings.check()?;
+    Ok(settings)
 }
 
 /// What brings a container to this node.

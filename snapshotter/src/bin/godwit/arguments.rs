@@ -78,7 +78,7 @@ pub(crate) struct Migrate {
     /// Whom the destination asks.
     #[arg(long, value_enum, default_value_t = Mode::Cooperative)]
     pub(crate) mode: Mode,
-    /// Rounds of pre-copy at most; 0 lets the change between rounds decide.
+    /// Rounds of pre-copy at most, up to 30; 0 lets the change between rounds decide.
     #[arg(long, default_value_t = 0)]
     pub(crate) max_rounds: u32,
     /// Whether the container's writable layer moves too.
