@@ -5,7 +5,7 @@
 //!
 //! - [`KEPT`] flags change what programs may do or what the disk promises, and mean the same on
 //!   every file system that has them. They travel. A subset, [`GUARDS`], keeps even root from
-//!   changing a file: whoever patches or removes a tree lifts them first.
+//!   changing a file: patching and removing a tree begin with lifting them.
 //! - [`REFUSED`] flags cannot be laid out again: a copy without them would be another file.
 //! - The others describe how this file system stores the file (extents, compression, no copy on
 //!   write). They stay behind.

@@ -316,7 +316,7 @@ impl<S: Source> Writer<'_, S> {
         openat2(self.root, path, how).map_err(on("open", &self.path.join(path)))
     }
 
-    /// Sets the flags that do not keep anybody from changing the file.
+    /// Sets project and flags, but for the flags that keep root from changing the file.
     fn flags(
         &self,
         at: &OwnedFd,

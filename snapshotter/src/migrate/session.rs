@@ -259,7 +259,7 @@ impl Work {
         let running = self.hand_off(line, epoch).await?;
 
         self.finish(lease, layout, &stopped).await;
-        // Whoever reads the report may move the container back at once.
+        // The reader of the report may move the container back at once.
         line.ended().await;
         let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
         let source_ms = |us: u64| Duration::from_micros(us).as_secs_f64() * 1e3;

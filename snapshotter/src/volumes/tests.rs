@@ -460,7 +460,7 @@ fn what_cannot_be_removed_is_set_aside_and_its_volume_may_come_back() {
 
 /// Method: the directory of the volume's ID is a mount point, which cannot be renamed.
 #[test]
-fn a_volume_that_cannot_be_moved_away_is_told_before_one_of_its_name_comes() {
+fn a_volume_that_cannot_be_moved_away_is_reported_before_one_of_its_name_comes() {
     let dir = scratch();
     let volumes = open(dir.path());
     let id: VolumeId = "data".parse().unwrap();
