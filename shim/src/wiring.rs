@@ -4,7 +4,8 @@
 //! (`binary:///path?args`), whose protocol is containerd's: descriptors 3 and 4 are the process's
 //! stdout and stderr, and it closes descriptor 5 when it is ready. Between the two the shim keeps a
 //! pipe, or the master side of a terminal that the runtime hands over through a socket, and copies
-//! without a thread of its own.
+//! without a thread of its own. Every copy reads its source through [`UntilError`], so that what was
+//! read arrives before the copy ends.
 //!
 //! The pipe ends given to a container stay blocking; only the shim's own ends are not.
 
@@ -13,15 +14,17 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use containerd_shim::asynchronous::io::{IoTasks, Pty, Stdio};
 use containerd_shim::protos::shim::oci::Options;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 use tokio::net::{UnixListener, UnixStream, unix::pipe};
 
 use crate::reap::{Reaper, Waiter};
@@ -233,7 +236,7 @@ impl Wiring {
                 let (err_read, _) = owned_pipe(owner.options)?;
                 self.start_logger(&path, &args, vec![out_read, err_read], owner).await?;
                 let mut to = pipe::Sender::from_owned_fd(out_write).map_err(io_error("logger"))?;
-                let mut from = terminal.clone();
+                let mut from = UntilError(terminal.clone());
                 self.others().files.push(tokio::spawn(async move {
                     let _ = tokio::io::copy(&mut from, &mut to).await;
                 }));
@@ -256,10 +259,11 @@ impl Wiring {
         self.copies.copy_from_fifo(path, to).map_err(wrong)
     }
 
-    fn copy_out<R>(&self, mut from: R, sink: Sink) -> Result<(), WiringError>
+    fn copy_out<R>(&self, from: R, sink: Sink) -> Result<(), WiringError>
     where
         R: AsyncRead + Send + Unpin + 'static,
     {
+        let mut from = UntilError(from);
         match sink {
             Sink::Fifo(path) => {
                 let wrong = |source| WiringError::Copy { target: path.clone(), source };
@@ -363,6 +367,29 @@ impl Wiring {
     }
 }
 
+/// Reads `R` up to its first error, which counts as the end of the file.
+///
+/// The master side of a terminal ends with `EIO` once the last process has closed the other side.
+/// `tokio::io::copy` reads ahead while its writer is busy, and an error of the reader makes it drop
+/// what it holds. At the end of the file it delivers that first.
+struct UntilError<R>(R);
+
+impl<R: AsyncRead + Unpin> AsyncRead for UntilError<R> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = ready!(Pin::new(&mut self.0).poll_read(context, buffer));
+        if let Err(error) = read
+            && error.raw_os_error() != Some(libc::EIO)
+        {
+            tracing::warn!("reading a container's output: {error}");
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
 /// A pipe, owned by the user that the task's options name. Both ends block and close on exec.
 fn owned_pipe(options: &Options) -> Result<(OwnedFd, OwnedFd), WiringError> {
     let (read, write) = std::io::pipe().map_err(io_error("pipe"))?;
@@ -457,7 +484,9 @@ async fn receive_fd(stream: &UnixStream) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read as _;
+    use std::io::{Read as _, Write as _};
+
+    use nix::sys::termios::SetArg;
 
     #[test]
     fn names_of_sinks() {
@@ -489,6 +518,50 @@ mod tests {
         done.await.unwrap();
         wiring.shutdown(&reaper).await;
         assert_eq!(std::fs::read_to_string(log).unwrap().lines().count(), 20000);
+    }
+
+    /// A terminal that holds `bytes` bytes of output, whose last process has gone.
+    fn ended_terminal(bytes: usize) -> (Pty, std::thread::JoinHandle<()>) {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let mut settings = nix::sys::termios::tcgetattr(&pty.slave).unwrap();
+        nix::sys::termios::cfmakeraw(&mut settings);
+        nix::sys::termios::tcsetattr(&pty.slave, SetArg::TCSANOW, &settings).unwrap();
+        let mut slave = File::from(pty.slave);
+        let writer = std::thread::spawn(move || slave.write_all(&vec![b'x'; bytes]).unwrap());
+        (Pty::new(File::from(pty.master)).unwrap(), writer)
+    }
+
+    /// Method: the process ends while the FIFO is full, and the client reads only after that.
+    #[tokio::test]
+    async fn the_end_of_a_terminals_output_waits_for_a_slow_reader() {
+        const BYTES: usize = (64 << 10) + 9000;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stdout");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut client = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        let wiring = Wiring::default();
+        let (terminal, writer) = ended_terminal(BYTES);
+        let sink = Sink::Fifo(path.to_str().unwrap().to_owned());
+        wiring.copy_out(terminal, sink).unwrap();
+        tokio::task::spawn_blocking(|| writer.join().unwrap()).await.unwrap();
+        // The copy meets the end of the terminal, if it does not wait for the FIFO.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let mut output = Vec::new();
+        client.read_to_end(&mut output).await.unwrap();
+        assert_eq!(output.len(), BYTES);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_terminals_output_reaches_a_file() {
+        const BYTES: usize = 9000;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.log");
+        let wiring = Wiring::default();
+        let (terminal, writer) = ended_terminal(BYTES);
+        wiring.copy_out(terminal, Sink::File(path.clone())).unwrap();
+        tokio::task::spawn_blocking(|| writer.join().unwrap()).await.unwrap();
+        wiring.shutdown(&Reaper::for_tests()).await;
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), BYTES as u64);
     }
 
     /// Method: a shell script that speaks the loggers' protocol.

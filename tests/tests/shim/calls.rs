@@ -215,7 +215,7 @@ impl Task {
         deleted.map(|deleted| deleted.exit_status)
     }
 
-    fn delete_exec(&self, exec: &str) -> Result<u32> {
+    pub(super) fn delete_exec(&self, exec: &str) -> Result<u32> {
         let request = DeleteProcessRequest { container_id: self.id(), exec_id: exec.to_owned() };
         let deleted =
             call(async |tasks| tasks.delete_process(with_namespace!(request, "default")).await);

@@ -123,6 +123,27 @@ fn an_exec_gives_all_of_a_long_output(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
+/// Method: more than a FIFO holds, and the client reads only once the process has ended.
+fn a_terminals_output_is_whole(runtime: &Runtime) -> Result<()> {
+    const BYTES: usize = (64 << 10) + 6000;
+    let task = Task::running(runtime, "ttyend", "sleep 600")?;
+    for round in 0..3 {
+        let (exec, mut stdout) = (format!("e{round}"), Fifo::new("tty-end")?);
+        let script = format!("stty raw; head -c {BYTES} /dev/zero");
+        task.exec(&exec, &Streams::on_terminal(&stdout.path), &script)?;
+        task.start(&exec)?;
+        assert_eq!(task.wait(&exec)?, 0);
+        let mut seen = 0;
+        wait_until("all of the output comes", SOON, || {
+            seen += stdout.text()?.len();
+            Ok(seen == BYTES)
+        })
+        .with_context(|| format!("{seen} of {BYTES} bytes"))?;
+        task.delete_exec(&exec)?;
+    }
+    Ok(())
+}
+
 /// Method: both outputs to one file in a directory that is not there yet, appended on the second run.
 fn output_goes_to_a_file(runtime: &Runtime) -> Result<()> {
     let path = format!("/run/logs-{}/deep/out.log", runtime.tag);
@@ -227,6 +248,7 @@ with_both_runtimes! {
     output_that_nobody_reads_blocks_nobody_else,
     output_waits_for_the_next_reader,
     an_exec_gives_all_of_a_long_output,
+    a_terminals_output_is_whole,
     output_goes_to_a_file,
     output_goes_to_a_logger,
     a_logger_that_dies_holds_nobody,
