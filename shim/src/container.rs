@@ -4,9 +4,14 @@
 //!
 //! - `operation` admits one operation at a time that changes the container (start, pause, resume,
 //!   dump, update, delete). State, Wait and Kill never take it, so they answer during a long dump.
-//! - `gate` orders events. Whoever starts a process holds it, beside others that start one, until the
-//!   start event is queued; an exit takes it alone before it becomes visible. So an exit, however
-//!   early, follows its start; and the init's exit waits until every other process has ended.
+//! - `gate` orders the init's events. A create or a start holds it, beside others, until its event is
+//!   queued; the init's exit takes it alone.
+//!
+//! An exit follows its start, however early it comes: an added process is watched only once its start
+//! event is queued, and the init's exit takes the gate. The init's exit comes last. It first marks
+//! the container as ended: this refuses new starts, and breaks off those under way by killing the
+//! runtime. What it waits for after that is bounded by [`END_TIME_MAX`], so that a runtime that hangs
+//! cannot hold back the news of an exit.
 //!
 //! Read next: [`crate::launch`] for create, start and restore, [`crate::dump`] for checkpoints.
 
@@ -32,14 +37,15 @@ use crate::criu::Settings;
 use crate::error::TaskError;
 use crate::process::{Phase, Process};
 use crate::publisher::Publisher;
-use crate::reap::{Exit, Reaper, Waiter};
+use crate::reap::{Exit, Mark, Reaper, Waiter};
 use crate::rootfs;
 use crate::runc::{Launch, Runc};
 use crate::spec;
 use crate::volumes::{self, VolumeError};
 use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
-/// How long the init's exit waits for the other processes' ends, and a delete for the init's.
+/// How long the init's exit waits for starts under way, and again for the other processes' ends; how
+/// long a delete waits for the init's exit.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 /// Exit status of what was killed before it ran.
 const KILLED: u32 = 137;
@@ -90,6 +96,10 @@ pub(crate) struct Container {
     pub(crate) shared: Arc<Shared>,
     pub(crate) operation: tokio::sync::Mutex<()>,
     pub(crate) gate: tokio::sync::RwLock<()>,
+    /// Becomes true when the init process has ended, before its exit is reported.
+    init_ended: watch::Sender<bool>,
+    /// Held while a process stops and its exit is queued, so that exits are queued in their order.
+    exits: Mutex<()>,
     /// Becomes true when a start that is under way is no longer wanted.
     pub(crate) cancelled: watch::Sender<bool>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
@@ -138,6 +148,8 @@ impl Container {
             shared,
             operation: tokio::sync::Mutex::default(),
             gate: tokio::sync::RwLock::default(),
+            init_ended: watch::channel(false).0,
+            exits: Mutex::default(),
             cancelled: watch::channel(false).0,
             execs: Mutex::default(),
             cgroup: OnceLock::new(),
@@ -241,16 +253,15 @@ impl Container {
         let container = Arc::clone(self);
         tokio::spawn(async move {
             let Ok(exit) = waiter.await else { return };
-            if process.exec_id.is_empty() {
-                container.end_others().await;
-            }
-            let _gate = container.gate.write().await;
-            container.report_oom();
+            let is_init = process.exec_id.is_empty();
+            let _gate = if is_init { container.settle_others().await } else { None };
             container.note_exit(&process, exit);
         });
     }
 
     fn note_exit(&self, process: &Process, exit: Exit) {
+        let _order = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        self.report_oom();
         process.stop(exit);
         let is_init = process.exec_id.is_empty();
         self.shared.publisher.publish(TaskExit {
@@ -263,6 +274,16 @@ impl Container {
         });
     }
 
+    /// Sees to it, for a bounded time, that no start is under way and no other process is left.
+    async fn settle_others(&self) -> Option<tokio::sync::RwLockWriteGuard<'_, ()>> {
+        self.init_ended.send_replace(true);
+        let gate = tokio::time::timeout(END_TIME_MAX, self.gate.write()).await.ok();
+        if tokio::time::timeout(END_TIME_MAX, self.end_others()).await.is_err() {
+            tracing::warn!("added processes of {} outlive its init process", self.name);
+        }
+        gate
+    }
+
     /// Ends what outlives the init process, and waits for the ends of added processes.
     async fn end_others(&self) {
         if !self.own_pid_namespace
@@ -272,13 +293,8 @@ impl Container {
             tracing::warn!("ending the processes of {}: {error}", self.name);
         }
         let execs: Vec<_> = self.execs().values().map(|exec| Arc::clone(&exec.process)).collect();
-        let ends = async {
-            for process in execs.iter().filter(|process| process.phase() == Phase::Running) {
-                process.stopped().await;
-            }
-        };
-        if tokio::time::timeout(END_TIME_MAX, ends).await.is_err() {
-            tracing::warn!("added processes of {} outlive its init process", self.name);
+        for process in execs.iter().filter(|process| process.phase() == Phase::Running) {
+            process.stopped().await;
         }
     }
 
@@ -314,6 +330,9 @@ impl Container {
 
     /// A created container has its namespaces, and takes processes, unless it waits to be restored.
     fn check_takes_execs(&self) -> Result<(), TaskError> {
+        if *self.init_ended.borrow() {
+            return Err(self.phase_error("its init process has ended"));
+        }
         match self.init.phase() {
             Phase::Running => Ok(()),
             Phase::Created if self.init.pid() != 0 => Ok(()),
@@ -328,13 +347,15 @@ impl Container {
     pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
         let _operation = exec.operation.lock().await;
+        // Before the gate as well: the init's exit may wait there, and this start would wait behind it.
+        self.check_takes_execs()?;
         let _gate = self.gate.read().await;
         self.check_takes_execs()?;
-        if exec.process.phase() != Phase::Created {
+        if exec.process.phase() != Phase::Created || exec.process.exit().is_some() {
             return Err(self.phase_error("the process was started already"));
         }
         let since = self.shared.reaper.mark();
-        match self.run_exec(&exec).await {
+        match self.run_exec(&exec, since).await {
             Ok(pid) => {
                 exec.process.set_pid(pid);
                 exec.process.enter(Phase::Running);
@@ -350,28 +371,31 @@ impl Container {
             }
             Err(error) => {
                 exec.process.rewire().abort(&self.shared.reaper).await;
-                exec.process.stop(Exit { code: NOT_STARTED, at: SystemTime::now() });
+                exec.process.refuse(Exit { code: NOT_STARTED, at: SystemTime::now() });
                 Err(error)
             }
         }
     }
 
-    async fn run_exec(&self, exec: &Exec) -> Result<u32, TaskError> {
+    async fn run_exec(&self, exec: &Exec, since: Mark) -> Result<u32, TaskError> {
         let id = &exec.process.exec_id;
         let spec_file = self.bundle.join(format!("exec-{id}.json"));
         let pid_file = self.bundle.join(format!("exec-{id}.pid"));
         std::fs::write(&spec_file, &exec.spec).map_err(TaskError::io("process description"))?;
         let started = self
             .wire(&exec.process, Unasked::Null, &pid_file, async |launch| {
-                self.runc.exec(&spec_file, launch).await
+                let mut ended = self.init_ended.subscribe();
+                let ended = async { drop(ended.wait_for(|ended| *ended).await) };
+                self.runc.exec(&spec_file, launch, ended).await
             })
             .await;
         let pid = read_pid(&pid_file);
         for file in [spec_file, pid_file] {
             let _ = std::fs::remove_file(file);
         }
-        if let (Err(TaskError::Wiring(_)), Ok(pid)) = (&started, &pid) {
-            // It runs, and nobody would know of it.
+        if let (Err(_), Ok(pid)) = (&started, &pid) {
+            // It may run, and nothing would ever end it.
+            let _ended = self.shared.reaper.watch(*pid, since);
             let _ = self.shared.reaper.signal(*pid, Signal::SIGKILL);
         }
         started.and(pid)

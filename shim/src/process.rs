@@ -7,7 +7,9 @@
 //! ```
 //!
 //! The phase changes only in [`Process::enter`] and [`Process::stop`]; nothing leads out of
-//! `Stopped`. A restored or migrated init stays `Created` with pid 0 until it runs.
+//! `Stopped`. A restored or migrated init stays `Created` with pid 0 until it runs. An added process
+//! that the runtime refused to start stays `Created` as well ([`Process::refuse`]): its waiters get
+//! an answer, and only a delete is left.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -83,7 +85,7 @@ impl Process {
         self.state().1
     }
 
-    /// How it ended.
+    /// How it ended, or what its waiters were told when it could not be started.
     pub(crate) fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
@@ -104,9 +106,20 @@ impl Process {
     pub(crate) fn stop(&self, exit: Exit) {
         let mut state = self.state();
         if !matches!(state.1, Phase::Stopped(_)) {
+            let exit = *self.exit.borrow().as_ref().unwrap_or(&exit);
             state.1 = Phase::Stopped(exit);
             self.exit.send_replace(Some(exit));
         }
+    }
+
+    /// Answers its waiters although it never ran; it stays `Created`.
+    pub(crate) fn refuse(&self, exit: Exit) {
+        let _state = self.state();
+        self.exit.send_if_modified(|told| {
+            let is_first = told.is_none();
+            told.get_or_insert(exit);
+            is_first
+        });
     }
 
     /// Resolves when the process has ended.
@@ -154,5 +167,16 @@ mod tests {
         assert_eq!(process.phase(), Phase::Stopped(exit(3)));
         assert_eq!(waiting.await.unwrap(), exit(3));
         assert_eq!(process.stopped().await, exit(3));
+    }
+
+    #[tokio::test]
+    async fn a_refused_process_stays_created_and_its_waiters_get_an_answer() {
+        let process = Process::new("e", Stdio::default());
+        let exit = |code| Exit { code, at: SystemTime::UNIX_EPOCH };
+        process.refuse(exit(255));
+        assert_eq!(process.phase(), Phase::Created);
+        assert_eq!(process.stopped().await, exit(255));
+        process.stop(exit(0));
+        assert_eq!(process.phase(), Phase::Stopped(exit(255)));
     }
 }

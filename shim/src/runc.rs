@@ -36,6 +36,8 @@ pub(crate) enum RuncError {
     Failed { command: &'static str, message: String },
     #[error("{binary} {command} did not finish within {limit:?} and was killed")]
     TimedOut { binary: String, command: &'static str, limit: Duration },
+    #[error("OCI runtime {command} was broken off, since the container has ended")]
+    BrokenOff { command: &'static str },
 }
 
 impl RuncError {
@@ -182,10 +184,21 @@ impl Runc {
         self.call("checkpoint", &args, Streams::default(), limit).await
     }
 
-    /// Starts another process in the container; `process` is a file with its OCI description.
-    pub(crate) async fn exec(&self, process: &Path, launch: Launch<'_>) -> Result<(), RuncError> {
+    /// Starts another process in the container, unless `ended` resolves first: the runtime is killed
+    /// then. `process` is a file with its OCI description.
+    pub(crate) async fn exec(
+        &self,
+        process: &Path,
+        launch: Launch<'_>,
+        ended: impl Future<Output = ()>,
+    ) -> Result<(), RuncError> {
         let args = vec!["--process".into(), process.into(), "--detach".into()];
-        self.launch("exec", args, launch, CALL_TIME_MAX).await
+        let call = self.launch("exec", args, launch, CALL_TIME_MAX);
+        tokio::select! {
+            biased;
+            done = call => done,
+            () = ended => Err(RuncError::BrokenOff { command: "exec" }),
+        }
     }
 
     /// Signals the init process, or with `all` every process.
@@ -296,6 +309,9 @@ impl Runc {
         drop(program);
         let (child, done) =
             spawned.map_err(|source| RuncError::Start { binary: self.binary.clone(), source })?;
+        // Only the caller of an exec gives up on it; any other command is seen to its end.
+        let _guard = (command == "exec")
+            .then(|| KillOnDrop { reaper: self.reaper.as_ref(), pid: child.id() });
         match tokio::time::timeout(limit, done).await {
             Ok(exit) => Ok(exit.map_or(255, |exit| exit.code)),
             Err(_) => {
@@ -303,6 +319,18 @@ impl Runc {
                 Err(RuncError::TimedOut { binary: self.binary.clone(), command, limit })
             }
         }
+    }
+}
+
+/// Kills a program when it is dropped, unless the program has ended.
+struct KillOnDrop<'a> {
+    reaper: &'a Reaper,
+    pid: u32,
+}
+
+impl Drop for KillOnDrop<'_> {
+    fn drop(&mut self) {
+        let _ = self.reaper.signal(self.pid, Signal::SIGKILL);
     }
 }
 

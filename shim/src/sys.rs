@@ -179,3 +179,68 @@ pub(crate) fn freeze_file_system(directory: impl AsFd, freeze: bool) -> Result<(
     let done = unsafe { libc::ioctl(directory.as_fd().as_raw_fd(), request, &raw const unused) };
     Errno::result(done).map(drop)
 }
+
+/// What may be done to the files of a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// As at its source.
+    AsBefore,
+    ReadOnly,
+}
+
+/// Mounts the tree at `from` once more at `at`, with the users of its files mapped as by the user
+/// namespace `namespace`.
+///
+/// Errors: the kernel's, `EINVAL` for a file system without ID-mapped mounts.
+#[expect(unsafe_code, reason = "no safe wrappers for these calls")]
+pub(crate) fn mount_mapped(
+    from: &Path,
+    at: &Path,
+    namespace: &OwnedFd,
+    access: Access,
+) -> io::Result<()> {
+    const RECURSIVE: libc::c_int = 0x8000; // AT_RECURSIVE
+    let tree_flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    let tree_flags = tree_flags | RECURSIVE.cast_unsigned();
+    let (from, at) = (c_path(from)?, c_path(at)?);
+    // SAFETY: the kernel reads the path, which ends in a NUL and outlives the call.
+    let tree =
+        unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), tree_flags) };
+    let tree = RawFd::try_from(tree).ok().filter(|fd| *fd >= 0);
+    let tree = tree.ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: the kernel has just returned the descriptor to us; nobody else owns it.
+    let tree = unsafe { OwnedFd::from_raw_fd(tree) };
+    // SAFETY: `mount_attr` is plain integers, for which all zeroes is a value.
+    let mut attributes: libc::mount_attr = unsafe { std::mem::zeroed() };
+    attributes.attr_set = libc::MOUNT_ATTR_IDMAP;
+    if access == Access::ReadOnly {
+        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    attributes.propagation = libc::MS_PRIVATE;
+    attributes.userns_fd = u64::from(namespace.as_raw_fd().cast_unsigned());
+    let (fd, empty) = (tree.as_raw_fd(), c"".as_ptr());
+    // SAFETY: both descriptors are open for the call, and the kernel only reads `attributes`, whose
+    // size it is told.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd,
+            empty,
+            libc::AT_EMPTY_PATH | RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(done)?;
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
+    // SAFETY: the descriptor is open for the call, and the kernel reads the paths, which end in a NUL.
+    let done = unsafe {
+        libc::syscall(libc::SYS_move_mount, fd, empty, libc::AT_FDCWD, at.as_ptr(), flags)
+    };
+    Errno::result(done).map(drop).map_err(io::Error::from)
+}
+
+fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
+    use std::os::unix::ffi::OsStrExt as _;
+    Ok(std::ffi::CString::new(path.as_os_str().as_bytes())?)
+}

@@ -29,6 +29,7 @@ use crate::criu::{self, SettingError, Settings};
 use crate::error::TaskError;
 use crate::launch;
 use crate::options;
+use crate::process::Phase;
 use crate::server::OPTIONS_FILE;
 use crate::spec::{CRIU_CONFIG, Spec};
 use crate::stats;
@@ -249,7 +250,7 @@ impl Task for TaskService {
             ..Default::default()
         };
         response.set_status(container.phase_of(&process).status());
-        if let Some(exit) = process.exit() {
+        if let Phase::Stopped(exit) = process.phase() {
             response.exit_status = exit.code;
             response.exited_at = Some(timestamp(exit.at)).into();
         }

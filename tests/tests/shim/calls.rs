@@ -205,7 +205,7 @@ impl Task {
         found.process.context("no process in the answer")
     }
 
-    fn status(&self, exec: &str) -> Result<Status> {
+    pub(super) fn status(&self, exec: &str) -> Result<Status> {
         Ok(self.state(exec)?.status())
     }
 
@@ -383,6 +383,7 @@ fn a_program_that_is_missing_is_named(runtime: &Runtime) -> Result<()> {
             assert_eq!(wait.join().expect("no panic")?, expected);
             anyhow::Ok(())
         })?;
+        assert_eq!(task.status(&exec)?, Status::Created);
         task.delete_exec(&exec)?;
         // The runtime's words are not the process's.
         assert_eq!(output.text()?, "");

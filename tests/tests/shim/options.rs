@@ -2,6 +2,7 @@
 //!
 //! Not run against containerd's shim where that would only show what crun does.
 
+use containerd_client::types::v1::Status;
 use prost_types::Any;
 
 use super::calls::{Streams, Task, refusal, traces};
@@ -28,6 +29,46 @@ fn under_crun(runtime: &Runtime, name: &str, script: &str) -> Result<Task> {
     task.create(&Streams::default(), Some(options("crun", "", false)))?;
     task.start("")?;
     Ok(task)
+}
+
+/// A runtime that holds an exec until the test lets it go on.
+const SLOW_EXEC: &str = "#!/bin/sh
+case \"$*\" in *' exec '*) : > /run/slow-exec.ready; read line < /run/slow-exec.fifo ;; esac
+exec runc \"$@\"
+";
+
+/// Method: the init process is killed while the runtime hangs in an exec, and another exec comes.
+fn an_init_that_ends_while_execs_start_waits_for_no_runtime(runtime: &Runtime) -> Result<()> {
+    let install = "cat > /run/slow-runc; chmod 755 /run/slow-runc; cd /run; \
+                   rm -f slow-exec.*; mkfifo slow-exec.fifo";
+    node().command(&["sh", "-c", install]).stdin(SLOW_EXEC).ok()?;
+    let task = Task::of(runtime, "slowexec", &[], "sleep 600")?;
+    task.create(&Streams::default(), Some(options("/run/slow-runc", "", false)))?;
+    task.start("")?;
+    let execs = ["e1", "e2"];
+    execs.iter().try_for_each(|exec| task.exec(exec, &Streams::default(), "sleep 601"))?;
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| refusal(task.start("e1")));
+        let is_held = || Ok(node().path("/run/slow-exec.ready").exists());
+        wait_until("the runtime hangs in the first exec", SOON, is_held)?;
+        node().ok(&["kill", "-9", &task.container.pid()?])?;
+        let second = scope.spawn(|| refusal(task.start("e2")));
+        if runtime.tag == "runc" {
+            // It waits for the runtime, which has to go on here.
+            let go_on = "timeout 3 sh -c 'while :; do echo > /run/slow-exec.fifo; done' || :";
+            node().sh(go_on)?;
+        }
+        task.container.wait_for_status("STOPPED")?;
+        first.join().expect("no panic")?;
+        second.join().expect("no panic")?;
+        anyhow::Ok(())
+    })?;
+    for exec in execs {
+        assert_eq!(task.status(exec)?, Status::Created);
+        task.delete_exec(exec)?;
+    }
+    assert_eq!(task.delete()?, 137);
+    Ok(())
 }
 
 fn crun_does_what_runc_does(runtime: &Runtime) -> Result<()> {
@@ -122,6 +163,7 @@ fn crun_containers_are_not_dumped() -> Result<()> {
 }
 
 with_both_runtimes! {
+    an_init_that_ends_while_execs_start_waits_for_no_runtime,
     crun_does_what_runc_does,
     crun_names_a_program_that_is_missing,
     a_killed_shim_takes_crun_containers_along,
