@@ -13,7 +13,8 @@
 //! runtime. What it waits for after that is bounded by [`END_TIME_MAX`], so that a runtime that hangs
 //! cannot hold back the news of an exit.
 //!
-//! Read next: [`crate::launch`] for create, start and restore, [`crate::dump`] for checkpoints.
+//! Read next: [`crate::launch`] for create, start and restore, [`crate::exec`] for added processes,
+//! [`crate::dump`] for checkpoints.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ use std::time::{Duration, SystemTime};
 use containerd_shim::asynchronous::io::Stdio;
 use containerd_shim::protos::api::Mount;
 use containerd_shim::protos::events::task::{
-    TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+    TaskDelete, TaskExit, TaskOOM, TaskPaused, TaskResumed,
 };
 use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim::protos::shim::oci::Options;
@@ -37,10 +38,9 @@ use crate::criu::Settings;
 use crate::error::TaskError;
 use crate::process::{Phase, Process};
 use crate::publisher::Publisher;
-use crate::reap::{Exit, Mark, Reaper, Waiter};
+use crate::reap::{Exit, Reaper, Waiter};
 use crate::rootfs;
 use crate::runc::{Launch, Runc};
-use crate::spec;
 use crate::volumes::{self, VolumeError};
 use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
@@ -49,8 +49,6 @@ use crate::wiring::{ConsoleSocket, Owner, Unasked};
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 /// Exit status of what was killed before it ran.
 const KILLED: u32 = 137;
-/// Exit status of an added process that the runtime could not start: containerd's "unknown".
-const NOT_STARTED: u32 = 255;
 
 /// What all containers of a shim share.
 pub(crate) struct Shared {
@@ -73,11 +71,11 @@ pub(crate) enum Origin {
 }
 
 /// A process added by exec.
-struct Exec {
-    process: Arc<Process>,
-    spec: Vec<u8>,
+pub(crate) struct Exec {
+    pub(crate) process: Arc<Process>,
+    pub(crate) spec: Vec<u8>,
     /// Held while it is started or deleted.
-    operation: tokio::sync::Mutex<()>,
+    pub(crate) operation: tokio::sync::Mutex<()>,
 }
 
 /// See the module comment.
@@ -97,7 +95,7 @@ pub(crate) struct Container {
     pub(crate) operation: tokio::sync::Mutex<()>,
     pub(crate) gate: tokio::sync::RwLock<()>,
     /// Becomes true when the init process has ended, before its exit is reported.
-    init_ended: watch::Sender<bool>,
+    pub(crate) init_ended: watch::Sender<bool>,
     /// Held while a process stops and its exit is queued, so that exits are queued in their order.
     exits: Mutex<()>,
     /// Becomes true when a start that is under way is no longer wanted.
@@ -160,7 +158,7 @@ impl Container {
         }
     }
 
-    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
+    pub(crate) fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -187,7 +185,7 @@ impl Container {
         self.exec(exec_id).map(|exec| Arc::clone(&exec.process))
     }
 
-    fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, TaskError> {
+    pub(crate) fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, TaskError> {
         let missing =
             || TaskError::NoExec { container: self.name.to_string(), exec: exec_id.to_owned() };
         self.execs().get(exec_id).cloned().ok_or_else(missing)
@@ -296,109 +294,6 @@ impl Container {
         for process in execs.iter().filter(|process| process.phase() == Phase::Running) {
             process.stopped().await;
         }
-    }
-
-    /// Adds a process, to be started later.
-    ///
-    /// - `spec`: the OCI specification's process as JSON.
-    /// - Errors: the id is taken or no name; no such specification; the container does not allow it.
-    pub(crate) fn add_exec(
-        &self,
-        exec_id: &str,
-        stdio: Stdio,
-        spec: &[u8],
-    ) -> Result<(), TaskError> {
-        // It becomes part of file names in the bundle.
-        ContainerRef::new(&self.shared.namespace, exec_id)?;
-        let spec = spec::process(spec, stdio.terminal)?;
-        self.check_takes_execs()?;
-        let mut execs = self.execs();
-        if execs.contains_key(exec_id) {
-            return Err(TaskError::Exists(format!("process {exec_id} of container {}", self.name)));
-        }
-        let process = Arc::new(Process::new(exec_id, stdio));
-        let exec = Exec { process, spec, operation: tokio::sync::Mutex::default() };
-        execs.insert(exec_id.to_owned(), Arc::new(exec));
-        drop(execs);
-        self.shared.publisher.publish(TaskExecAdded {
-            container_id: self.name.id().to_owned(),
-            exec_id: exec_id.to_owned(),
-            ..Default::default()
-        });
-        Ok(())
-    }
-
-    /// A created container has its namespaces, and takes processes, unless it waits to be restored.
-    fn check_takes_execs(&self) -> Result<(), TaskError> {
-        if *self.init_ended.borrow() {
-            return Err(self.phase_error("its init process has ended"));
-        }
-        match self.init.phase() {
-            Phase::Running => Ok(()),
-            Phase::Created if self.init.pid() != 0 => Ok(()),
-            Phase::Created | Phase::Paused | Phase::Stopped(_) => {
-                Err(self.phase_error("processes can be added to a running container only"))
-            }
-        }
-    }
-
-    /// Starts an added process. Errors: its phase or the container's; the runtime's, and then it can
-    /// only be deleted.
-    pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
-        let exec = self.exec(exec_id)?;
-        let _operation = exec.operation.lock().await;
-        // Before the gate as well: the init's exit may wait there, and this start would wait behind it.
-        self.check_takes_execs()?;
-        let _gate = self.gate.read().await;
-        self.check_takes_execs()?;
-        if exec.process.phase() != Phase::Created || exec.process.exit().is_some() {
-            return Err(self.phase_error("the process was started already"));
-        }
-        let since = self.shared.reaper.mark();
-        match self.run_exec(&exec, since).await {
-            Ok(pid) => {
-                exec.process.set_pid(pid);
-                exec.process.enter(Phase::Running);
-                self.shared.publisher.publish(TaskExecStarted {
-                    container_id: self.name.id().to_owned(),
-                    exec_id: exec_id.to_owned(),
-                    pid,
-                    ..Default::default()
-                });
-                let waiter = self.shared.reaper.watch(pid, since);
-                self.report_exit(Arc::clone(&exec.process), waiter);
-                Ok(pid)
-            }
-            Err(error) => {
-                exec.process.rewire().abort(&self.shared.reaper).await;
-                exec.process.refuse(Exit { code: NOT_STARTED, at: SystemTime::now() });
-                Err(error)
-            }
-        }
-    }
-
-    async fn run_exec(&self, exec: &Exec, since: Mark) -> Result<u32, TaskError> {
-        let id = &exec.process.exec_id;
-        let spec_file = self.bundle.join(format!("exec-{id}.json"));
-        let pid_file = self.bundle.join(format!("exec-{id}.pid"));
-        std::fs::write(&spec_file, &exec.spec).map_err(TaskError::io("process description"))?;
-        let started = self
-            .wire(&exec.process, Unasked::Null, &pid_file, async |launch| {
-                let mut ended = self.init_ended.subscribe();
-                let ended = async { drop(ended.wait_for(|ended| *ended).await) };
-                self.runc.exec(&spec_file, launch, ended).await
-            })
-            .await;
-        let pid = read_pid(&pid_file);
-        for file in [spec_file, pid_file] {
-            let _ = std::fs::remove_file(file);
-        }
-        if let (Err(_), Ok(pid)) = (&started, &pid) {
-            // It may run, and nothing would ever end it.
-            let _ended = self.shared.reaper.watch(*pid, since);
-            let _ = self.shared.reaper.signal(*pid, Signal::SIGKILL);
-        }
-        started.and(pid)
     }
 
     /// Sets up a process's streams around the runtime command that starts it.
@@ -549,20 +444,6 @@ impl Container {
         Ok(self.runc.update(resources).await?)
     }
 
-    /// Removes an added process that does not run.
-    pub(crate) async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), TaskError> {
-        let exec = self.exec(exec_id)?;
-        let _operation = exec.operation.lock().await;
-        if matches!(exec.process.phase(), Phase::Running | Phase::Paused) {
-            return Err(self.phase_error("the added process still runs"));
-        }
-        exec.process.wiring().shutdown(&self.shared.reaper).await;
-        self.execs().remove(exec_id);
-        // Whoever waits for one that was never started waits no longer.
-        exec.process.stop(never_ran());
-        Ok((exec.process.pid(), exec.process.exit().unwrap_or(never_ran())))
-    }
-
     /// Removes a container that does not run: what the runtime holds, its mounts, its streams.
     ///
     /// Errors: it still runs; the runtime's; a mount that cannot be undone. It can be called again
@@ -606,7 +487,7 @@ impl Container {
 }
 
 /// The end of what never began.
-fn never_ran() -> Exit {
+pub(crate) fn never_ran() -> Exit {
     Exit { code: 0, at: SystemTime::now() }
 }
 

@@ -20,6 +20,7 @@ mod daemon;
 mod detached;
 mod dump;
 mod error;
+mod exec;
 mod hold;
 mod info;
 mod launch;
@@ -38,6 +39,7 @@ mod spec;
 mod stats;
 mod sys;
 mod task;
+mod time_namespace;
 mod volumes;
 mod wiring;
 
@@ -57,6 +59,9 @@ const BLOCKING_THREADS_MAX: usize = 4;
 fn main() -> ExitCode {
     if hold::is_script() {
         return hold::script_main();
+    }
+    if time_namespace::is_launcher() {
+        return time_namespace::launcher_main();
     }
     let args: Vec<_> = std::env::args_os().collect();
     if rerun::is_child(&args) {

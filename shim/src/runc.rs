@@ -18,6 +18,7 @@ use nix::sys::signal::Signal;
 
 use crate::hold;
 use crate::reap::Reaper;
+use crate::time_namespace::Inside;
 
 /// Deadline of every command without one of its own: none of them waits for the container's
 /// programs.
@@ -142,7 +143,7 @@ impl Runc {
         if self.no_new_keyring {
             args.push("--no-new-keyring".into());
         }
-        self.launch("create", args, launch, CALL_TIME_MAX).await
+        self.launch("create", args, launch, None, CALL_TIME_MAX).await
     }
 
     /// Lets the init process run the container's program.
@@ -166,7 +167,7 @@ impl Runc {
         if self.no_pivot {
             args.push("--no-pivot".into());
         }
-        self.launch("restore", args, launch, limit).await
+        self.launch("restore", args, launch, None, limit).await
     }
 
     /// Dumps the container with CRIU. `flags` are the command's own.
@@ -185,15 +186,16 @@ impl Runc {
     }
 
     /// Starts another process in the container, unless `ended` resolves first: the runtime is killed
-    /// then. `process` is a file with its OCI description.
+    /// then. `process` is a file with its OCI description; `inside` leads to the container's clock.
     pub(crate) async fn exec(
         &self,
         process: &Path,
         launch: Launch<'_>,
+        inside: Option<&Inside>,
         ended: impl Future<Output = ()>,
     ) -> Result<(), RuncError> {
         let args = vec!["--process".into(), process.into(), "--detach".into()];
-        let call = self.launch("exec", args, launch, CALL_TIME_MAX);
+        let call = self.launch("exec", args, launch, inside, CALL_TIME_MAX);
         tokio::select! {
             biased;
             done = call => done,
@@ -250,6 +252,7 @@ impl Runc {
         command: &'static str,
         mut args: Vec<OsString>,
         launch: Launch<'_>,
+        inside: Option<&Inside>,
         limit: Duration,
     ) -> Result<(), RuncError> {
         args.extend(["--pid-file".into(), launch.pid_file.into()]);
@@ -257,7 +260,7 @@ impl Runc {
             args.extend(["--console-socket".into(), socket.into()]);
         }
         args.push(self.id.clone().into());
-        self.call(command, &args, launch.streams, limit).await
+        self.call_in(command, &args, launch.streams, inside, limit).await
     }
 
     async fn call(
@@ -267,9 +270,25 @@ impl Runc {
         streams: Streams,
         limit: Duration,
     ) -> Result<(), RuncError> {
+        self.call_in(command, args, streams, None, limit).await
+    }
+
+    async fn call_in(
+        &self,
+        command: &'static str,
+        args: &[OsString],
+        streams: Streams,
+        inside: Option<&Inside>,
+        limit: Duration,
+    ) -> Result<(), RuncError> {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let log = self.bundle.join(format!(".runc-{command}-{number}.json"));
-        let outcome = self.run(command, args, streams, &log, limit).await;
+        let (mut program, root) = match inside {
+            Some(inside) => (inside.command(&self.binary, &log), inside.root()),
+            None => (Command::new(&self.binary), self.root.as_path()),
+        };
+        program.arg("--root").arg(root).arg("--log").arg(&log).args(["--log-format", "json"]);
+        let outcome = self.run(program, command, args, streams, limit).await;
         let failed = |message| RuncError::Failed { command, message };
         let outcome = match outcome {
             Ok(0) => Ok(()),
@@ -285,14 +304,12 @@ impl Runc {
 
     async fn run(
         &self,
+        mut program: Command,
         command: &'static str,
         args: &[OsString],
         streams: Streams,
-        log: &Path,
         limit: Duration,
     ) -> Result<u32, RuncError> {
-        let mut program = Command::new(&self.binary);
-        program.arg("--root").arg(&self.root).arg("--log").arg(log).args(["--log-format", "json"]);
         if self.systemd_cgroup {
             program.arg("--systemd-cgroup");
         }
