@@ -22,6 +22,7 @@ mod dump;
 mod error;
 mod exec;
 mod hold;
+mod idmap;
 mod info;
 mod launch;
 mod log;
@@ -62,6 +63,9 @@ fn main() -> ExitCode {
     }
     if time_namespace::is_launcher() {
         return time_namespace::launcher_main();
+    }
+    if idmap::is_holder() {
+        return idmap::holder_main();
     }
     let args: Vec<_> = std::env::args_os().collect();
     if rerun::is_child(&args) {

@@ -7,6 +7,11 @@ use containerd_shim::protos::api::Mount;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
+use crate::idmap::{Layers, Mapping};
+use crate::sys;
+
+/// Name of the directory in a bundle where mapped layers lie while they are mounted.
+const LAYERS_DIRECTORY: &str = "mapped-layers";
 /// Mount points below one directory that are unmounted in one go.
 const MOUNTS_MAX: usize = 4096;
 
@@ -17,6 +22,8 @@ pub(crate) enum RootfsError {
     Directory { path: PathBuf, source: std::io::Error },
     #[error("mounting {kind} on {path}")]
     Mount { kind: String, path: PathBuf, source: containerd_shim::Error },
+    #[error("mapping the users of {kind} on {path}")]
+    Map { kind: String, path: PathBuf, source: std::io::Error },
     #[error("unmounting {path}")]
     Unmount { path: PathBuf, source: Errno },
 }
@@ -36,25 +43,10 @@ pub(crate) async fn mount(mounts: &[Mount], bundle: &Path) -> Result<(), RootfsE
         _ => {}
     }
     let (done, mounted) = tokio::sync::oneshot::channel();
-    let (mounts, target) = (mounts.to_vec(), rootfs.clone());
+    let (mounts, target, layers) = (mounts.to_vec(), rootfs.clone(), bundle.join(LAYERS_DIRECTORY));
     // A thread that ends: with many layers the mount moves its working directory away for good.
     std::thread::spawn(move || {
-        let one = |mount: &Mount| {
-            let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-            let (kind, source) = (some(&mount.type_), some(&mount.source));
-            containerd_shim::mount::mount_rootfs(
-                kind.as_deref(),
-                source.as_deref(),
-                &mount.options,
-                &target,
-            )
-            .map_err(|source| RootfsError::Mount {
-                kind: mount.type_.clone(),
-                path: target.clone(),
-                source,
-            })
-        };
-        let _ = done.send(mounts.iter().try_for_each(one));
+        let _ = done.send(mounts.iter().try_for_each(|mount| mount_one(mount, &target, &layers)));
     });
     let lost = || RootfsError::Directory {
         path: rootfs.clone(),
@@ -65,6 +57,36 @@ pub(crate) async fn mount(mounts: &[Mount], bundle: &Path) -> Result<(), RootfsE
         let _ = unmount(&rootfs);
     }
     outcome
+}
+
+/// Mounts one of a bundle's mounts on `target`; `layers` is where mapped layers lie meanwhile.
+fn mount_one(mount: &Mount, target: &Path, layers: &Path) -> Result<(), RootfsError> {
+    let unmapped =
+        |source| RootfsError::Map { kind: mount.type_.clone(), path: target.to_owned(), source };
+    let mut options = mount.options.clone();
+    let mapping = Mapping::take(&mut options).map_err(unmapped)?;
+    let mapping = mapping.map(|mapping| mapping.user_namespace()).transpose().map_err(unmapped)?;
+    let is_overlay = mount.type_ == "overlay";
+    let _layers = match &mapping {
+        Some(namespace) if is_overlay => {
+            Some(Layers::mount(&mut options, layers, namespace).map_err(unmapped)?)
+        }
+        _ => None,
+    };
+    let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    let (kind, source) = (some(&mount.type_), some(&mount.source));
+    containerd_shim::mount::mount_rootfs(kind.as_deref(), source.as_deref(), &options, target)
+        .map_err(|source| RootfsError::Mount {
+            kind: mount.type_.clone(),
+            path: target.to_owned(),
+            source,
+        })?;
+    match &mapping {
+        Some(namespace) if !is_overlay => {
+            sys::mount_mapped(target, target, namespace, sys::Access::AsBefore).map_err(unmapped)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Unmounts `dir` and everything below it, innermost first, lazily where it is in use.

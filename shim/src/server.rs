@@ -126,7 +126,8 @@ pub(crate) async fn delete(flags: &Flags) -> Result<(), ServeError> {
     {
         eprintln!("removing {} from {}: {error}", flags.id, runc.binary());
     }
-    if let Err(error) = undone.and_then(|()| rootfs::unmount(&bundle.join("rootfs"))) {
+    // The root file system, and layers that were being mapped for it.
+    if let Err(error) = undone.and_then(|()| rootfs::unmount(&bundle)) {
         eprintln!("{}", crate::error::chain(&error));
     }
     let released = mounted.as_deref().map_or(Ok(()), volumes::release);

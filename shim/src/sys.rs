@@ -2,8 +2,9 @@
 //! unsafe.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::Command;
 
 use nix::errno::Errno;
@@ -199,7 +200,7 @@ pub(crate) fn mount_mapped(
     namespace: &OwnedFd,
     access: Access,
 ) -> io::Result<()> {
-    const RECURSIVE: libc::c_int = 0x8000; // AT_RECURSIVE
+    const RECURSIVE: libc::c_int = libc::AT_RECURSIVE;
     let tree_flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     let tree_flags = tree_flags | RECURSIVE.cast_unsigned();
     let (from, at) = (c_path(from)?, c_path(at)?);

@@ -147,6 +147,26 @@ fn foreground(runtime: &Runtime, name: &str, extra: &[&str], script: &str) -> Re
     ctr(&words)
 }
 
+/// Method: containerd 2's overlayfs leaves it to the shim to map the layers; 1.7's cannot ask for it.
+fn layers_belong_to_the_users_of_the_container(runtime: &Runtime) -> Result<()> {
+    if Containerd::of_suite() != Containerd::V2 {
+        return Ok(());
+    }
+    let (ctr, id) = (Containerd::of_suite().ctr(), format!("{}-idmap", runtime.tag));
+    let ids = ["--uidmap", "0:100000:65535", "--gidmap", "0:200000:65535", "--remap-labels"];
+    let run = [&ctr, "run", "-d", "--runtime", runtime.name, "--snapshotter", "overlayfs"];
+    let image = [Image::Busybox.reference(), &id, "sh", "-c", "touch /written; sleep 600"];
+    node().ok(&[&run[..], &ids, &image].concat())?;
+    let container = Container { id: id.clone() };
+    let seen = container.exec_ok("look", "stat -c %u:%g / /bin/busybox /etc/passwd /written")?;
+    assert_eq!(seen, "0:0\n".repeat(4));
+    let root = format!("/run/containerd/io.containerd.runtime.v2.task/default/{id}");
+    let outside = node().sh(&format!("stat -c %u:%g {root}/rootfs/bin/busybox; ls {root}"))?;
+    assert!(outside.starts_with("100000:200000\n"), "{outside}");
+    assert!(!outside.contains("mapped-layers"), "{outside}");
+    Ok(())
+}
+
 /// Processes of shims of this runtime, one command line each.
 fn shims(runtime: &Runtime) -> Result<Vec<String>> {
     let name =
@@ -571,6 +591,7 @@ fn our_shim_is_small() -> Result<()> {
 }
 
 with_both_runtimes! {
+    layers_belong_to_the_users_of_the_container,
     an_update_changes_the_limit,
     a_terminal_can_be_resized,
     run_gives_output_and_exit_code,
