@@ -50,6 +50,9 @@ pub mod path {
     /// Where the file systems of block volumes are mounted for containers, `NAMESPACE/CONTAINER/VOLUME`. Not in a
     /// bundle nor in the daemon's run directory: containerd and systemd remove those with all that lies below.
     pub const MOUNTS: &str = "/run/godwit-volumes";
+    /// FIFOs of terminals that the daemon made, `NAMESPACE/CONTAINER/{stdin,stdout}`. A shim discards the oldest
+    /// output in them while no client reads it.
+    pub const STREAMS: &str = "/run/godwit-streams";
     /// File in a bundle that holds the shim's ttrpc address.
     pub const SHIM_ADDRESS_FILE: &str = "godwit-address";
 }

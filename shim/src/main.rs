@@ -26,6 +26,7 @@ mod idmap;
 mod info;
 mod launch;
 mod log;
+mod newest;
 mod oom;
 mod options;
 mod own_service;

@@ -22,11 +22,13 @@ use std::time::Duration;
 
 use containerd_shim::asynchronous::io::{IoTasks, Pty, Stdio};
 use containerd_shim::protos::shim::oci::Options;
+use godwit_protos::path;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 use tokio::net::{UnixListener, UnixStream, unix::pipe};
 
+use crate::newest::Newest;
 use crate::reap::{Reaper, Waiter};
 use crate::runc::Streams;
 use crate::sys;
@@ -265,6 +267,13 @@ impl Wiring {
     {
         let mut from = UntilError(from);
         match sink {
+            Sink::Fifo(path) if Path::new(&path).starts_with(path::STREAMS) => {
+                let mut to = Newest::open(&path).map_err(io_error(&path))?;
+                self.others().files.push(tokio::spawn(async move {
+                    let _ = tokio::io::copy(&mut from, &mut to).await;
+                }));
+                Ok(())
+            }
             Sink::Fifo(path) => {
                 let wrong = |source| WiringError::Copy { target: path.clone(), source };
                 self.copies.copy_to_fifo(from, &path).map_err(wrong)

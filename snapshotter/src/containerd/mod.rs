@@ -55,7 +55,7 @@ pub use images::ImageContent;
 pub use layers::{FoundBlob, FoundLayer};
 pub use leases::Lease;
 pub use snapshots::upper_dir;
-pub use tasks::{Exit, Task, TaskStatus};
+pub use tasks::{Exit, Task, TaskStatus, Terminal};
 pub(crate) use unpack::LABEL_REF;
 
 /// Deadline of connecting to containerd's socket.

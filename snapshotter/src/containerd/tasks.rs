@@ -8,7 +8,7 @@ use tonic::transport::Channel;
 use super::{Client, ClientError, Mount, optional, present};
 
 /// A container's init process as containerd sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
     /// Its pid in containerd's pid namespace; 0 if it has none yet.
     pub pid: u32,
@@ -16,6 +16,17 @@ pub struct Task {
     pub status: TaskStatus,
     /// Meaningful once it has stopped.
     pub exit_status: u32,
+    /// Paths or URIs of its standard streams, empty where it has none.
+    pub streams: [String; 3],
+}
+
+/// FIFOs of a terminal: what its programs read, and what they print.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Terminal {
+    /// Path of the input.
+    pub stdin: String,
+    /// Path of the output.
+    pub stdout: String,
 }
 
 /// What a task does.
@@ -71,12 +82,14 @@ impl Client {
         let answer = answer.map_err(|status| self.failed("get", task_of(namespace, id), &status));
         let Some(answer) = optional(answer)? else { return Ok(None) };
         let process = present(answer.into_inner().process, || task_of(namespace, id))?;
+        let status = process.status().into();
         let (pid, exit_status) = (process.pid, process.exit_status);
-        Ok(Some(Task { pid, status: process.status().into(), exit_status }))
+        let streams = [process.stdin, process.stdout, process.stderr];
+        Ok(Some(Task { pid, status, exit_status, streams }))
     }
 
-    /// Creates the task of a container over `rootfs`, without standard streams; its pid comes back,
-    /// or 0 when the runtime tells it only at the start, as for a restore.
+    /// Creates the task of a container over `rootfs`, on `terminal` or without standard streams; its pid
+    /// comes back, or 0 when the runtime tells it only at the start, as for a restore.
     ///
     /// Errors: [`ClientError::AlreadyExists`]; [`ClientError::NotFound`] without the container.
     pub async fn create_task(
@@ -84,9 +97,13 @@ impl Client {
         namespace: &str,
         id: &str,
         rootfs: Vec<Mount>,
+        terminal: Option<Terminal>,
     ) -> Result<u32, ClientError> {
         let container_id = id.to_owned();
-        let message = api::CreateTaskRequest { container_id, rootfs, ..Default::default() };
+        let mut message = api::CreateTaskRequest { container_id, rootfs, ..Default::default() };
+        if let Some(Terminal { stdin, stdout }) = terminal {
+            (message.stdin, message.stdout, message.terminal) = (stdin, stdout, true);
+        }
         let answer = self.tasks().create(self.work_request(namespace, message)?).await;
         let answer =
             answer.map_err(|status| self.failed("create", task_of(namespace, id), &status))?;

@@ -33,6 +33,7 @@ pub mod shim;
 pub mod source;
 pub mod spec;
 pub mod subjects;
+mod terminal;
 
 use std::time::Duration;
 
@@ -133,6 +134,9 @@ pub enum MigrationError {
     /// The two nodes cannot have the same container.
     #[error("{0}")]
     Incompatible(String),
+    /// The FIFOs of its terminal cannot be made.
+    #[error("cannot make the FIFOs of the container's terminal")]
+    Terminal(#[source] std::io::Error),
     /// The shim refused; for a dump, with CRIU's reason.
     #[error("cannot {what}: {reason}")]
     Shim {
@@ -282,10 +286,16 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 async fn remove_container(node: &Node, container: &ContainerRef) {
     let (namespace, id) = (container.namespace(), container.id());
     let record = node.containerd.container(namespace, id).await;
+    let task = node.containerd.task(namespace, id).await;
     // The exit of the killed tasks may still be on its way.
     for attempt in 0..50u32 {
         match node.containerd.delete_task(namespace, id).await {
-            Ok(_) | Err(ClientError::NotFound(_)) => break,
+            Ok(_) | Err(ClientError::NotFound(_)) => {
+                if let Ok(Some(task)) = &task {
+                    terminal::remove_fifos(&task.streams);
+                }
+                break;
+            }
             Err(error) if attempt == 49 => {
                 tracing::warn!(%container, %error, "cannot delete the task");
             }

@@ -15,7 +15,7 @@ use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
 use super::destination::{Prepared, Settings, connect, mode_word};
 use super::ownership::Ownership;
-use super::{MigrationError, image, obstacles, record, spec};
+use super::{MigrationError, image, obstacles, record, spec, terminal};
 use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
 use crate::volumes::VolumeError;
@@ -90,6 +90,8 @@ pub(super) async fn create_and_start(
     let (namespace, id) = (container.namespace(), container.id());
     let snapshotter = record.snapshotter.clone();
     let chain_id = content.chain_id().map(|chain_id| chain_id.to_string());
+    let terminal = has_terminal(&record).then(|| terminal::make(container)).transpose();
+    let terminal = terminal.map_err(MigrationError::Terminal)?;
     // Until the container refers to its snapshot, containerd's garbage collection would take it.
     let lease = node.containerd.lease(namespace).await?;
     let prepared = lease.client().prepare(namespace, &snapshotter, id, chain_id.as_deref());
@@ -99,7 +101,7 @@ pub(super) async fn create_and_start(
         node.containerd.create_container(namespace, record).await?;
         lease.release().await?;
         before();
-        node.containerd.create_task(namespace, id, mounts).await?;
+        node.containerd.create_task(namespace, id, mounts, terminal).await?;
         node.containerd.start_task(namespace, id).await
     };
     match started.await {
@@ -110,6 +112,7 @@ pub(super) async fn create_and_start(
             // An error of the call says nothing of the container, which may have come and run.
             if !has_come(node, container)? {
                 super::remove_container(node, container).await;
+                terminal::discard(container);
                 let _ = node.containerd.remove_snapshot(namespace, &snapshotter, id).await;
             }
             Err(match error {
@@ -118,6 +121,12 @@ pub(super) async fn create_and_start(
             })
         }
     }
+}
+
+/// Whether the container's process is to have a terminal.
+fn has_terminal(record: &Container) -> bool {
+    let spec = serde_json::from_slice::<serde_json::Value>(&record.spec).unwrap_or_default();
+    spec.pointer("/process/terminal") == Some(&serde_json::Value::Bool(true))
 }
 
 /// Removes containers that a daemon had created for a migration when it died. Those that were let run here stay.
