@@ -71,6 +71,8 @@ pub(crate) enum TaskError {
     Restore { container: String, reason: String, log: PathBuf },
     #[error("container {container} may not run here: {reason}")]
     NotGranted { container: String, reason: String },
+    #[error("container {container} cannot be restored here: {reason}")]
+    NoMemory { container: String, reason: String },
     #[error("the start of container {0} was cancelled")]
     Cancelled(String),
 }
@@ -97,6 +99,7 @@ impl TaskError {
             | Self::Dump { .. }
             | Self::DumpHung { .. }
             | Self::NotGranted { .. }
+            | Self::NoMemory { .. }
             | Self::Daemon(DaemonError::Refused(_)) => Code::FAILED_PRECONDITION,
             Self::Daemon(DaemonError::Unreachable { .. }) => Code::UNAVAILABLE,
             Self::NeedsRunc { .. } => Code::UNIMPLEMENTED,

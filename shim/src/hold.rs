@@ -1,6 +1,7 @@
 //! Holding a restored container before its first instruction.
 //!
-//! CRIU calls an action script at every stage of a restore, each stage twice here. At
+//! CRIU calls an action script at every stage of a restore, each stage twice here. At `pre-restore`
+//! no task exists yet, and the shim lifts the container's limits ([`crate::limits`]). At
 //! `post-restore` every task is complete and none has run; a script that fails there makes CRIU
 //! undo everything. So the script is where ownership moves:
 //!
@@ -14,6 +15,7 @@
 //! always the shim's own version, also when its file was replaced, and on no file system that
 //! forbids execution, as /run may.
 //!
+//! 0. At `pre-restore` the script says [`PREPARING`] and waits for the answer.
 //! 1. CRIU calls the script; it connects and says [`HELD`].
 //! 2. The shim, told by the first connection, obtains the verdict.
 //! 3. It answers this and every later connection with the same byte.
@@ -32,13 +34,15 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
+
+use crate::limits::Raised;
 
 /// Environment of the runtime, and so of CRIU and of the script: the bundle with the socket.
 pub(crate) const BUNDLE_VARIABLE: &str = "GODWIT_HOLD_BUNDLE";
@@ -48,7 +52,9 @@ const STAGE_VARIABLE: &str = "CRTOOLS_SCRIPT_ACTION";
 const INIT_VARIABLE: &str = "CRTOOLS_INIT_PID";
 /// Name of the socket in the bundle.
 const SOCKET_NAME: &str = "hold.sock";
-/// What the script says first.
+/// What the script says before CRIU makes the first task.
+const PREPARING: u8 = b'P';
+/// What the script says once every task is complete.
 const HELD: u8 = b'H';
 /// What the script says before the tasks are let run.
 const RESUMING: u8 = b'R';
@@ -59,10 +65,15 @@ const ABORT: u8 = b'A';
 const VERDICT_TIME_MAX: Duration = Duration::from_secs(180);
 /// How long the script waits for the shim to take note of [`RESUMING`]; CRIU goes on in any case.
 const NOTE_TIME_MAX: Duration = Duration::from_secs(5);
+/// CRIU's name for the stage before it makes the first task.
+const STAGE_PREPARING: &str = "pre-restore";
 /// CRIU's name for the stage at which the tasks are complete and none has run.
 const STAGE_HELD: &str = "post-restore";
 /// CRIU's name for the stage after which the tasks run, whatever the script says.
 const STAGE_RESUMING: &str = "pre-resume";
+
+/// The container's limits, once they are lifted.
+type Lifted = Arc<Mutex<Option<Raised>>>;
 
 /// The shim's side.
 pub(crate) struct Hold {
@@ -70,6 +81,7 @@ pub(crate) struct Hold {
     held: mpsc::Receiver<()>,
     verdict: watch::Sender<Option<bool>>,
     resuming: Arc<AtomicBool>,
+    limits: Lifted,
     server: tokio::task::JoinHandle<()>,
 }
 
@@ -80,8 +92,9 @@ impl Hold {
         let (tell, held) = mpsc::channel(8);
         let (verdict, decided) = watch::channel(None);
         let resuming = Arc::new(AtomicBool::new(false));
-        let server = tokio::spawn(serve(listener, tell, decided, resuming.clone()));
-        Ok(Self { path: bundle.join(SOCKET_NAME), held, verdict, resuming, server })
+        let limits = Lifted::default();
+        let server = tokio::spawn(serve(listener, tell, decided, resuming.clone(), limits.clone()));
+        Ok(Self { path: bundle.join(SOCKET_NAME), held, verdict, resuming, limits, server })
     }
 
     /// The program that CRIU is to run.
@@ -95,6 +108,11 @@ impl Hold {
             // Nobody will ever connect again: the restore's own end decides.
             std::future::pending::<()>().await;
         }
+    }
+
+    /// Calls `act` with the lifted limits, if CRIU got so far.
+    pub(crate) fn with_limits<T>(&self, act: impl FnOnce(&mut Raised) -> T) -> Option<T> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(act)
     }
 
     /// Lets the tasks run, or makes CRIU undo the restore. The first verdict stands.
@@ -129,13 +147,19 @@ async fn serve(
     tell: mpsc::Sender<()>,
     decided: watch::Receiver<Option<bool>>,
     resuming: Arc<AtomicBool>,
+    limits: Lifted,
 ) {
     while let Ok((mut stream, _)) = listener.accept().await {
         let (tell, mut decided) = (tell.clone(), decided.clone());
-        let resuming = resuming.clone();
+        let (resuming, limits) = (resuming.clone(), limits.clone());
         tokio::spawn(async move {
             match stream.read_u8().await {
                 Ok(HELD) => {}
+                Ok(PREPARING) => {
+                    lift(&limits, &stream);
+                    let _ = stream.write_u8(GO).await;
+                    return;
+                }
                 Ok(RESUMING) => {
                     resuming.store(true, Ordering::SeqCst);
                     let _ = stream.write_u8(GO).await;
@@ -153,6 +177,19 @@ async fn serve(
     }
 }
 
+/// Lifts the limits of the container that the script at the other end belongs to, once.
+fn lift(limits: &Lifted, script: &tokio::net::UnixStream) {
+    let pid = script.peer_cred().ok().and_then(|peer| peer.pid());
+    let Some(pid) = pid.and_then(|pid| u32::try_from(pid).ok()) else { return };
+    let mut limits = limits.lock().unwrap_or_else(PoisonError::into_inner);
+    if limits.is_none() {
+        match Raised::raise(pid) {
+            Ok(raised) => *limits = Some(raised),
+            Err(error) => tracing::warn!("restoring within the container's limits: {error}"),
+        }
+    }
+}
+
 /// Whether this process is the script.
 pub(crate) fn is_script() -> bool {
     std::env::var_os(STAGE_VARIABLE).is_some()
@@ -163,8 +200,9 @@ pub(crate) fn script_main() -> ExitCode {
     let bundle = std::env::var_os(BUNDLE_VARIABLE);
     match std::env::var(STAGE_VARIABLE).as_deref() {
         Ok(STAGE_HELD) => {}
-        Ok(STAGE_RESUMING) => {
-            let noted = bundle.map(|bundle| ask(Path::new(&bundle), RESUMING, NOTE_TIME_MAX));
+        Ok(stage @ (STAGE_PREPARING | STAGE_RESUMING)) => {
+            let note = if stage == STAGE_RESUMING { RESUMING } else { PREPARING };
+            let noted = bundle.map(|bundle| ask(Path::new(&bundle), note, NOTE_TIME_MAX));
             return if matches!(noted, Some(Ok(GO))) {
                 ExitCode::SUCCESS
             } else {
@@ -241,6 +279,18 @@ mod tests {
             tokio::task::spawn_blocking(move || ask(&bundle, RESUMING, NOTE_TIME_MAX)).await;
         assert_eq!(noted.unwrap().unwrap(), GO);
         assert!(hold.may_have_run());
+    }
+
+    /// Method: the script is in the test's own group, whose limits must not be touched.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_restore_goes_on_if_no_limits_can_be_lifted() {
+        let dir = tempfile::tempdir().unwrap();
+        let hold = Hold::listen(dir.path()).unwrap();
+        let bundle = dir.path().to_owned();
+        let asked =
+            tokio::task::spawn_blocking(move || ask(&bundle, PREPARING, NOTE_TIME_MAX)).await;
+        assert_eq!(asked.unwrap().unwrap(), GO);
+        assert!(hold.with_limits(|_| ()).is_none());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -26,6 +26,7 @@ use crate::criu::{self, Connections};
 use crate::daemon::Daemon;
 use crate::error::{TaskError, chain};
 use crate::hold::Hold;
+use crate::limits::Raised;
 use crate::oom;
 use crate::process::Phase;
 use crate::reap::{Mark, Waiter};
@@ -38,6 +39,8 @@ use crate::wiring::Unasked;
 const CRIU_OUTLIVES_MAX: Duration = Duration::from_secs(2);
 /// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
 const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
+/// What CRIU needs before the container's limits are lifted for it.
+const CRIU_BYTES: u64 = 16 << 20;
 /// Longest text of a fence that is repeated to the user, in bytes.
 const FENCE_BYTES_MAX: usize = 512;
 
@@ -245,7 +248,9 @@ impl Container {
             }
             Err(error) => {
                 let error = match error {
-                    error @ (TaskError::NotGranted { .. } | TaskError::Cancelled(_)) => {
+                    error @ (TaskError::NotGranted { .. }
+                    | TaskError::NoMemory { .. }
+                    | TaskError::Cancelled(_)) => {
                         self.undo(Path::new(&acquired.work_path)).await;
                         error
                     }
@@ -322,11 +327,21 @@ impl Container {
         let restored = tokio::select! {
             restored = &mut restore => restored,
             () = hold.held() => {
-                let claim = daemon.claim(&acquired.session).await;
+                refusal = match hold.with_limits(Raised::put_back) {
+                    // Before the claim: the source can still run it.
+                    Some(Err(error)) => Some(error.to_string()),
+                    Some(Ok(())) | None => {
+                        let claim = daemon.claim(&acquired.session).await;
+                        (!claim.may_run).then_some(claim.reason)
+                    }
+                };
                 // The point of no return: after this byte the container runs here.
-                hold.decide(claim.may_run);
-                refusal = (!claim.may_run).then_some(claim.reason);
-                restore.await
+                hold.decide(refusal.is_none());
+                let restored = restore.await;
+                if let Some(Err(error)) = hold.with_limits(Raised::put_back_exactly) {
+                    tracing::error!("{} runs above its limit: {error}", self.name);
+                }
+                restored
             }
         };
         let not_granted =
@@ -336,8 +351,27 @@ impl Container {
             (Ok(_), None) if !hold.was_granted() => {
                 not_granted("CRIU did not hold the restored tasks".to_owned())
             }
+            (Err(error), None) => Err(self.killed_for_memory(hold).unwrap_or(error)),
             (restored, None) => restored,
         }
+    }
+
+    /// The error of a restore that the kernel ended for want of memory.
+    fn killed_for_memory(&self, hold: &Hold) -> Option<TaskError> {
+        let limit = Spec::load(&self.bundle).ok().and_then(|spec| spec.memory_limit());
+        let reason = match (hold.with_limits(|limits| limits.oom_kills()), limit) {
+            // CRIU did not get so far as to have the limits lifted.
+            (None, Some(limit)) if limit < CRIU_BYTES => {
+                format!("CRIU needs more than the container's memory limit of {limit} bytes")
+            }
+            (None | Some(0), _) => return None,
+            (Some(_), _) => {
+                "the kernel killed a task of it for want of memory; its own limits were \
+                             lifted, so a group above its own or this node has too little"
+                    .to_owned()
+            }
+        };
+        Some(TaskError::NoMemory { container: self.name.to_string(), reason })
     }
 
     async fn restore(

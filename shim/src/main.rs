@@ -25,6 +25,7 @@ mod hold;
 mod idmap;
 mod info;
 mod launch;
+mod limits;
 mod log;
 mod newest;
 mod oom;

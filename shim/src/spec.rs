@@ -110,6 +110,11 @@ impl Spec {
         })
     }
 
+    /// The container's limit on memory, in bytes.
+    pub(crate) fn memory_limit(&self) -> Option<u64> {
+        self.root.pointer("/linux/resources/memory/limit").and_then(Value::as_u64)
+    }
+
     /// The volumes that the container mounts, in the order of its mounts.
     ///
     /// Errors: [`SpecError::Volume`] for a source that is neither a volume id nor a digest, and for
