@@ -19,7 +19,7 @@ const CONTAINERD: &str = "version = 2\nimports = [\"/etc/containerd/conf.d/*.tom
 
 /// What pods need besides here: root without CAP_SYS_RESOURCE cannot lower an OOM score, which the CRI
 /// plugin does by default; there is no registry for the pause image; Debian keeps CNI plugins in a place
-/// of its own; a second handler runs the other OCI runtime, and a third our shim by its path; and where it looks for
+/// of its own; a second handler runs the other OCI runtime, and a third our shim by its name; and where it looks for
 /// mirrors, of which there is none until a test names one. It goes into the same file as the documented settings, since
 /// containerd 1.7 takes each plugin's section from one file.
 const CRI: &str = "
@@ -39,9 +39,8 @@ const CRI: &str = "
 [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.godwit-crun.options]
   BinaryName = \"crun\"
 
-[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.godwit-by-path]
-  runtime_type = \"io.containerd.runc.v2\"
-  runtime_path = \"/usr/local/bin/containerd-shim-godwit-v1\"
+[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.godwit-by-name]
+  runtime_type = \"io.containerd.runc.godwit.v1\"
 ";
 
 /// The pods' network: a bridge of their own in each node.

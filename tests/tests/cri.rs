@@ -59,7 +59,9 @@ struct Handler {
 }
 
 const RUNC: Handler = Handler { name: "runc", shim: "containerd-shim-runc-v2" };
-const GODWIT: Handler = Handler { name: "godwit", shim: "containerd-shim-godwit-v1" };
+/// Our shim as the installed configuration names it: by its path, under the type of containerd's own.
+const GODWIT: Handler =
+    Handler { name: "godwit", shim: "/usr/local/bin/containerd-shim-godwit-v1" };
 const CRUN: Handler = Handler { name: "godwit-crun", shim: "containerd-shim-godwit-v1" };
 
 fn start() -> Result<Bed> {
@@ -603,6 +605,22 @@ fn our_shim_tells_the_features_of_runc() -> Result<()> {
         assert_eq!(ours["Name"], "io.containerd.runc.godwit.v1");
         assert!(ours["Features"]["linux"].is_object(), "{ours}");
         assert_eq!(ours["Features"], theirs["Features"]);
+    }
+    Ok(())
+}
+
+/// containerd tells what pods may ask of each handler: user namespaces, recursive read-only mounts.
+#[test]
+fn pods_may_ask_for_as_much_as_under_runc() -> Result<()> {
+    let status = cri(async |cri| cri.status(StatusRequest::default()).await)?;
+    let features = |handler: Handler| {
+        let mut all = status.runtime_handlers.iter();
+        all.find(|told| told.name == handler.name).and_then(|told| told.features)
+    };
+    assert_eq!(features(GODWIT), features(RUNC));
+    if Containerd::of_suite() == Containerd::V2 {
+        let ours = features(GODWIT).context("containerd tells no features")?;
+        assert!(ours.user_namespaces && ours.recursive_read_only_mounts, "{ours:?}");
     }
     Ok(())
 }

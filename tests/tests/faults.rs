@@ -147,7 +147,7 @@ fn a_stopped_container_and_one_of_another_runtime_are_refused() -> Result<()> {
         "1000",
     ])?;
     let text = refused("plain", &[])?;
-    ensure!(text.contains("does not run under io.containerd.runc.godwit.v1"), "{text}");
+    ensure!(text.contains("does not run under Godwit's shim"), "{text}");
     remove("plain")
 }
 

@@ -31,6 +31,9 @@ struct Arguments {
 /// How long calls that are under way may take to end when the daemon is told to stop; what is frozen waits for it.
 const STOP_MAX: Duration = Duration::from_secs(3);
 
+/// What is logged unless `GODWIT_LOG` says otherwise. ttrpc calls it an error when a client hangs up.
+const LOG_FILTER: &str = "info,ttrpc=off";
+
 fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
     let done = runtime.block_on(run());
@@ -42,7 +45,7 @@ fn main() -> anyhow::Result<()> {
 async fn run() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("GODWIT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOG_FILTER));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 
     let config = Config::read(&arguments.config)?;

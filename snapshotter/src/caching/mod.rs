@@ -28,6 +28,7 @@ use crate::containerd::{ClientError, TaskStatus};
 use crate::migrate::cut::{self, Shared, lock};
 use crate::migrate::describe::describe;
 use crate::migrate::predict::write_rate;
+use crate::migrate::shim::Shim;
 use crate::migrate::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use crate::migrate::{MigrationError, blocking};
 use crate::node::{Node, load};
@@ -46,9 +47,6 @@ const COPIES_WAITING: usize = 2;
 
 /// Subjects whose write rates are remembered, at most.
 const RATES_MAX: usize = 4096;
-
-/// Runtimes whose containers are captured.
-const RUNTIMES: [&str; 2] = ["io.containerd.runc.godwit.v1", "io.containerd.godwit.v1"];
 
 /// What the rest of the daemon and the schedule tell each other.
 #[derive(Debug)]
@@ -188,12 +186,14 @@ impl Runner {
         let mut running = HashSet::new();
         for namespace in node.containerd.namespaces().await? {
             for record in node.containerd.list_containers(&namespace).await? {
-                if !RUNTIMES.contains(&record.runtime.name.as_str()) {
+                let container = ContainerRef::new(&namespace, &record.id)?;
+                // Whatever its runtime is called: our shim may run under the name of containerd's.
+                if Shim::find(&node.config, &container).is_err() {
                     continue;
                 }
                 let task = node.containerd.task(&namespace, &record.id).await?;
                 if task.is_some_and(|task| task.status == TaskStatus::Running) {
-                    running.insert(ContainerRef::new(&namespace, &record.id)?);
+                    running.insert(container);
                 }
             }
         }

@@ -62,7 +62,10 @@ pub enum MigrationError {
         status: String,
     },
     /// It runs under another runtime.
-    #[error("container {0} does not run under io.containerd.runc.godwit.v1")]
+    #[error(
+        "container {0} does not run under Godwit's shim: start it with the runtime \
+         io.containerd.runc.godwit.v1, or a handler whose runtime_path is containerd-shim-godwit-v1"
+    )]
     NoShim(ContainerRef),
     /// It is being moved already.
     #[error("container {container} is already on its way to {to}")]
