@@ -35,6 +35,8 @@ pub struct Container<'a> {
     pub network: Option<&'a str>,
     /// Annotations.
     pub annotations: Vec<(&'a str, String)>,
+    /// Further options of `ctr run`.
+    pub options: Vec<String>,
     /// Command line; empty for the image's own.
     pub command: Vec<String>,
 }
@@ -42,8 +44,9 @@ pub struct Container<'a> {
 impl<'a> Container<'a> {
     /// A container without volumes, network and annotations.
     pub fn new(name: &'a str, image: Image) -> Self {
-        let (mounts, annotations, command) = (Vec::new(), Vec::new(), Vec::new());
-        Self { name, image, mounts, network: None, annotations, command }
+        let (mounts, annotations) = (Vec::new(), Vec::new());
+        let (options, command) = (Vec::new(), Vec::new());
+        Self { name, image, mounts, network: None, annotations, options, command }
     }
 
     /// Mounts a volume.
@@ -64,6 +67,12 @@ impl<'a> Container<'a> {
         self
     }
 
+    /// Adds options of `ctr run`.
+    pub fn options(mut self, words: &[&str]) -> Self {
+        self.options.extend(words.iter().map(|word| (*word).to_owned()));
+        self
+    }
+
     /// Runs this instead of the image's own command.
     pub fn command(mut self, words: &[&str]) -> Self {
         self.command = words.iter().map(|word| (*word).to_owned()).collect();
@@ -72,6 +81,13 @@ impl<'a> Container<'a> {
 
     /// Starts it on a node; the image must be there.
     pub fn run(&self, node: &Node) -> Result<Finished> {
+        let words = self.words();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        node.command(&words).timeout(MIGRATION_TIMEOUT).run()
+    }
+
+    /// The command that starts it.
+    pub fn words(&self) -> Vec<String> {
         let mut words: Vec<String> =
             ["ctr", "run", "-d", "--runtime", RUNTIME, "--snapshotter", "godwit"]
                 .map(str::to_owned)
@@ -85,10 +101,10 @@ impl<'a> Container<'a> {
         for (key, value) in &self.annotations {
             words.extend(["--annotation".to_owned(), format!("{key}={value}")]);
         }
+        words.extend(self.options.iter().cloned());
         words.extend([self.image.reference().to_owned(), self.name.to_owned()]);
         words.extend(self.command.iter().cloned());
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        node.command(&words).timeout(MIGRATION_TIMEOUT).run()
+        words
     }
 
     /// Starts it. Errors: it does not start.

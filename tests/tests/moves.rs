@@ -13,12 +13,16 @@ mod bed;
 mod clocks;
 #[path = "moves/image.rs"]
 mod image;
+#[path = "moves/limits.rs"]
+mod limits;
 #[path = "moves/memory.rs"]
 mod memory;
 #[path = "moves/specification.rs"]
 mod specification;
 #[path = "moves/table.rs"]
 mod table;
+#[path = "moves/terminals.rs"]
+mod terminals;
 
 /// The rows of all subjects, in the order of the document.
 const SUBJECTS: &[(&str, &[table::Row])] = &[
@@ -27,6 +31,8 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Memory", memory::ROWS),
     ("Specification", specification::ROWS),
     ("Image", image::ROWS),
+    ("Terminals and added processes", terminals::ROWS),
+    ("Limits", limits::ROWS),
 ];
 
 #[test]

@@ -12,7 +12,7 @@ use godwit_tests::{Bed, BedOptions, Node};
 /// The nodes; torn down at exit.
 pub(crate) static BED: LazyLock<Bed> = LazyLock::new(|| {
     let bed = Bed::start(&BedOptions::nodes(2).rate_mbit(1000)).expect("the test nodes start");
-    for image in [Image::Busybox, Image::Probe] {
+    for image in [Image::Busybox, Image::Probe, Image::Memhog] {
         images::import(bed.node(0), image, "godwit").expect("images can be imported");
     }
     bed
