@@ -70,6 +70,17 @@ impl Cgroup {
         self.processes().into_iter().filter(is_stopped).collect()
     }
 
+    /// Whether a task waits in the kernel in a way that no signal and no freezer ends, as for a disk.
+    pub(crate) fn waits_uninterruptibly(&self) -> bool {
+        self.processes().into_iter().any(|pid| {
+            let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+            tasks.into_iter().flatten().flatten().any(|task| {
+                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                state_in(&stat) == Some('D')
+            })
+        })
+    }
+
     /// Processes that the kernel killed in this group for want of memory.
     pub(crate) fn oom_kills(&self) -> u64 {
         let file = match self {

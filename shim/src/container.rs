@@ -36,6 +36,7 @@ use tokio::sync::watch;
 use crate::cgroup::Cgroup;
 use crate::criu::Settings;
 use crate::error::TaskError;
+use crate::freeze;
 use crate::process::{Phase, Process};
 use crate::publisher::Publisher;
 use crate::reap::{Exit, Reaper, Waiter};
@@ -398,7 +399,7 @@ impl Container {
         }
         let stopped = self.cgroup()?.stopped_processes();
         *self.stopped_when_frozen.lock().unwrap_or_else(PoisonError::into_inner) = stopped;
-        self.runc.pause().await?;
+        freeze::freeze(&self.runc, &self.cgroup()?).await?;
         self.init.enter(Phase::Paused);
         let container_id = self.name.id().to_owned();
         self.shared.publisher.publish(TaskPaused { container_id, ..Default::default() });

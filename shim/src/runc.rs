@@ -42,6 +42,11 @@ pub(crate) enum RuncError {
 }
 
 impl RuncError {
+    /// Whether the runtime gave up a freeze and thawed what it had frozen.
+    pub(crate) fn is_unfrozen(&self) -> bool {
+        matches!(self, Self::Failed { message, .. } if message.contains("unable to freeze"))
+    }
+
     /// Whether the runtime says that the container, or the process, is not there any more.
     pub(crate) fn is_gone(&self) -> bool {
         const GONE: [&str; 4] =
