@@ -28,6 +28,31 @@ pub(crate) fn begin_writing(file: impl AsFd, bytes: Range<u32>) {
     unsafe { libc::sync_file_range(file.as_raw_fd(), begin, length, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
+/// `F_SETSIG` of `asm-generic/fcntl.h`, which libc does not name on every platform.
+const SET_SIGNAL: libc::c_int = 10;
+
+/// Whether anything on this machine may still write to `file`: a process has it open for writing or mapped from such a
+/// descriptor, through an overlay too, or a request in flight refers to it.
+///
+/// The kernel answers: it grants a read lease (`fcntl(2)`, `F_SETLEASE`) on a file without writers only. The lease is
+/// returned at once. A process that opens the file for writing in between waits for that; only with `O_NONBLOCK` it fails
+/// with `EWOULDBLOCK`, so ask of files only that have been still for a while. Where the kernel grants no leases, the answer
+/// is that there may be a writer.
+///
+/// `file` must be open for reading only.
+#[expect(unsafe_code, reason = "nix has no F_SETLEASE")]
+pub(crate) fn may_have_writer(file: impl AsFd) -> bool {
+    let file = file.as_fd();
+    let set = |what, value: libc::c_int| {
+        // SAFETY: both commands take a descriptor, which `file` keeps open, and an integer.
+        unsafe { libc::fcntl(file.as_raw_fd(), what, value) == 0 }
+    };
+    // A process that is made to wait has the holder of the lease signalled: by a signal that is ignored, not by SIGIO, which
+    // would end this process.
+    let granted = set(SET_SIGNAL, libc::SIGURG) && set(libc::F_SETLEASE, libc::F_RDLCK);
+    !(granted && set(libc::F_SETLEASE, libc::F_UNLCK))
+}
+
 /// As `write_all_at`, and but for the last page no copy stays in memory once it is on the disk: it takes no memory from what
 /// is in use, and the same pages serve again. Where kernel or file system cannot, it is an ordinary write.
 pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::Result<()> {
@@ -151,5 +176,29 @@ mod tests {
         }
         spread_out(Path::new("/proc/self"));
         spread_out(&dir.path().join("missing"));
+    }
+
+    #[test]
+    #[expect(unsafe_code, reason = "nix and std map no files without it")]
+    fn a_writer_is_an_open_descriptor_or_what_is_mapped_from_one() {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        std::fs::write(file.path(), [7; 4096]).unwrap();
+        let path = file.into_temp_path();
+        let read = File::open(&path).unwrap();
+        assert!(!may_have_writer(&read));
+        let write = File::options().read(true).write(true).open(&path).unwrap();
+        assert!(may_have_writer(&read));
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let length = 4096;
+        // SAFETY: a new mapping of a file of that length; nothing else knows its address.
+        let mapped = unsafe {
+            libc::mmap(std::ptr::null_mut(), length, access, libc::MAP_SHARED, write.as_raw_fd(), 0)
+        };
+        assert_ne!(mapped, libc::MAP_FAILED);
+        drop(write);
+        assert!(may_have_writer(&read), "the mapping is left");
+        // SAFETY: what was mapped above, and no reference to it exists.
+        assert_eq!(unsafe { libc::munmap(mapped, length) }, 0);
+        assert!(!may_have_writer(&read));
     }
 }

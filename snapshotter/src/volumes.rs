@@ -11,7 +11,7 @@ mod places;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -178,7 +178,7 @@ pub enum Shape {
 
 /// Reads all that is in a directory, and says what it is.
 fn read(path: &Path) -> Result<Digest, VolumeError> {
-    Ok(capture(path, &mut Forgetful, &mut Unchanged::default(), &HashSet::new())?.tree)
+    Ok(capture(path, &mut Forgetful, &mut Unchanged::default())?.tree)
 }
 
 /// Takes objects and keeps none.
@@ -506,8 +506,7 @@ impl Volumes {
 
 /// Writes a directory's objects, and says what names it then.
 fn put_tree(directory: &Path, mut writer: Writer) -> Result<Digest, VolumeError> {
-    let none = HashSet::new();
-    let captured = capture(directory, &mut writer, &mut Unchanged::default(), &none)?;
+    let captured = capture(directory, &mut writer, &mut Unchanged::default())?;
     writer.flush()?;
     Ok(captured.tree)
 }

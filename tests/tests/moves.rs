@@ -15,6 +15,8 @@ mod clocks;
 mod image;
 #[path = "moves/limits.rs"]
 mod limits;
+#[path = "moves/files.rs"]
+mod files;
 #[path = "moves/memory.rs"]
 mod memory;
 #[path = "moves/specification.rs"]
@@ -33,6 +35,7 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Image", image::ROWS),
     ("Terminals and added processes", terminals::ROWS),
     ("Limits", limits::ROWS),
+    ("Files", files::ROWS),
 ];
 
 #[test]

@@ -4,12 +4,30 @@
 //! descriptor of the directory above and follows no symbolic link, names that vanish are left out, and a file
 //! may be torn. That is enough for pre-copy; at the cut the container is frozen and the result is exact.
 //!
-//! A file that did not change since the capture before is not read again: its device, inode, size, modification
-//! and change time are as they were, its change time was already past when it was read (two writes within one
-//! clock tick look alike), and no process has it mapped shared and writable (stores to such a mapping need not
-//! touch the times). Only file systems that keep these promises count: ext4, XFS and btrfs.
+//! # Unchanged files
+//!
+//! A capture *records* a file if all of this holds, in this order:
+//! 1. its change time lies more than a clock tick in the past,
+//! 2. the kernel counts no writer of it ([`crate::sys::may_have_writer`]),
+//! 3. the file is read, and
+//! 4. its size and times are then what they were before step 1.
+//!
+//! A later capture does not read a recorded file again while device, inode, size and times are equal.
+//!
+//! This cannot miss a write. The file systems for which it is done (ext4, XFS, btrfs) set the change time when a write
+//! begins, before they store any of its bytes; of a shared mapping, when a store first makes a page writable. So times
+//! alone miss what had already begun: a direct or asynchronous write in flight, or stores to a page that is writable
+//! already. But a request in flight and a mapping both hold the file open for writing, even after the process has closed
+//! its descriptor, and the kernel's count of writers includes them. Step 2 therefore proves that nothing had begun. What
+//! begins later sets the change time to another value, because of step 1. Step 4 proves that nothing began while the
+//! file was read. The count belongs to the inode: it covers every process of the machine, in whatever container, loop
+//! devices, and files that are open through an overlay.
+//!
+//! The price: a file that is open for writing is read in every capture, also while the container is frozen.
+//!
+//! When the clock is set back, a new change time may equal an old one. Then nothing recorded before is used.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -23,18 +41,24 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Whence, lseek};
 use serde_bytes::ByteBuf;
 
 use super::object::{Attributes, Content, Directory, Entry, Node, Object as _, Piece, Tree};
 use super::{ContentError, Sink, chunks, on};
 use crate::inode::{self, Flags};
+use crate::sys::may_have_writer;
 
 /// Directories below each other that are followed.
 pub const DEPTH_MAX: usize = 200;
 
-/// A change time younger than this may hide a second change in the same clock tick (10 ms at most).
+/// A change time younger than this may hide a second change: file systems read a clock that advances every 10 ms or
+/// more often. Twice that, so that [`CLOCK_SET_MIN`] is covered too.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
+
+/// The clock counts as set when it moved by more than this against the time since boot.
+const CLOCK_SET_MIN: i128 = 5_000_000;
 
 /// Extended attributes by which overlayfs ties an upper layer to this very host.
 const OVERLAY_LOCAL: [&[u8]; 5] = [
@@ -49,14 +73,40 @@ const OVERLAY_LOCAL: [&[u8]; 5] = [
 #[derive(Debug, Default)]
 pub struct Unchanged {
     files: HashMap<(u64, u64), Seen>,
+    /// [`clock_offset`] when the oldest of them was recorded.
+    clock: i128,
 }
 
 #[derive(Debug, Clone)]
 struct Seen {
+    marks: Marks,
+    content: Content,
+}
+
+/// What changes when a file does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Marks {
     size: i64,
     modified: (i64, i64),
     changed: (i64, i64),
-    content: Content,
+}
+
+impl Marks {
+    fn of(stat: &FileStat) -> Self {
+        Self {
+            size: stat.st_size,
+            modified: (stat.st_mtime, stat.st_mtime_nsec),
+            changed: (stat.st_ctime, stat.st_ctime_nsec),
+        }
+    }
+
+    /// Whether a change that begins now is sure to get another change time.
+    fn are_past(&self) -> bool {
+        let seconds = u64::try_from(self.changed.0).unwrap_or(0);
+        let changed = Duration::new(seconds, u32::try_from(self.changed.1).unwrap_or(0));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        changed + CLOCK_TICK < now
+    }
 }
 
 /// A finished capture.
@@ -71,26 +121,26 @@ pub struct Captured {
 /// Reads the directory at `root` into `sink`.
 ///
 /// - `unchanged` is that of the capture before of the same directory, and is brought up to date.
-/// - `mapped` holds inode numbers that some process has mapped shared and writable.
 /// - Errors: [`ContentError::File`] with the path, [`ContentError::TooDeep`], or the sink's.
 pub fn capture(
     root: &Path,
     sink: &mut dyn Sink,
     unchanged: &mut Unchanged,
-    mapped: &HashSet<u64>,
 ) -> Result<Captured, ContentError> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let directory =
         nix::fcntl::open(root, flags, Mode::empty()).map_err(on("open directory", root))?;
     let stat = fstat(&directory).map_err(on("stat", root))?;
+    let clock = clock_offset();
+    if was_set(unchanged.clock, clock) {
+        *unchanged = Unchanged { files: HashMap::new(), clock };
+    }
     let mut reader = Reader {
         sink,
         known: std::mem::take(&mut unchanged.files),
         seen: HashMap::new(),
-        mapped,
         linked: HashMap::new(),
         trusts_times: keeps_times(&directory, root)?,
-        started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
         bytes: 0,
         flags: 0,
         has_projects: false,
@@ -107,8 +157,19 @@ pub fn capture(
     let (bytes, seen) = (reader.bytes, std::mem::take(&mut reader.seen));
     let (flags, has_projects) = (reader.flags, reader.has_projects);
     let tree = sink.put(&Tree { attributes, root, bytes, flags, has_projects }.encode())?;
-    unchanged.files = seen;
+    unchanged.files = if was_set(clock, clock_offset()) { HashMap::new() } else { seen };
     Ok(Captured { tree, bytes })
+}
+
+/// How far the clock that files get their times from is ahead of the time since boot, in nanoseconds.
+fn clock_offset() -> i128 {
+    let read = |clock| clock_gettime(clock).map_or(0, |time| Duration::from(time).as_nanos());
+    read(ClockId::CLOCK_REALTIME).cast_signed() - read(ClockId::CLOCK_BOOTTIME).cast_signed()
+}
+
+/// Whether the clock was set between two readings of [`clock_offset`].
+fn was_set(before: i128, after: i128) -> bool {
+    (before - after).abs() > CLOCK_SET_MIN
 }
 
 /// Whether the file system of `directory` updates a file's change time with every change.
@@ -125,11 +186,9 @@ struct Reader<'a> {
     sink: &'a mut dyn Sink,
     known: HashMap<(u64, u64), Seen>,
     seen: HashMap<(u64, u64), Seen>,
-    mapped: &'a HashSet<u64>,
     /// Of everything with several names, the path of the first and what links note of it.
     linked: HashMap<(u64, u64), (Vec<ByteBuf>, Option<Digest>)>,
     trusts_times: bool,
-    started: Duration,
     bytes: u64,
     /// Flags that were found, and whether a project ID was.
     flags: u32,
@@ -295,11 +354,8 @@ impl Reader<'_> {
             return Err(on("read", &path)(Errno::ENOENT));
         }
         let flags = self.flags(&file)?;
-        let times = ((stat.st_mtime, stat.st_mtime_nsec), (stat.st_ctime, stat.st_ctime_nsec));
-        let trusted = self.trusts_times && !self.mapped.contains(&stat.st_ino);
-        if let Some(seen) = self.known.get(&inode).filter(|seen| {
-            trusted && (seen.size, (seen.modified, seen.changed)) == (stat.st_size, times)
-        }) {
+        let marks = Marks::of(&stat);
+        if let Some(seen) = self.known.get(&inode).filter(|seen| seen.marks == marks) {
             let seen = seen.clone();
             let content = seen.content.clone();
             self.seen.insert(inode, seen);
@@ -307,25 +363,21 @@ impl Reader<'_> {
             self.bytes += bytes;
             return Ok((bytes, content, flags));
         }
-        let pieces = self.pieces(File::from(file), &path)?;
+        let file = File::from(file);
+        // The order of these steps is the proof in the module's comment.
+        let is_still = self.trusts_times && marks.are_past() && !may_have_writer(&file);
+        let pieces = self.pieces(&file, &path)?;
         let bytes = pieces.iter().map(|piece| piece.bytes).sum();
         self.bytes += bytes;
         let content = chunks::put_pieces(self.sink, pieces)?;
-        let changed = Duration::new(
-            u64::try_from(stat.st_ctime).unwrap_or(0),
-            u32::try_from(stat.st_ctime_nsec).unwrap_or(0),
-        );
-        let whole = i64::try_from(bytes) == Ok(stat.st_size);
-        if trusted && whole && changed + CLOCK_TICK < self.started {
-            let (modified, changed) = times;
-            let seen = Seen { size: stat.st_size, modified, changed, content: content.clone() };
-            self.seen.insert(inode, seen);
+        if is_still && Marks::of(&fstat(&file).map_err(on("stat", &path))?) == marks {
+            self.seen.insert(inode, Seen { marks, content: content.clone() });
         }
         Ok((bytes, content, flags))
     }
 
     /// Data and holes as the file system tells them (`lseek(2)`, `SEEK_DATA`).
-    fn pieces(&mut self, mut file: File, path: &Path) -> Result<Vec<Piece>, ContentError> {
+    fn pieces(&mut self, mut file: &File, path: &Path) -> Result<Vec<Piece>, ContentError> {
         let end = file.seek(SeekFrom::End(0)).map_err(on("seek in", path))?;
         let mut pieces = Vec::new();
         let mut at = 0;
@@ -345,7 +397,7 @@ impl Reader<'_> {
                 .map_err(on("seek a hole in", path))?;
             let hole = u64::try_from(hole).unwrap_or(end).min(end);
             file.seek(SeekFrom::Start(at)).map_err(on("seek in", path))?;
-            let read = chunks::cut((&file).take(hole - at), path, self.sink, &mut pieces)?;
+            let read = chunks::cut(file.take(hole - at), path, self.sink, &mut pieces)?;
             at += read;
             if at < hole {
                 // Truncated while we read.
@@ -353,5 +405,63 @@ impl Reader<'_> {
             }
         }
         Ok(pieces)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::thread;
+
+    use super::*;
+    use crate::content::fake::Objects;
+
+    /// A directory on a file system whose times are trusted, with the file "a" that has been still for a while.
+    fn still() -> tempfile::TempDir {
+        let from = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        fs::write(from.path().join("a"), b"one").unwrap();
+        thread::sleep(3 * CLOCK_TICK);
+        from
+    }
+
+    fn reads(from: &Path, unchanged: &mut Unchanged) -> bool {
+        let mut objects = Objects::default();
+        capture(from, &mut objects, unchanged).unwrap();
+        objects.0.contains_key(&Digest::of(b"one"))
+    }
+
+    /// Its times say nothing of a write that had begun before: none is made here, since the next reading must not
+    /// depend on any mark.
+    #[test]
+    fn a_file_that_is_open_for_writing_is_read_in_every_capture() {
+        let (from, mut unchanged) = (still(), Unchanged::default());
+        let writer = File::options().write(true).open(from.path().join("a")).unwrap();
+        assert!(reads(from.path(), &mut unchanged));
+        assert!(reads(from.path(), &mut unchanged), "a write may have been in flight");
+        drop(writer);
+        assert!(reads(from.path(), &mut unchanged), "it was recorded while it had a writer");
+        assert!(!reads(from.path(), &mut unchanged));
+        let _reader = File::open(from.path().join("a")).unwrap();
+        assert!(!reads(from.path(), &mut unchanged), "a reader changes nothing");
+    }
+
+    #[test]
+    fn nothing_counts_as_unchanged_once_the_clock_was_set() {
+        let (from, mut unchanged) = (still(), Unchanged::default());
+        reads(from.path(), &mut unchanged);
+        assert!(!reads(from.path(), &mut unchanged));
+        unchanged.clock += 1_000_000_000;
+        assert!(reads(from.path(), &mut unchanged), "a new time may equal the old one");
+        assert!(!reads(from.path(), &mut unchanged));
+    }
+
+    #[test]
+    fn a_file_that_changed_a_moment_ago_is_not_recorded() {
+        let (from, mut unchanged) = (still(), Unchanged::default());
+        fs::write(from.path().join("a"), b"one").unwrap();
+        assert!(reads(from.path(), &mut unchanged));
+        thread::sleep(3 * CLOCK_TICK);
+        assert!(reads(from.path(), &mut unchanged), "another change may have had the same time");
+        assert!(!reads(from.path(), &mut unchanged));
     }
 }

@@ -243,7 +243,7 @@ mod tests {
     use std::path::Path;
 
     fn take(root: &Path, objects: &mut Objects) -> Digest {
-        capture(root, objects, &mut Unchanged::default(), &HashSet::new()).unwrap().tree
+        capture(root, objects, &mut Unchanged::default()).unwrap().tree
     }
 
     fn changed(objects: &Objects, new: Digest, base: Option<Digest>) -> Vec<Changed> {

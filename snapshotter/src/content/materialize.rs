@@ -438,12 +438,11 @@ mod tests {
     use crate::content::fake::Objects;
     use proptest::prelude::*;
     use rustix::fs::IFlags;
-    use std::collections::HashSet;
     use std::fs;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     fn take(root: &Path, objects: &mut Objects) -> Digest {
-        capture(root, objects, &mut Unchanged::default(), &HashSet::new()).unwrap().tree
+        capture(root, objects, &mut Unchanged::default()).unwrap().tree
     }
 
     /// A tree with one of everything that a volume may hold.
@@ -506,14 +505,13 @@ mod tests {
         fs::write(from.path().join("a"), b"one").unwrap();
         std::thread::sleep(std::time::Duration::from_millis(60));
         let (mut objects, mut unchanged) = (Objects::default(), Unchanged::default());
-        let none = HashSet::new();
-        let first = capture(from.path(), &mut objects, &mut unchanged, &none).unwrap();
+        let first = capture(from.path(), &mut objects, &mut unchanged).unwrap();
         let mut nothing = Objects::default();
-        let again = capture(from.path(), &mut nothing, &mut unchanged, &none).unwrap();
+        let again = capture(from.path(), &mut nothing, &mut unchanged).unwrap();
         assert_eq!(first, again);
         assert!(!nothing.0.contains_key(&Digest::of(b"one")), "read again though unchanged");
         fs::write(from.path().join("a"), b"two").unwrap();
-        let after = capture(from.path(), &mut objects, &mut unchanged, &none).unwrap();
+        let after = capture(from.path(), &mut objects, &mut unchanged).unwrap();
         assert_ne!(first.tree, after.tree);
     }
 
@@ -621,12 +619,7 @@ mod tests {
     fn a_root_that_cannot_be_renamed_is_refused() {
         let from = scratch();
         flag(from.path(), IFlags::IMMUTABLE);
-        let error = capture(
-            from.path(),
-            &mut Objects::default(),
-            &mut Unchanged::default(),
-            &HashSet::new(),
-        );
+        let error = capture(from.path(), &mut Objects::default(), &mut Unchanged::default());
         flag(from.path(), IFlags::empty());
         let error = error.unwrap_err();
         assert!(error.to_string().contains("itself is immutable (i)"), "{error}");

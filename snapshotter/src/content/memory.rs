@@ -162,8 +162,7 @@ pub fn capture_dump(
             fs::rename(&path, aside.join(name)).map_err(on("move", &path))?;
         }
     }
-    let none = std::collections::HashSet::new();
-    let metadata = capture(images, maps.sink, &mut Unchanged::default(), &none)?;
+    let metadata = capture(images, maps.sink, &mut Unchanged::default())?;
     maps.finish(Some(metadata.tree))
 }
 
@@ -440,8 +439,7 @@ mod tests {
             } else {
                 fs::write(from.join(hostile), b"x").unwrap();
             }
-            let none = std::collections::HashSet::new();
-            let tree = capture(&from, &mut objects, &mut Unchanged::default(), &none).unwrap().tree;
+            let tree = capture(&from, &mut objects, &mut Unchanged::default()).unwrap().tree;
             let mut memory: Memory = objects.decode(&honest.digest).unwrap();
             memory.images = Some(tree);
             let lie = objects.put(&memory.encode()).unwrap();

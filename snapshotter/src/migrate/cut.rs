@@ -15,7 +15,7 @@ use criu_wrapper::timers;
 use godwit_protos::{ContainerRef, Subject};
 use prost::Message as _;
 
-use super::describe::{Described, describe, mapped_inodes};
+use super::describe::{Described, describe};
 use super::ownership::{Epoch, Event};
 use super::release::take_offer_back;
 use super::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
@@ -58,15 +58,11 @@ pub(super) async fn freeze_and_dump(
         let made = tokio::fs::create_dir_all(directory).await;
         made.map_err(on("make directory", directory))?;
     }
-    // Now that nothing runs: what is mapped at the cut, and what was at an earlier capture.
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
-    let mut mapped = mapped_inodes(&pids);
-    mapped.extend(&described.mapped_inodes);
     blocking(move || Ok(timers::settle(&pids))).await?;
     let (subjects, lease) = (subjects.clone(), lease.clone());
-    let reading = tokio::task::spawn_blocking(move || {
-        lock(&subjects).capture_trees(&lease, &mapped, &|_| true)
-    });
+    let reading =
+        tokio::task::spawn_blocking(move || lock(&subjects).capture_trees(&lease, &|_| true));
     let dumped = described.shim.dump(container.id(), &images, &work).await;
     let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
     dumped?;

@@ -1,6 +1,5 @@
 //! What a container consists of: the source's answer to "what would I have to bring?".
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -44,8 +43,6 @@ pub struct Described {
     pub status: TaskStatus,
     /// Its shim.
     pub shim: Shim,
-    /// Inodes that its processes have mapped shared and writable.
-    pub mapped_inodes: HashSet<u64>,
     pids: Vec<u32>,
 }
 
@@ -94,7 +91,6 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         origin,
         memory: memory_subject(container, &record.image, &outline),
         upper_dir: upper_dir(&mounts),
-        mapped_inodes: mapped_inodes(&pids),
         record,
         spec_json,
         spec,
@@ -159,26 +155,6 @@ fn volumes(node: &Node, spec: &Outline) -> Result<Volumes, MigrationError> {
         }
     }
     Ok((all, writable))
-}
-
-/// Inodes that these processes have mapped shared and writable: their times may not tell of stores (proc(5), "maps").
-pub fn mapped_inodes(pids: &[u32]) -> HashSet<u64> {
-    let mut inodes = HashSet::new();
-    for pid in pids {
-        // A process that has ended maps nothing.
-        let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
-        let maps = String::from_utf8_lossy(&maps);
-        for line in maps.lines() {
-            let mut fields = line.split_ascii_whitespace();
-            let permissions = fields.nth(1).unwrap_or_default().as_bytes();
-            if let [_, b'w', _, b's'] = permissions
-                && let Some(inode) = fields.nth(2).and_then(|inode| inode.parse().ok())
-            {
-                inodes.insert(inode);
-            }
-        }
-    }
-    inodes
 }
 
 impl Described {

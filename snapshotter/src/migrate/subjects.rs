@@ -12,7 +12,7 @@ use std::time::Duration;
 use godwit_protos::peer::Manifest;
 use godwit_protos::{ContainerRef, Digest, FileSystem, Subject};
 
-use super::describe::{Described, describe, mapped_inodes};
+use super::describe::{Described, describe};
 use super::{MigrationError, blocking};
 use crate::caching::retention::record;
 use crate::content::capture::{Captured, Unchanged, capture};
@@ -169,7 +169,7 @@ impl Subjects {
                 flush(&image.mounted);
             }
         }
-        self.capture_trees(lease, &mapped_inodes(pids), wanted)?;
+        self.capture_trees(lease, wanted)?;
         for (tree, before) in self.trees.iter_mut().zip(before) {
             if let Some(last) = tree.last.filter(|_| wanted(&tree.subject)) {
                 tree.changed_bytes = changed_bytes(&self.store, tree.kind(), last.tree, before)?;
@@ -184,22 +184,17 @@ impl Subjects {
         Ok(())
     }
 
-    /// Captures the trees that are `wanted`; `mapped` holds inodes whose times may not tell of stores. May block.
+    /// Captures the trees that are `wanted`. May block.
     pub fn capture_trees(
         &mut self,
         lease: &Lease,
-        mapped: &HashSet<u64>,
         wanted: &dyn Fn(&Subject) -> bool,
     ) -> Result<(), MigrationError> {
         let mut writer = self.store.writer(lease);
         for tree in self.trees.iter_mut().filter(|tree| wanted(&tree.subject)) {
-            if matches!(tree.subject, Subject::Layer(_)) && !mapped.is_empty() {
-                // A mapping of an overlay's file need not show the inode of its upper file.
-                tree.unchanged = Unchanged::default();
-            }
             tree.last = Some(match &tree.image {
                 Some(image) => capture_image(&tree.path, image.file_system, &mut writer)?,
-                None => capture(&tree.path, &mut writer, &mut tree.unchanged, mapped)?,
+                None => capture(&tree.path, &mut writer, &mut tree.unchanged)?,
             });
         }
         Ok(writer.flush()?)

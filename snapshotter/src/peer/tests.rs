@@ -456,8 +456,7 @@ impl Content {
         std::fs::write(files.path().join("etc/text"), "godwit ".repeat(3000)).unwrap();
         std::fs::write(files.path().join("etc/deep/small"), "x").unwrap();
         std::os::unix::fs::symlink("large", files.path().join("link")).unwrap();
-        let tree =
-            capture(files.path(), &mut sink, &mut Unchanged::default(), &HashSet::new()).unwrap();
+        let tree = capture(files.path(), &mut sink, &mut Unchanged::default()).unwrap();
         let mut pages = HashSet::new();
         let mut block = |number: u64| {
             let page = |slot: u8| noise(1000 + number * 256 + u64::from(slot), PAGE_BYTES);
@@ -833,12 +832,12 @@ async fn a_file_with_the_bytes_of_a_directory_hides_no_files() {
     let directory = files.path().join("z");
     std::fs::create_dir(&directory).unwrap();
     std::fs::write(directory.join("inside"), "inside").unwrap();
-    let inner = capture(&directory, &mut sink, &mut Unchanged::default(), &HashSet::new());
+    let inner = capture(&directory, &mut sink, &mut Unchanged::default());
     let inner: crate::content::object::Tree =
         crate::content::Source::decode(&sink, &inner.unwrap().tree).unwrap();
     std::fs::write(files.path().join("a"), &sink.0[&inner.root]).unwrap();
     let mut sink = Objects::default();
-    let tree = capture(files.path(), &mut sink, &mut Unchanged::default(), &HashSet::new());
+    let tree = capture(files.path(), &mut sink, &mut Unchanged::default());
     let root = (Kind::Tree, tree.unwrap().tree);
     let content = Content { root, objects: sink.0, pages: HashSet::new() };
     assert_eq!(content.objects.len(), 4, "tree, directory, directory and file, inside");

@@ -5,6 +5,7 @@
 //! what it holds and what the line means.
 
 mod clocks;
+mod files;
 mod memory;
 
 use std::fs;
@@ -23,6 +24,7 @@ type Kind = fn(&[String]) -> io::Result<()>;
 const KINDS: &[(&str, Kind)] = &[
     ("alarm", clocks::alarm),
     ("ballast", memory::ballast),
+    ("direct-writes", files::direct_writes),
     ("idle", idle),
     ("reservation", memory::reservation),
     ("timers", clocks::timers),

@@ -1,0 +1,54 @@
+//! Files in unusual states, on volumes and among the container's own.
+
+use anyhow::Result;
+
+use crate::bed::{self, destination, probe, source};
+use crate::table::rows;
+
+rows! {
+    a_direct_write_that_takes_long: "a direct (O_DIRECT) write in flight", Moves,
+        "the freeze waits up to 10 s for the disk" => is_whole_after_a_slow_write();
+}
+
+/// The count behind a word of the probe's line.
+fn count(line: &str, word: &str) -> Option<u64> {
+    line.strip_prefix(word)?.trim().parse().ok()
+}
+
+/// Method: the disk takes 1.5 s for a write, during which all rounds read the file. The write leaves no mark when it ends,
+/// and the container cannot be frozen before.
+fn is_whole_after_a_slow_write() -> Result<()> {
+    let name = "slow-write";
+    source().ok(&["godwit", "volume", "create", name])?;
+    let probe = probe(name, &["direct-writes", "/data/file"]).volume(name, "/data", "rw");
+    bed::start(&probe)?;
+    bed::status_becomes(source(), name, |line| count(line, "written ").is_some())?;
+    throttle(name, 2_000_000)?;
+    let line = bed::status_becomes(source(), name, |line| count(line, "written ").is_some())?;
+    let before = count(&line, "written ");
+    bed::status_becomes(source(), name, |line| count(line, "writing ") > before)?;
+    bed::moved(name)?;
+    bed::status_becomes(destination(), name, |line| {
+        count(line, "written ").is_some_and(|count| Some(count) > before.map(|count| count + 2))
+    })?;
+    bed::remove(destination(), name)
+}
+
+/// Limits the bytes per second that a container at the source writes to the disk of its volumes.
+fn throttle(name: &str, bytes_per_s: u32) -> Result<()> {
+    let pid = bed::init(source(), name)?;
+    // Limits are per disk, not per partition. The groups are those of version 1 or 2, whichever has the controller.
+    let script = format!(
+        "device=$(stat -c %d /var/lib/godwit); device=$((device / 256)):$((device % 256))\n\
+         sys=/sys/dev/block/$device\n\
+         [ ! -e $sys/partition ] || device=$(cat $(readlink -f $sys)/../dev)\n\
+         group=$(sed -n 's/^[0-9]*:.*blkio.*:\\(.*\\)/\\1/p' /proc/{pid}/cgroup)\n\
+         if [ -n \"$group\" ]; then\n\
+             echo $device {bytes_per_s} >/sys/fs/cgroup/blkio$group/blkio.throttle.write_bps_device\n\
+         else\n\
+             group=$(sed -n 's/^0:://p' /proc/{pid}/cgroup)\n\
+             echo $device wbps={bytes_per_s} >/sys/fs/cgroup$group/io.max\n\
+         fi"
+    );
+    source().sh(&script).map(drop)
+}
