@@ -28,6 +28,8 @@ pub(crate) enum Kind {
     Mm = 0x5749_2820,
     /// `files.img`: everything that has a descriptor.
     Files = 0x5630_3138,
+    /// `remap-fpath.img`: files that are opened by another name than theirs.
+    Remaps = 0x5913_3954,
 }
 
 /// A rule that an image breaks, and where.

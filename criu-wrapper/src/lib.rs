@@ -9,6 +9,7 @@
 
 mod image;
 pub mod leftovers;
+pub mod links;
 pub mod live;
 pub mod log;
 pub mod mend;

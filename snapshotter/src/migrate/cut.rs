@@ -1,6 +1,7 @@
 //! The cut: every subject of a container at one instant.
 //!
-//! 1. Freeze. 2. Dump with CRIU and read the file trees, at the same time ([`freeze_and_dump`]). 3. Read the dump
+//! 1. Freeze. 2. Dump with CRIU and read the file trees, at the same time ([`freeze_and_dump`]); where the images refer to
+//!    names that CRIU made for the dump only, read the trees again with those ([`super::links`]). 3. Read the dump
 //!    ([`read_dump`]). The container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot of it
 //!    instead, and thaws after step 2.
 //!
@@ -11,18 +12,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use criu_wrapper::links::link_remaps;
 use criu_wrapper::timers;
 use godwit_protos::{ContainerRef, Subject};
 use prost::Message as _;
 
 use super::describe::{Described, describe};
+use super::links::Links;
 use super::ownership::{Epoch, Event};
 use super::release::take_offer_back;
 use super::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use super::{MigrationError, blocking};
 use crate::caching::retention::record;
 use crate::content::object::{Cut, Kind, Object as _, Part};
-use crate::content::on;
+use crate::content::{ContentError, on};
 use crate::node::Node;
 use crate::store::{Lease, Snapshot, SnapshotId};
 
@@ -59,14 +62,27 @@ pub(super) async fn freeze_and_dump(
         made.map_err(on("make directory", directory))?;
     }
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
-    blocking(move || Ok(timers::settle(&pids))).await?;
-    let (subjects, lease) = (subjects.clone(), lease.clone());
+    let pids = blocking(move || {
+        timers::settle(&pids);
+        Ok(pids)
+    })
+    .await?;
+    let (reader, held) = (subjects.clone(), lease.clone());
     let reading =
-        tokio::task::spawn_blocking(move || lock(&subjects).capture_trees(&lease, &|_| true));
+        tokio::task::spawn_blocking(move || lock(&reader).capture_trees(&held, &|_| true));
     let dumped = described.shim.dump(container.id(), &images, &work).await;
     let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
     dumped?;
     trees?;
+    let remaps = blocking(move || Ok(link_remaps(&images).map_err(ContentError::from)?)).await?;
+    if !remaps.is_empty() {
+        let (subjects, lease) = (subjects.clone(), lease.clone());
+        blocking(move || {
+            let _links = Links::make(&remaps, &pids)?;
+            lock(&subjects).capture_trees(&lease, &|_| true)
+        })
+        .await?;
+    }
     Ok(Times { freeze, dump: begun.elapsed() })
 }
 

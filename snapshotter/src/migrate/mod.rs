@@ -17,6 +17,7 @@ pub mod image;
 pub mod journal;
 pub mod layout;
 mod line;
+mod links;
 pub mod obstacles;
 pub mod origin;
 pub mod ownership;

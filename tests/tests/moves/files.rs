@@ -1,6 +1,7 @@
 //! Files in unusual states, on volumes and among the container's own.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use godwit_tests::workload;
 
 use crate::bed::{self, destination, probe, source};
 use crate::table::rows;
@@ -8,6 +9,8 @@ use crate::table::rows;
 rows! {
     a_direct_write_that_takes_long: "a direct (O_DIRECT) write in flight", Moves,
         "the freeze waits up to 10 s for the disk" => is_whole_after_a_slow_write();
+    an_open_file_whose_name_was_removed: "an open file whose name was removed while another hard link is left", Moves, ""
+        => has_the_file_by_its_other_name();
 }
 
 /// The count behind a word of the probe's line.
@@ -31,6 +34,29 @@ fn is_whole_after_a_slow_write() -> Result<()> {
     bed::status_becomes(destination(), name, |line| {
         count(line, "written ").is_some_and(|count| Some(count) > before.map(|count| count + 2))
     })?;
+    bed::remove(destination(), name)
+}
+
+/// Method: one in the writable layer and one on a volume, there and back and there again.
+fn has_the_file_by_its_other_name() -> Result<()> {
+    let name = "removed-name";
+    source().ok(&["godwit", "volume", "create", name])?;
+    let probe = probe(name, &["removed-names", "/", "/data"]).volume(name, "/data", "rw");
+    bed::start(&probe)?;
+    for (from, to) in
+        [(source(), destination()), (destination(), source()), (source(), destination())]
+    {
+        let before = count(&bed::status(from, name)?, "linked ").unwrap_or(0);
+        workload::migrated(source(), name, from, to, &[])?;
+        bed::status_becomes(to, name, |line| {
+            count(line, "linked ").is_some_and(|count| count > before + 5)
+        })?;
+        let left = to.sh(&format!(
+            "ls /proc/{pid}/root /proc/{pid}/root/data",
+            pid = bed::init(to, name)?
+        ))?;
+        ensure!(!left.contains("link_remap"), "a name is left at {}: {left}", to.name());
+    }
     bed::remove(destination(), name)
 }
 

@@ -1,8 +1,9 @@
 //! Files in unusual states.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -36,6 +37,39 @@ pub(super) fn direct_writes(arguments: &[String]) -> io::Result<()> {
         }
         report(&format!("written {number}"))?;
         thread::sleep(Duration::from_millis(300));
+    }
+    Ok(())
+}
+
+/// Holds a file open in each DIRECTORY whose name it removed while another one is left.
+///
+/// The line is `linked N`: N times it wrote through every descriptor and read the same by the other name.
+pub(super) fn removed_names(arguments: &[String]) -> io::Result<()> {
+    if arguments.is_empty() {
+        return Err(usage("DIRECTORY..."));
+    }
+    let open = |directory: &String| {
+        let (first, other) =
+            (Path::new(directory).join("first"), Path::new(directory).join("other"));
+        let file = File::options().read(true).write(true).create_new(true).open(&first)?;
+        fs::hard_link(&first, &other)?;
+        fs::remove_file(&first)?;
+        io::Result::Ok((file, other))
+    };
+    let files = arguments.iter().map(open).collect::<io::Result<Vec<(File, PathBuf)>>>()?;
+    for number in 1_u64.. {
+        for (file, other) in &files {
+            let text = format!("{number:020}");
+            file.write_all_at(text.as_bytes(), 0)?;
+            let (found, links) = (fs::read_to_string(other)?, file.metadata()?.nlink());
+            if found != text || links != 1 {
+                let other = other.display();
+                let text = format!("{other} has {found:?} and {links} links after write {number}");
+                return Err(io::Error::other(text));
+            }
+        }
+        report(&format!("linked {number}"))?;
+        thread::sleep(Duration::from_millis(20));
     }
     Ok(())
 }

@@ -26,6 +26,7 @@ const KINDS: &[(&str, Kind)] = &[
     ("ballast", memory::ballast),
     ("direct-writes", files::direct_writes),
     ("idle", idle),
+    ("removed-names", files::removed_names),
     ("reservation", memory::reservation),
     ("timers", clocks::timers),
 ];
