@@ -1,6 +1,6 @@
 //! The cut: every subject of a container at one instant.
 //!
-//! 1. Freeze. 2. Dump with CRIU and read the file trees, at the same time ([`freeze_and_dump`]); where the images refer to
+//! 1. Freeze; fail if the kernel may go on with requests of the frozen processes ([`super::obstacles`]). 2. Dump with CRIU and read the file trees, at the same time ([`freeze_and_dump`]); where the images refer to
 //!    names that CRIU made for the dump only, read the trees again with those ([`super::links`]). 3. Read the dump
 //!    ([`read_dump`]). The container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot of it
 //!    instead, and thaws after step 2.
@@ -19,6 +19,7 @@ use prost::Message as _;
 
 use super::describe::{Described, describe};
 use super::links::Links;
+use super::obstacles::check_frozen_aio;
 use super::ownership::{Epoch, Event};
 use super::release::take_offer_back;
 use super::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
@@ -63,6 +64,7 @@ pub(super) async fn freeze_and_dump(
     }
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
     let pids = blocking(move || {
+        check_frozen_aio(&pids)?;
         timers::settle(&pids);
         Ok(pids)
     })

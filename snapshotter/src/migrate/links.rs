@@ -97,7 +97,7 @@ fn without_suffix(path: &Path) -> PathBuf {
 }
 
 /// Files without their own name that other names still lead to: for each removed path what opens them, one for each inode.
-fn removed_files(pids: &[u32]) -> HashMap<PathBuf, Vec<PathBuf>> {
+pub(super) fn removed_files(pids: &[u32]) -> HashMap<PathBuf, Vec<PathBuf>> {
     let (mut found, mut seen) = (HashMap::<PathBuf, Vec<PathBuf>>::new(), HashSet::new());
     for pid in pids {
         for places in ["fd", "map_files"] {

@@ -1,7 +1,7 @@
 //! Files in unusual states, on volumes and among the container's own.
 
 use anyhow::{Result, ensure};
-use godwit_tests::workload;
+use godwit_tests::{Node, workload};
 
 use crate::bed::{self, destination, probe, source};
 use crate::table::rows;
@@ -11,6 +11,10 @@ rows! {
         "the freeze waits up to 10 s for the disk" => is_whole_after_a_slow_write();
     an_open_file_whose_name_was_removed: "an open file whose name was removed while another hard link is left", Moves, ""
         => has_the_file_by_its_other_name();
+    native_aio: "native AIO (`io_setup`) that has been used", Refused,
+        "switch it off: its requests go on while the process stands still" => is_refused_once_it_was_used();
+    an_unused_ring_of_native_aio: "a ring of native AIO that was never used, as nginx has one", Moves, ""
+        => is_used_after_the_move();
 }
 
 /// The count behind a word of the probe's line.
@@ -27,12 +31,14 @@ fn is_whole_after_a_slow_write() -> Result<()> {
     bed::start(&probe)?;
     bed::status_becomes(source(), name, |line| count(line, "written ").is_some())?;
     throttle(name, 2_000_000)?;
-    let line = bed::status_becomes(source(), name, |line| count(line, "written ").is_some())?;
-    let before = count(&line, "written ");
-    bed::status_becomes(source(), name, |line| count(line, "writing ") > before)?;
+    let line = bed::status(source(), name)?;
+    let before = count(&line, "written ").or(count(&line, "writing ")).unwrap_or(0);
+    bed::status_becomes(source(), name, |line| {
+        count(line, "writing ").is_some_and(|count| count > before)
+    })?;
     bed::moved(name)?;
     bed::status_becomes(destination(), name, |line| {
-        count(line, "written ").is_some_and(|count| Some(count) > before.map(|count| count + 2))
+        count(line, "written ").is_some_and(|count| count > before + 2)
     })?;
     bed::remove(destination(), name)
 }
@@ -57,6 +63,28 @@ fn has_the_file_by_its_other_name() -> Result<()> {
         ))?;
         ensure!(!left.contains("link_remap"), "a name is left at {}: {left}", to.name());
     }
+    bed::remove(destination(), name)
+}
+
+/// Has a probe make a request; it completes.
+fn use_ring(at: &Node, name: &str) -> Result<()> {
+    at.sh(&format!("touch /proc/{}/root/go", bed::init(at, name)?))?;
+    bed::status_becomes(at, name, |line| line == "completed 13").map(drop)
+}
+
+fn is_refused_once_it_was_used() -> Result<()> {
+    let name = "aio";
+    bed::start(&probe(name, &["aio-ring"]))?;
+    use_ring(source(), name)?;
+    bed::is_refused(name, &["(probe) uses native AIO", "innodb_use_native_aio=OFF"])?;
+    bed::remove(source(), name)
+}
+
+fn is_used_after_the_move() -> Result<()> {
+    let name = "aio-unused";
+    bed::start(&probe(name, &["aio-ring"]))?;
+    bed::moved(name)?;
+    use_ring(destination(), name)?;
     bed::remove(destination(), name)
 }
 

@@ -16,9 +16,11 @@
 //!
 //! To add a kind: write `fn(&Container, &mut Findings)` in the file of its subject, and list it in [`KINDS`].
 
+mod aio;
 mod clocks;
 mod databases;
 mod process;
+mod removed;
 mod tasks;
 
 use std::path::PathBuf;
@@ -27,6 +29,7 @@ use oci_spec::runtime::Spec;
 
 use super::MigrationError;
 use super::describe::WritableVolume;
+pub(super) use aio::check_frozen as check_frozen_aio;
 pub(super) use process::Process;
 
 /// Findings of one severity that are listed by name; the rest are counted.
@@ -36,8 +39,14 @@ const LISTED_MAX: usize = 16;
 type Kind = fn(&Container, &mut Findings);
 
 /// Everything that the survey looks for.
-const KINDS: &[Kind] =
-    &[tasks::added_by_exec, tasks::traced, clocks::alarm_timers, databases::open];
+const KINDS: &[Kind] = &[
+    tasks::added_by_exec,
+    tasks::traced,
+    clocks::alarm_timers,
+    databases::open,
+    aio::rings,
+    removed::beside_block_volumes,
+];
 
 /// A running container as the kinds see it.
 #[derive(Debug)]

@@ -27,7 +27,6 @@ pub(in crate::migrate) struct Process {
     /// Its open files.
     pub(in crate::migrate) files: Vec<OpenFile>,
     /// Its memory mappings.
-    #[allow(dead_code, reason = "the first kind that looks at it removes this")]
     pub(in crate::migrate) mappings: Vec<Mapping>,
 }
 

@@ -4,6 +4,7 @@
 //! line of words that the suite `moves` reads on the node that runs the container. Every kind is a module; its head says
 //! what it holds and what the line means.
 
+mod aio;
 mod clocks;
 mod files;
 mod memory;
@@ -22,6 +23,7 @@ type Kind = fn(&[String]) -> io::Result<()>;
 
 /// Every kind by its name.
 const KINDS: &[(&str, Kind)] = &[
+    ("aio-ring", aio::ring),
     ("alarm", clocks::alarm),
     ("ballast", memory::ballast),
     ("direct-writes", files::direct_writes),
