@@ -45,7 +45,7 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Whence, lseek};
 use serde_bytes::ByteBuf;
 
-use super::object::{Attributes, Content, Directory, Entry, Node, Object as _, Piece, Tree};
+use super::object::{Attributes, Content, Directory, Entry, Node, Piece, Tree};
 use super::{ContentError, Sink, chunks, on};
 use crate::inode::{self, Flags};
 use crate::sys::may_have_writer;
@@ -156,7 +156,7 @@ pub fn capture(
     let root = reader.directory(directory)?;
     let (bytes, seen) = (reader.bytes, std::mem::take(&mut reader.seen));
     let (flags, has_projects) = (reader.flags, reader.has_projects);
-    let tree = sink.put(&Tree { attributes, root, bytes, flags, has_projects }.encode())?;
+    let tree = super::put_object(sink, &Tree { attributes, root, bytes, flags, has_projects })?;
     unchanged.files = if was_set(clock, clock_offset()) { HashMap::new() } else { seen };
     Ok(Captured { tree, bytes })
 }
@@ -237,14 +237,14 @@ impl Reader<'_> {
     /// Large directories are cut where a name's hash says so, so that an insertion moves no other cut.
     fn put_entries(&mut self, entries: Vec<Entry>) -> Result<Digest, ContentError> {
         if entries.len() <= chunks::LIST_MAX / 2 {
-            return self.sink.put(&Directory::Entries(entries).encode());
+            return super::put_object(self.sink, &Directory::Entries(entries));
         }
         let cut = |entry: &Entry| Digest::of(&entry.name).as_bytes()[0] == 0;
         let mut parts = Vec::new();
         for part in chunks::cut_where(entries, cut) {
-            parts.push(self.sink.put(&Directory::Entries(part).encode())?);
+            parts.push(super::put_object(self.sink, &Directory::Entries(part))?);
         }
-        self.sink.put(&Directory::Parts(parts).encode())
+        super::put_object(self.sink, &Directory::Parts(parts))
     }
 
     fn entry(&mut self, parent: &OwnedFd, name: &CStr) -> Result<Entry, ContentError> {

@@ -7,7 +7,7 @@ use fastcdc::v2020::FastCDC;
 use godwit_protos::Digest;
 use rayon::prelude::*;
 
-use super::object::{Content, Object as _, Piece, Pieces};
+use super::object::{Content, Piece, Pieces};
 use super::{ContentError, Sink, on};
 
 /// Bounds of a chunk, in bytes: FastCDC (Xia et al., USENIX ATC 2016) between them.
@@ -146,7 +146,7 @@ pub fn put_pieces(sink: &mut dyn Sink, pieces: Vec<Piece>) -> Result<Content, Co
     let cut = |piece: &Piece| piece.chunk.is_some_and(|chunk| chunk.as_bytes()[0] == 0);
     let mut blocks = Vec::new();
     for block in cut_where(pieces, cut) {
-        blocks.push(sink.put(&Pieces(block).encode())?);
+        blocks.push(super::put_object(sink, &Pieces(block))?);
     }
     Ok(Content::Blocks(blocks))
 }

@@ -21,9 +21,7 @@ use rayon::prelude::*;
 
 use super::capture::Captured;
 use super::materialize::write_pieces;
-use super::object::{
-    IMAGE_BLOCK_BYTES, IMAGE_BYTES_MAX, Image, Kind, Object as _, ObjectError, Piece, Pieces,
-};
+use super::object::{IMAGE_BLOCK_BYTES, IMAGE_BYTES_MAX, Image, Kind, ObjectError, Piece, Pieces};
 use super::{ContentError, Sink, Source, on};
 
 /// Bytes of a chunk; the last one of an image may be shorter.
@@ -50,10 +48,10 @@ pub fn capture_image(
         let pieces = block(&file, path, (start, end), sink)?;
         let data = pieces.iter().filter(|piece| piece.chunk.is_some());
         data_bytes += data.map(|piece| piece.bytes).sum::<u64>();
-        blocks.push(sink.put(&Pieces(pieces).encode())?);
+        blocks.push(super::put_object(sink, &Pieces(pieces))?);
         start = end;
     }
-    let tree = sink.put(&Image { file_system, bytes, blocks }.encode())?;
+    let tree = super::put_object(sink, &Image { file_system, bytes, blocks })?;
     Ok(Captured { tree, bytes: data_bytes })
 }
 
@@ -153,6 +151,7 @@ mod tests {
     use super::*;
     use crate::content::difference::difference;
     use crate::content::fake::Objects;
+    use crate::content::object::Object as _;
     use proptest::prelude::*;
     use std::fs;
     use std::os::unix::fs::{MetadataExt as _, symlink};

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use godwit_protos::Digest;
 
-use super::object::{Content, Kind, Layer, Object as _, ObjectError, Piece, Pieces};
+use super::object::{Content, Kind, Layer, ObjectError, Piece, Pieces};
 use super::{ContentError, Sink, Source, chunks};
 
 /// Stores the bytes of a layer, which `path` stands for in errors. Returns its object and its length in bytes.
@@ -20,7 +20,7 @@ pub fn put(
     let mut pieces = Vec::new();
     let bytes = chunks::cut(data, path, sink, &mut pieces)?;
     let content = chunks::put_pieces(sink, pieces)?;
-    Ok((sink.put(&Layer { bytes, content }.encode())?, bytes))
+    Ok((super::put_object(sink, &Layer { bytes, content })?, bytes))
 }
 
 /// Gives the bytes of the layer `root` from `offset` on to `give`, piece by piece, until that says `false`.
@@ -97,6 +97,7 @@ impl<S: Source> Reading<'_, S> {
 mod tests {
     use super::super::fake::Objects;
     use super::*;
+    use crate::content::object::Object as _;
 
     fn noise(bytes: u32) -> Vec<u8> {
         let mut state = 1u32;

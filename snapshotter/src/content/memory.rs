@@ -26,9 +26,9 @@ use super::alias::Aliases;
 use super::capture::{Unchanged, capture};
 use super::materialize::materialize;
 use super::object::{
-    Kind, Map, Memory, Node, Object as _, ObjectError, PAGE_BYTES, PAGES_PER_BLOCK, Pages, Tree,
+    Kind, Map, Memory, Node, ObjectError, PAGE_BYTES, PAGES_PER_BLOCK, Pages, Tree,
 };
-use super::{ContentError, Sink, Source, on};
+use super::{ContentError, Sink, Source, on, put_object};
 
 /// Bytes of pages that are hashed at once, on all processors.
 const BATCH_BYTES: usize = 16 << 20;
@@ -250,7 +250,7 @@ impl<'a> Maps<'a> {
                 let full =
                     std::mem::replace(&mut block, Pages { slots: Vec::new(), pages: Vec::new() });
                 self.numbers.push(before);
-                self.blocks.push(self.sink.put(&full.encode())?);
+                self.blocks.push(put_object(self.sink, &full)?);
             }
             number = Some(at);
             if self.previous.page(&self.name, *page) != Some(*digest) {
@@ -262,7 +262,7 @@ impl<'a> Maps<'a> {
         }
         if let Some(number) = number {
             self.numbers.push(number);
-            self.blocks.push(self.sink.put(&block.encode())?);
+            self.blocks.push(put_object(self.sink, &block)?);
         }
         self.pages += self.waiting.len() as u64;
         self.waiting.clear();
@@ -283,11 +283,14 @@ impl<'a> Maps<'a> {
 
     fn finish(mut self, images: Option<Digest>) -> Result<Captured, ContentError> {
         self.done.sort_by(|(one, _), (other, _)| one.name.cmp(&other.name));
+        if let Some(same) = self.done.windows(2).find(|pair| pair[0].0.name == pair[1].0.name) {
+            return Err(ContentError::SameNumbers(same[0].0.name.clone()));
+        }
         let bytes = self.pages * PAGE_BYTES as u64;
         let areas = self.done.iter().map(|(_, aliases)| aliases.areas().to_vec()).collect();
         let maps = self.done.into_iter().map(|(map, _)| map).collect();
         let memory = Memory { images, maps, pages: self.pages, areas };
-        let digest = self.sink.put(&memory.encode())?;
+        let digest = put_object(self.sink, &memory)?;
         Ok(Captured { digest, bytes, changed_bytes: self.changed * PAGE_BYTES as u64 })
     }
 }
@@ -424,6 +427,7 @@ mod tests {
     use super::*;
     use crate::content::alias::Area;
     use crate::content::fake::Objects;
+    use crate::content::object::Object as _;
     use criu_wrapper::pagemap::LAZY;
 
     #[test]

@@ -29,7 +29,7 @@ use godwit_protos::Digest;
 
 use crate::store::StoreError;
 use crate::trees::RemoveError;
-use object::ObjectError;
+use object::{Object, ObjectError};
 
 /// Why content could not be read, stored or laid out.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +57,15 @@ pub enum ContentError {
         #[source]
         source: ObjectError,
     },
+    /// An object of ours that no reader would accept, so it was not stored.
+    #[error("cannot be stored: no reader would accept it")]
+    Unreadable(#[source] ObjectError),
+    /// Several processes that CRIU would give the same number.
+    #[error(
+        "the container has a process id namespace inside it, in which processes have the numbers of others ({0}): \
+         its memory cannot be stored; end the sandbox that made the namespace"
+    )]
+    SameNumbers(String),
     /// The store failed.
     #[error("the store failed")]
     Store(#[from] StoreError),
@@ -110,6 +119,19 @@ impl From<RemoveError> for ContentError {
     fn from(RemoveError { path, source }: RemoveError) -> Self {
         Self::File { action: "remove", path, source }
     }
+}
+
+/// Stores an object that every reader will accept: it is decoded again first.
+///
+/// Errors: [`ContentError::Unreadable`] for one that breaks a rule of its kind; nothing is stored. The rules are about what
+/// containers may hold as much as about our encoder, so a container that no rule foresaw ends here and not in the store.
+pub(crate) fn put_object<O: Object>(
+    sink: &mut (impl Sink + ?Sized),
+    object: &O,
+) -> Result<Digest, ContentError> {
+    let bytes = object.encode();
+    O::decode(&bytes).map_err(ContentError::Unreadable)?;
+    sink.put(&bytes)
 }
 
 /// Turns an error of `nix` or `std::io` into a [`ContentError::File`] with its path.

@@ -25,8 +25,8 @@ use super::release::take_offer_back;
 use super::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use super::{MigrationError, blocking};
 use crate::caching::retention::record;
-use crate::content::object::{Cut, Kind, Object as _, Part};
-use crate::content::{ContentError, on};
+use crate::content::object::{Cut, Kind, Part};
+use crate::content::{ContentError, on, put_object};
 use crate::node::Node;
 use crate::store::{Lease, Snapshot, SnapshotId};
 
@@ -181,7 +181,7 @@ async fn take_here(
         versions.push(Version {
             subject: Subject::Container(container),
             kind: Kind::Cut,
-            root: writer.put(&cut.encode())?,
+            root: put_object(&mut writer, &cut)?,
             size_bytes: versions.iter().map(|version| version.size_bytes).sum(),
             changed_bytes: 0,
         });
