@@ -5,7 +5,8 @@
 //! version (runc runs the dumps and restores). Read [`log`] for the reason of a failure,
 //! [`version`] for what a CRIU can do, [`pagemap`] for memory images and how a child directory
 //! refers to its parent, [`live`] for reading pages before any freeze, [`mend`] for what CRIU would
-//! restore wrongly from its own images, [`waits`] and [`timers`] for what a freeze disturbs.
+//! restore wrongly from its own images, [`waits`] and [`timers`] for what a freeze disturbs,
+//! [`watches`] for paths of what is watched.
 
 mod image;
 pub mod leftovers;
@@ -18,4 +19,5 @@ mod sys;
 pub mod timers;
 pub mod version;
 pub mod waits;
+pub mod watches;
 mod wire;

@@ -45,6 +45,7 @@ const CONSEQUENCES: &[&str] = &[
 const HINTS: &[(&str, &str)] = &[
     ("file locks are hold", "the container holds file locks: allow CRIU's file-locks option"),
     ("[io_uring]", "io_uring cannot be dumped: deny io_uring_setup by seccomp"),
+    ("secretmem", "memory of memfd_secret cannot be dumped: start the program without it"),
     ("[userfaultfd]", "a process that uses userfaultfd cannot be dumped"),
     ("[bpf", "a process that holds BPF objects cannot be dumped"),
     ("[perf_event]", "a process that holds perf events cannot be dumped"),
@@ -67,6 +68,20 @@ const HINTS: &[(&str, &str)] = &[
     (
         "half of stream unix connection",
         "the container is connected to a Unix socket outside: close that connection first",
+    ),
+    (
+        "External socket is used",
+        "a process outside the container, such as one of exec, is connected to its Unix socket: end it first",
+    ),
+    ("task not stopped after seize", "a process is traced by a debugger: detach it first"),
+    (
+        "Unsupported proto 262",
+        "MPTCP sockets cannot be dumped: start the container with the annotation godwit.io/mptcp=no",
+    ),
+    ("Unsupported proto", "a socket of this protocol cannot be dumped: close it first"),
+    (
+        "Can't dump that handle",
+        "a watched directory has no path that CRIU finds: watch one that stays",
     ),
     ("half of dgram unix connection", "the container is connected to a Unix socket outside"),
     (
@@ -238,6 +253,22 @@ mod tests {
             (
                 "(00.1)      1: Error (criu/mem.c:964): Unable to map ANON_VMA: Cannot allocate memory",
                 "overcommit",
+            ),
+            (
+                "(00.1) Error (criu/files-ext.c:94): Can't dump file 3 of that type [600] (unknown /secretmem (deleted))",
+                "memfd_secret",
+            ),
+            (
+                "(00.1) Error (criu/sk-inet.c:181): inet: Unsupported proto 262 for socket 3e",
+                "godwit.io/mptcp=no",
+            ),
+            (
+                "(00.1) Error (criu/sk-unix.c:874): unix: External socket is used. Consider using --ext-unix-sk option.",
+                "Unix socket",
+            ),
+            (
+                "(00.1) Error (compel/src/lib/infect.c:186): SEIZE 7: task not stopped after seize",
+                "debugger",
             ),
             (
                 "(00.1) Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.",

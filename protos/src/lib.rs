@@ -36,6 +36,8 @@ pub mod annotation {
     pub const SERVICE: &str = "godwit.io/service";
     /// Name of the user for looking up cached memory; the container's id by default.
     pub const USER: &str = "godwit.io/user";
+    /// "yes" or "no": whether Multipath TCP is on in its network namespace, whatever the node's configuration says.
+    pub const MPTCP: &str = "godwit.io/mptcp";
     /// What the settings of CRIU begin with; docs/shim.md lists them.
     pub const CRIU_PREFIX: &str = "godwit.io/criu.";
 }
@@ -53,6 +55,10 @@ pub mod path {
     /// FIFOs of terminals that the daemon made, `NAMESPACE/CONTAINER/{stdin,stdout}`. A shim discards the oldest
     /// output in them while no client reads it.
     pub const STREAMS: &str = "/run/godwit-streams";
+    /// Logs of CRIU that errors name: `NAMESPACE-CONTAINER.dump.log` and `.restore.log`, the last one of each container.
+    pub const LOGS: &str = "/var/log/godwit";
+    /// There while containers of this node are to have no Multipath TCP, unless their annotation says otherwise.
+    pub const NO_MPTCP: &str = "/run/godwit/no-mptcp";
     /// File in a bundle that holds the shim's ttrpc address.
     pub const SHIM_ADDRESS_FILE: &str = "godwit-address";
 }

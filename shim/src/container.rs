@@ -109,6 +109,8 @@ pub(crate) struct Container {
     /// Processes that a signal had stopped when the container was frozen. Once it is, all look
     /// alike.
     stopped_when_frozen: Mutex<Vec<u32>>,
+    /// Paths of what its processes watch that CRIU has to be told, as they were before the freeze.
+    pub(crate) watched: Mutex<Vec<PathBuf>>,
     /// Frozen for a migration: only the daemon lets it run on.
     pub(crate) is_handed_off: AtomicBool,
     /// CRIU has dumped it since it was frozen, which interrupts system calls.
@@ -154,6 +156,7 @@ impl Container {
             cgroup: OnceLock::new(),
             oom_kills: AtomicU64::new(0),
             stopped_when_frozen: Mutex::default(),
+            watched: Mutex::default(),
             is_handed_off: AtomicBool::new(false),
             is_disturbed: AtomicBool::new(false),
         }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use godwit_protos::annotation::CRIU_PREFIX;
+use godwit_protos::annotation::{CRIU_PREFIX, MPTCP};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -37,6 +37,8 @@ pub(crate) enum SettingError {
     Unknown { name: String },
     #[error("annotation {CRIU_PREFIX}{name}: {value:?} is not {wanted}")]
     Value { name: String, value: String, wanted: &'static str },
+    #[error("annotation {MPTCP}: {0:?} is not yes or no")]
+    Mptcp(String),
     #[error("annotations {CRIU_PREFIX}* and org.criu.config exclude each other")]
     OwnFile,
     #[error("annotation {CRIU_PREFIX}network-lock needs CRIU 4.2, and this node has {0}.{1}")]
@@ -159,6 +161,8 @@ pub(crate) struct Config<'a> {
     pub(crate) connections: Connections,
     /// Program that CRIU runs at each stage: a path without blanks, since CRIU splits at them.
     pub(crate) action_script: Option<&'a str>,
+    /// Paths of watched files that CRIU could not find by itself: without blanks, quotes and `#`.
+    pub(crate) watched: Vec<PathBuf>,
     /// A file whose lines come first: the user's own.
     pub(crate) user_file: Option<&'a Path>,
     pub(crate) version: Option<(u32, u32)>,
@@ -185,6 +189,9 @@ impl Config<'_> {
         let _ = writeln!(text, "ghost-limit {}", settings.ghost_limit_bytes);
         if let Some(backend) = settings.network_lock(self.version)? {
             let _ = writeln!(text, "network-lock {backend}");
+        }
+        for path in &self.watched {
+            let _ = writeln!(text, "irmap-scan-path {}", path.display());
         }
         if let Some(script) = self.action_script {
             let _ = writeln!(text, "action-script {script}");
@@ -268,6 +275,9 @@ mod tests {
             version: Some((4, 2)),
             ..Default::default()
         };
+        let watched = vec![PathBuf::from("/srv/in")];
+        let dump = Config { watched, ..Config::default() };
+        assert_eq!(dump.text("").unwrap(), format!("{BASE}{GHOSTS}irmap-scan-path /srv/in\n"));
         let expected = format!(
             "log-level 4\n{BASE}tcp-close\n{GHOSTS}network-lock nftables\n\
              action-script /proc/7/exe\n"

@@ -6,11 +6,13 @@
 //! container when a dump takes longer than it can, on which CRIU fails and the container runs on.
 
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use containerd_shim::protos::events::task::TaskCheckpointed;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
+use criu_wrapper::watches;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -77,6 +79,7 @@ impl Container {
         }
         let connections = if options.open_tcp { Connections::Keep } else { Connections::Refuse };
         let execs = self.running_execs().join(", ");
+        self.note_watched().await?;
         self.dump_with(Dump { image_path, work_path: &work_path, connections, flags }).await?;
         if !execs.is_empty() {
             // No children of the init process, so CRIU passes them over without a word.
@@ -132,6 +135,18 @@ impl Container {
         outcome.map_err(|error| self.dump_failed(dump.work_path, &error))
     }
 
+    /// Looks for the paths of watched files that CRIU has to be told of.
+    async fn note_watched(&self) -> Result<(), TaskError> {
+        let pids: Vec<u32> = self.cgroup()?.processes().into_iter().collect();
+        let init = self.init.pid();
+        let looking = tokio::task::spawn_blocking(move || watches::find(init, &pids).paths);
+        let paths = looking
+            .await
+            .map_err(|error| TaskError::io("looking for watched files")(error.into()))?;
+        *self.watched.lock().unwrap_or_else(PoisonError::into_inner) = paths;
+        Ok(())
+    }
+
     /// Refuses an OCI runtime that cannot dump and restore as we need it.
     pub(crate) fn check_runtime(&self) -> Result<(), TaskError> {
         if self.runc.is_crun() {
@@ -174,9 +189,7 @@ impl Container {
     fn dump_failed(&self, work_path: &Path, error: &RuncError) -> TaskError {
         let log = work_path.join("dump.log");
         let reason = criu::reason(&log, &chain(error));
-        // The work directory may be removed with the attempt; the log is kept with the container.
-        let kept = self.bundle.join("criu-dump.log");
-        let log = if std::fs::copy(&log, &kept).is_ok() { kept } else { log };
+        let log = self.keep_log(log, "dump");
         TaskError::Dump { container: self.name.to_string(), reason, log }
     }
 
@@ -190,6 +203,7 @@ impl Container {
         self.check_runtime()?;
         // While it runs: what is written now need not be written while it stands still.
         self.on_volumes(volumes::flush).await?;
+        self.note_watched().await?;
         let begun = Instant::now();
         let is_paused = self.init.phase() == Phase::Paused;
         if is_paused && !self.is_handed_off.load(Ordering::SeqCst) {

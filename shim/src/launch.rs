@@ -13,8 +13,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim::protos::events::task::TaskStart;
@@ -27,6 +27,7 @@ use crate::daemon::Daemon;
 use crate::error::{TaskError, chain};
 use crate::hold::Hold;
 use crate::limits::Raised;
+use crate::mptcp;
 use crate::oom;
 use crate::process::Phase;
 use crate::reap::{Mark, Waiter};
@@ -124,6 +125,7 @@ impl Container {
         match created.and_then(|()| read_pid(&pid_file)) {
             Ok(pid) => {
                 self.init.set_pid(pid);
+                self.choose_protocols(pid);
                 let waiter = self.shared.reaper.watch(pid, since);
                 self.report_exit(Arc::clone(&self.init), waiter);
                 Ok(())
@@ -388,7 +390,26 @@ impl Container {
         };
         self.wire(&self.init, Unasked::Pipe, &pid_file, command).await?;
         let pid = read_pid(&pid_file)?;
+        // What was listening listens on; this is for what begins to.
+        self.choose_protocols(pid);
         Ok((pid, self.shared.reaper.watch(pid, since)))
+    }
+
+    /// Switches MPTCP off in the network namespace of the init process, if its container is to have none.
+    fn choose_protocols(&self, pid: u32) {
+        let spec = Spec::load(&self.bundle);
+        let is_unwanted = spec.is_ok_and(|spec| mptcp::is_unwanted(spec.annotations()) == Ok(true));
+        if is_unwanted && let Err(error) = mptcp::switch_off(pid) {
+            tracing::warn!("{}: MPTCP stays on, so it may not move: {error}", self.name);
+        }
+    }
+
+    /// Copies CRIU's log to where it outlives the attempt and its container. Returns where it is.
+    pub(crate) fn keep_log(&self, log: PathBuf, what: &str) -> PathBuf {
+        let name = format!("{}-{}.{what}.log", self.name.namespace(), self.name.id());
+        let kept = Path::new(path::LOGS).join(name);
+        let copied = std::fs::create_dir_all(path::LOGS).and_then(|()| std::fs::copy(&log, &kept));
+        if copied.is_ok() { kept } else { log }
     }
 
     /// Clears up after a failed restore and tells CRIU's reason for it.
@@ -398,6 +419,7 @@ impl Container {
             TaskError::Runc(_) => criu::reason(&log, &chain(error)),
             other => chain(other),
         };
+        let log = self.keep_log(log, "restore");
         self.undo(work_path).await;
         TaskError::Restore { container: self.name.to_string(), reason, log }
     }
@@ -436,10 +458,12 @@ impl Container {
     ) -> Result<(), TaskError> {
         let files_are_frozen = self.is_handed_off.load(Ordering::SeqCst)
             && !rootfs::mounts_below(&volumes::directory(&self.name))?.is_empty();
+        let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let config = criu::Config {
             settings: self.criu_settings.clone(),
             connections,
             action_script,
+            watched,
             files_are_frozen,
             user_file: self.user_criu_config.as_deref(),
             version: criu::version(&self.shared.reaper).await,

@@ -29,6 +29,7 @@ mod launch;
 mod limits;
 mod log;
 mod newest;
+mod mptcp;
 mod oom;
 mod options;
 mod own_service;

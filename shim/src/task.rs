@@ -28,6 +28,7 @@ use crate::container::{Container, Origin, Parts, Shared, timestamp};
 use crate::criu::{self, SettingError, Settings};
 use crate::error::TaskError;
 use crate::launch;
+use crate::mptcp;
 use crate::options;
 use crate::process::Phase;
 use crate::server::OPTIONS_FILE;
@@ -100,6 +101,7 @@ impl TaskService {
         let origin = origin_of(request, &options, &spec, &bundle)?;
         let user_criu_config = spec.annotation(CRIU_CONFIG).map(PathBuf::from);
         let criu_settings = Settings::of(spec.annotations())?;
+        mptcp::is_unwanted(spec.annotations())?;
         if user_criu_config.is_some() && criu_settings != Settings::default() {
             return Err(SettingError::OwnFile.into());
         }

@@ -46,6 +46,9 @@ pub struct Config {
     /// What a migration may bring to this node.
     #[serde(default)]
     pub admit: Admit,
+    /// Whether containers of this node have Multipath TCP, whose sockets CRIU cannot dump.
+    #[serde(default = "enabled")]
+    pub mptcp: bool,
     /// Whether memory of one user of a service may serve another one's migration, within a containerd namespace.
     #[serde(default)]
     pub sibling_memory: bool,
@@ -343,6 +346,10 @@ pub enum ConfigError {
 fn host_name() -> String {
     let name = nix::unistd::gethostname().unwrap_or_default();
     name.to_string_lossy().into_owned()
+}
+
+fn enabled() -> bool {
+    true
 }
 
 fn default_state_dir() -> PathBuf {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
+use godwit_protos::path;
 use godwit_snapshotter::config::Config;
 use godwit_snapshotter::layers::Layers;
 use godwit_snapshotter::node::Node;
@@ -61,6 +62,7 @@ async fn run() -> anyhow::Result<()> {
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
     fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700))?;
     let snapshotter_socket = listen(&run_dir.join("snapshotter.sock"))?;
+    tell_of_mptcp(&node.config)?;
     let mut control_server = serve_control(&node, &snapshots)?;
     control_server.start().await.context("cannot serve the control socket")?;
 
@@ -109,6 +111,20 @@ async fn run() -> anyhow::Result<()> {
     let _ = tokio::time::timeout(STOP_MAX, publishing).await;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Tells shims whether containers of this node are to have MPTCP: they do not ask the daemon.
+fn tell_of_mptcp(config: &Config) -> anyhow::Result<()> {
+    let name = Path::new(path::NO_MPTCP).file_name().unwrap_or_default();
+    let path = config.run_dir.join(name);
+    let told = if config.mptcp {
+        fs::remove_file(&path).or_else(|error| {
+            if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+        })
+    } else {
+        fs::write(&path, "")
+    };
+    told.with_context(|| format!("cannot tell of the key mptcp in {}", path.display()))
 }
 
 /// A Unix socket that only root may open. A socket file that a killed daemon left is replaced; that no other daemon
