@@ -11,20 +11,26 @@ mod basics;
 mod bed;
 #[path = "moves/clocks.rs"]
 mod clocks;
+#[path = "moves/files.rs"]
+mod files;
 #[path = "moves/image.rs"]
 mod image;
 #[path = "moves/limits.rs"]
 mod limits;
-#[path = "moves/files.rs"]
-mod files;
 #[path = "moves/memory.rs"]
 mod memory;
+#[path = "moves/refusals.rs"]
+mod refusals;
+#[path = "moves/sockets.rs"]
+mod sockets;
 #[path = "moves/specification.rs"]
 mod specification;
 #[path = "moves/table.rs"]
 mod table;
 #[path = "moves/terminals.rs"]
 mod terminals;
+#[path = "moves/watches.rs"]
+mod watches;
 
 /// The rows of all subjects, in the order of the document.
 const SUBJECTS: &[(&str, &[table::Row])] = &[
@@ -36,6 +42,9 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Terminals and added processes", terminals::ROWS),
     ("Limits", limits::ROWS),
     ("Files", files::ROWS),
+    ("Sockets", sockets::ROWS),
+    ("Watches", watches::ROWS),
+    ("Not for CRIU", refusals::ROWS),
 ];
 
 #[test]

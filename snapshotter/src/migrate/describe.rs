@@ -181,11 +181,13 @@ impl Described {
     pub async fn survey(&self, node: &Node) -> Result<Findings, MigrationError> {
         let (namespace, id) = (self.container.namespace(), self.container.id());
         let pids = node.containerd.pids(namespace, id).await?;
+        let at_shim = self.shim.describe(id).await?;
         let mut container = obstacles::Container {
             spec: self.spec.clone(),
+            init_pid: at_shim.init_pid,
             volumes: self.writable_volumes.clone(),
             upper_dir: self.upper_dir.clone(),
-            execs: self.shim.describe(id).await?.execs,
+            execs: at_shim.execs,
             processes: Vec::new(),
         };
         let mut findings = blocking(move || {
@@ -234,6 +236,8 @@ impl Described {
             criu_version: node.criu_version.clone(),
             obstacles: findings.obstacles,
             warnings: findings.warnings,
+            addresses: findings.addresses.into_iter().collect(),
+            binds: findings.binds.into_iter().map(Into::into).collect(),
             image_blobs: self.image_blobs.clone(),
             chain_id: self.origin.chain_id_text(),
             image_renamed: self.origin.is_renamed,

@@ -110,7 +110,9 @@ pub enum JournalError {
         source: io::Error,
     },
     /// The state does not allow the event.
-    #[error("{container} is {state}: it cannot take {event:?}")]
+    #[error(
+        "container {container} is {state}, so it cannot {event}; `godwit status` tells who owns it"
+    )]
     OutOfPhase {
         /// The container.
         container: ContainerRef,

@@ -13,6 +13,7 @@ pub mod choice;
 pub mod cut;
 pub mod describe;
 pub mod destination;
+mod fit;
 pub mod image;
 pub mod journal;
 pub mod layout;
@@ -89,9 +90,26 @@ pub enum MigrationError {
     /// A snapshot of one subject cannot be run.
     #[error("{0} is not of a whole container; `godwit snapshot create --consistent` takes such")]
     NoCut(SnapshotId),
-    /// A name that is taken at the destination.
-    #[error("container {0} exists on this node already; delete it first")]
-    Exists(ContainerRef),
+    /// The container runs where it is to go.
+    #[error(
+        "container {container} runs on {node} already: if it is to leave {node}, exchange --from and --to"
+    )]
+    RunsHere {
+        /// Which.
+        container: ContainerRef,
+        /// The destination.
+        node: String,
+    },
+    /// A name that is taken at the destination, by a container that does not run.
+    #[error(
+        "container {container} exists on this node already, {node}, and does not run: if nothing needs it, delete it there"
+    )]
+    Exists {
+        /// Which.
+        container: ContainerRef,
+        /// The destination.
+        node: String,
+    },
     /// A survey found what cannot move; docs/moves.md lists the kinds.
     #[error("it cannot be moved: {}", .0.join("; also, "))]
     Obstacles(Vec<String>),
@@ -213,6 +231,9 @@ pub enum MigrationError {
     Containerd(#[from] ClientError),
 }
 
+/// Codes of a refusal by a source that has no such container, or does not run it.
+const SOURCE_UNTOUCHED: &[&str] = &["no-container", "not-running", "wrong-runtime", "busy"];
+
 /// What a failure asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -235,6 +256,29 @@ impl MigrationError {
             | Self::Busy { .. } => Next::Retry,
             other if other.is_disk_full() => Next::Retry,
             _ => Next::GiveUp,
+        }
+    }
+
+    /// What a failure before the grant means for the container at its source.
+    pub fn outlook(&self) -> &'static str {
+        match self {
+            // Nothing was asked of the source but what it has.
+            Self::NoContainer(..)
+            | Self::NotRunning { .. }
+            | Self::NoShim(_)
+            | Self::RunsHere { .. }
+            | Self::Exists { .. }
+            | Self::NoCut(_)
+            | Self::MayRun { .. }
+            | Self::NoImage(_)
+            | Self::Peer(_) => "nothing was moved",
+            Self::Refused { code, .. } if SOURCE_UNTOUCHED.contains(&code.as_str()) => {
+                "nothing was moved"
+            }
+            Self::Silent { .. } | Self::Broken(_) => {
+                "nothing is left here, and its source runs it on once it misses this node; `godwit status` there tells"
+            }
+            _ => "it runs on at its source, and nothing is left here",
         }
     }
 

@@ -61,6 +61,23 @@ pub enum Event {
     GiveBack(Epoch, String),
 }
 
+/// In the words of an error: "is on its way to edge-b: it cannot be offered to ...".
+impl std::fmt::Display for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Offer(to, _) => write!(f, "be frozen to be offered to {to}"),
+            Self::Abort(Epoch(epoch)) => write!(f, "have its offer {epoch} taken back"),
+            Self::Release(Epoch(epoch)) => write!(f, "be given away by offer {epoch}"),
+            Self::Returned(Epoch(epoch)) => write!(f, "come back from offer {epoch}"),
+            Self::Claim(Epoch(epoch), from) => write!(f, "be claimed from {from} by offer {epoch}"),
+            Self::Granted(Epoch(epoch)) => write!(f, "be granted by offer {epoch}"),
+            Self::GiveBack(Epoch(epoch), to) => {
+                write!(f, "be given back to {to} from offer {epoch}")
+            }
+        }
+    }
+}
+
 impl Ownership {
     /// The state after `event`, or `None` if the event is stale or out of phase.
     ///

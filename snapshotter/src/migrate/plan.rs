@@ -27,7 +27,7 @@ use super::destination::{Connections, connect, kind_told, mode_word};
 use super::image::{name_here, renaming_warning};
 use super::line::{Line, Subjects, named};
 use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
-use super::request::{Request, describe_at, find_obstacles, image_of, texts};
+use super::request::{Request, check_absent, describe_at, find_obstacles, image_of, texts};
 use super::{MigrationError, blocking, chain, choice};
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
@@ -127,6 +127,11 @@ pub struct Plan {
 /// Errors: the source does not answer, has no such container or cannot give it away now. What would make the migration
 /// fail otherwise is an obstacle of the plan.
 pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, MigrationError> {
+    if let Err(error @ MigrationError::RunsHere { .. }) =
+        check_absent(node, &request.from.container).await
+    {
+        return Err(error);
+    }
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, &request.from.container).await?;
     let hello = &connections.source.hello;

@@ -15,7 +15,7 @@ use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
 use super::destination::{Prepared, Settings, connect, mode_word};
 use super::ownership::Ownership;
-use super::{MigrationError, image, obstacles, record, spec, terminal};
+use super::{MigrationError, fit, image, obstacles, record, spec, terminal};
 use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
 use crate::volumes::VolumeError;
@@ -201,9 +201,9 @@ async fn settle_if_it_runs(node: &Node, container: &ContainerRef) -> Result<(), 
 }
 
 /// What a failed request means for the container.
-pub fn outlook(node: &Node, request: &Request) -> &'static str {
+pub fn outlook(node: &Node, request: &Request, error: &MigrationError) -> &'static str {
     match has_come(node, &request.from.container) {
-        Ok(false) => super::session::RUNS_ON,
+        Ok(false) => error.outlook(),
         _ => "`godwit status` on both nodes tells who owns it",
     }
 }
@@ -242,11 +242,18 @@ pub(super) async fn check_absent(
     node: &Node,
     container: &ContainerRef,
 ) -> Result<(), MigrationError> {
-    match node.containerd.container(container.namespace(), container.id()).await {
-        Err(ClientError::NotFound(_)) => Ok(()),
-        Ok(_) => Err(MigrationError::Exists(container.clone())),
-        Err(error) => Err(error.into()),
+    let (namespace, id) = (container.namespace(), container.id());
+    match node.containerd.container(namespace, id).await {
+        Err(ClientError::NotFound(_)) => return Ok(()),
+        Ok(_) => {}
+        Err(error) => return Err(error.into()),
     }
+    let (container, name) = (container.clone(), node.config.node.clone());
+    let task = node.containerd.task(namespace, id).await?;
+    Err(match task.map(|task| task.status) {
+        None | Some(TaskStatus::Stopped) => MigrationError::Exists { container, node: name },
+        Some(_) => MigrationError::RunsHere { container, node: name },
+    })
 }
 
 /// Everything that would make the migration fail, as far as both nodes can tell before anything moves. `godwit plan`
@@ -266,6 +273,8 @@ pub(super) async fn find_obstacles(
         Err(MigrationError::Containerd(error)) => return Err(error.into()),
         checked => found.extend(checked.err()),
     }
+    let lacking = fit::obstacles(node, request.netns.as_deref(), described).await?;
+    found.extend(obstacles::check(&lacking).err());
     found.extend(pre_flight(node, source, described).err());
     found.extend(record(node, request, described).err());
     found.extend(check_snapshotter(node, container, &described.snapshotter).await.err());

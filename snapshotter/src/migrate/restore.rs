@@ -24,7 +24,7 @@ use super::request::{
 };
 use super::session::{Parsed, Work};
 use super::source::EPOCH_MAX;
-use super::{MigrationError, blocking, image};
+use super::{MigrationError, blocking, fit, image, obstacles};
 use crate::content::Source as _;
 use crate::content::object::{Cut, Kind};
 use crate::node::{Node, unix_ms};
@@ -68,6 +68,8 @@ pub async fn restore(
     let there =
         HelloResponse { architecture: cut.architecture.clone(), ..HelloResponse::default() };
     pre_flight(node, &there, &described)?;
+    let missing = fit::obstacles(node, asked.netns.as_deref(), &described).await?;
+    obstacles::check(&missing)?;
     let target = image_of(&described)?;
     let namespace = container.namespace();
     let name = image::name_here(node, namespace, &described, &target).await?;

@@ -49,10 +49,7 @@ const COUNT_INTERVAL: Duration = Duration::from_millis(500);
 /// How long who was asked in a lookup is still waited for once the answer is needed.
 const LOOKUP_WAIT: Duration = Duration::from_millis(50);
 
-/// What a failure before the grant means.
-pub(super) const RUNS_ON: &str = "it runs on at its source, and nothing is left here";
-
-/// What a failure after it means.
+/// What a failure after the grant means.
 const UNDECIDED: &str = "`godwit status` on both nodes tells who owns it";
 
 /// Lifetime of the lease on what a migration brought; renewed with each round.
@@ -84,7 +81,7 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
             Err(error) => {
                 let error = Arc::new(error);
                 tracing::warn!(%container, error = error.chain(), "migration failed");
-                let outlook = if work.may_discard { RUNS_ON } else { UNDECIDED };
+                let outlook = if work.may_discard { error.outlook() } else { UNDECIDED };
                 node.events.failed(&work.migration, &error, outlook);
                 let _ = work.publish.send(State::Failed(error));
             }

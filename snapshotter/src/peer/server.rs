@@ -82,7 +82,8 @@ fn status(error: &MigrationError) -> Status {
         | MigrationError::NoShim(_)
         | MigrationError::Busy { .. }
         | MigrationError::Obstacles(_)
-        | MigrationError::Exists(_) => Status::failed_precondition(text),
+        | MigrationError::RunsHere { .. }
+        | MigrationError::Exists { .. } => Status::failed_precondition(text),
         MigrationError::Name(_) | MigrationError::Digest(_) => Status::invalid_argument(text),
         _ => Status::internal(text),
     }
@@ -362,9 +363,12 @@ pub fn follow(node: &Arc<Node>, wanted: Wanted) -> Pinned<Progress> {
             let (node, migration) = (node.clone(), migration.clone());
             async move {
                 let failed = match &wanted {
-                    Wanted::Migrate(wanted) => request::migrate(&node, &migration, wanted)
-                        .await
-                        .map_err(|error| (error, request::outlook(&node, wanted))),
+                    Wanted::Migrate(wanted) => {
+                        request::migrate(&node, &migration, wanted).await.map_err(|error| {
+                            let outlook = request::outlook(&node, wanted, &error);
+                            (error, outlook)
+                        })
+                    }
                     Wanted::Restore(wanted) => restore::restore(&node, &migration, wanted)
                         .await
                         .map_err(|error| (error, restore::OUTLOOK)),

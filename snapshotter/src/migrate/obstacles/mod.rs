@@ -19,10 +19,16 @@
 mod aio;
 mod clocks;
 mod databases;
+mod files;
+mod mounts;
 mod process;
 mod removed;
+mod sockets;
 mod tasks;
+mod watches;
 
+use std::collections::{BTreeSet, HashSet};
+use std::fs;
 use std::path::PathBuf;
 
 use oci_spec::runtime::Spec;
@@ -40,20 +46,34 @@ type Kind = fn(&Container, &mut Findings);
 
 /// Everything that the survey looks for.
 const KINDS: &[Kind] = &[
-    tasks::added_by_exec,
+    tasks::outside_the_tree,
     tasks::traced,
+    tasks::own_namespaces,
+    tasks::stopped,
     clocks::alarm_timers,
+    files::special,
+    files::mappings,
+    files::on_hidden_mounts,
+    files::foreign_namespaces,
+    files::locks,
+    sockets::protocols,
+    sockets::external,
+    sockets::addresses,
+    mounts::user_namespace,
+    mounts::removed_sources,
+    watches::on_overlays,
     databases::open,
     aio::rings,
     removed::beside_block_volumes,
 ];
 
 /// A running container as the kinds see it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Container {
     /// Its specification.
-    #[allow(dead_code, reason = "the first kind that looks at it removes this")]
     pub(super) spec: Spec,
+    /// Its init process, by its number in the daemon's process id namespace.
+    pub(super) init_pid: u32,
     /// Its writable volumes.
     pub(super) volumes: Vec<WritableVolume>,
     /// Directory of its writable layer, if its root file system has one of its own.
@@ -65,6 +85,53 @@ pub(super) struct Container {
     pub(super) processes: Vec<Process>,
 }
 
+impl Container {
+    /// Its init process, if it still runs.
+    fn init(&self) -> Option<&Process> {
+        self.processes.iter().find(|process| process.pid == self.init_pid)
+    }
+
+    /// The init process and its descendants: what CRIU dumps.
+    fn tree(&self) -> HashSet<u32> {
+        let mut tree = HashSet::from([self.init_pid]);
+        // Once for each generation, of which there are few.
+        loop {
+            let children = self.processes.iter().filter(|child| tree.contains(&child.parent()));
+            let before = tree.len();
+            tree.extend(children.map(|child| child.pid).collect::<Vec<_>>());
+            if tree.len() == before {
+                return tree;
+            }
+        }
+    }
+
+    /// The processes that CRIU dumps.
+    fn inside(&self) -> impl Iterator<Item = &Process> {
+        let tree = self.tree();
+        self.processes.iter().filter(move |process| tree.contains(&process.pid))
+    }
+
+    /// Those of its control group that CRIU does not dump.
+    fn outside(&self) -> Vec<&Process> {
+        let tree = self.tree();
+        self.processes.iter().filter(|process| !tree.contains(&process.pid)).collect()
+    }
+
+    /// How messages name any process, by its number in the daemon's process id namespace.
+    fn named(&self, pid: u32) -> String {
+        let known = |all: &[Process]| all.iter().find(|one| one.pid == pid).map(Process::named);
+        if pid == 0 {
+            return "a process outside the container".to_owned();
+        }
+        if let Some(name) = known(&self.processes) {
+            let is_added = self.outside().iter().any(|process| process.pid == pid);
+            return if is_added { format!("{name}, which exec added,") } else { name };
+        }
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        format!("process {pid} ({}) of the node", name.trim())
+    }
+}
+
 /// What a survey found, as text for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
@@ -72,6 +139,21 @@ pub struct Findings {
     pub obstacles: Vec<String>,
     /// What becomes different by moving.
     pub warnings: Vec<String>,
+    /// Addresses to which its sockets are bound, which the destination must have.
+    pub addresses: BTreeSet<String>,
+    /// Its bind mounts, whose sources the destination must have.
+    pub binds: Vec<Bind>,
+}
+
+/// A bind mount from the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// On the host.
+    pub source: String,
+    /// In the container.
+    pub point: String,
+    /// Whether it is a directory.
+    pub is_directory: bool,
 }
 
 impl Findings {
@@ -110,6 +192,12 @@ impl Findings {
             }
         }
         self
+    }
+}
+
+impl From<Bind> for godwit_protos::peer::BindMount {
+    fn from(Bind { source, point, is_directory }: Bind) -> Self {
+        Self { source, point, is_directory }
     }
 }
 

@@ -1,9 +1,14 @@
 //! What `/proc` says of one process, read once for all kinds.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 /// What is read of one container at most.
 pub(super) struct Limits;
@@ -23,11 +28,15 @@ pub(in crate::migrate) struct Process {
     /// Its number in the daemon's process id namespace.
     pub(in crate::migrate) pid: u32,
     /// `/proc/PID/status`.
-    status: String,
+    pub(super) status: String,
     /// Its open files.
     pub(in crate::migrate) files: Vec<OpenFile>,
     /// Its memory mappings.
     pub(in crate::migrate) mappings: Vec<Mapping>,
+    /// Its namespaces by their names below `/proc/PID/ns`: `net` is in `net:[4026531840]`.
+    pub(in crate::migrate) namespaces: BTreeMap<String, String>,
+    /// The mounts that it sees; processes of one mount namespace share the list.
+    pub(in crate::migrate) mounts: Arc<Vec<Mount>>,
 }
 
 /// An open file of a process.
@@ -59,20 +68,39 @@ pub(in crate::migrate) struct Mapping {
     pub(in crate::migrate) path: String,
 }
 
+/// A line of `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::migrate) struct Mount {
+    /// Its number, as `mnt_id` of a file tells it.
+    pub(in crate::migrate) id: u64,
+    /// The directory of its file system that is mounted; ends in `//deleted` once that is removed.
+    pub(in crate::migrate) root: String,
+    /// Where the process sees it.
+    pub(in crate::migrate) point: PathBuf,
+}
+
 impl Process {
     /// Reads the processes `pids` up to the limits; those that have ended are left out.
     pub(in crate::migrate) fn read_all(pids: &[u32]) -> Vec<Self> {
-        pids.iter().take(Limits::PROCESSES).filter_map(|pid| Self::read(*pid)).collect()
+        let mut seen = HashMap::new();
+        let pids = pids.iter().take(Limits::PROCESSES);
+        pids.filter_map(|pid| Self::read(*pid, &mut seen)).collect()
     }
 
-    fn read(pid: u32) -> Option<Self> {
+    /// `seen` has the mounts by the link of the namespace.
+    fn read(pid: u32, seen: &mut HashMap<String, Arc<Vec<Mount>>>) -> Option<Self> {
         let status = read(&format!("/proc/{pid}/status"))?;
         let maps = read(&format!("/proc/{pid}/maps")).unwrap_or_default();
+        let namespaces = namespaces(pid);
+        let mounts = seen.entry(namespaces.get("mnt").cloned().unwrap_or_default());
+        let mounts = mounts.or_insert_with(|| Arc::new(mounts_of(pid))).clone();
         Some(Self {
             pid,
             status,
             files: files(pid),
             mappings: maps.lines().filter_map(Mapping::parse).collect(),
+            namespaces,
+            mounts,
         })
     }
 
@@ -81,10 +109,26 @@ impl Process {
         field_of(&self.status, field)
     }
 
-    /// Its number in the container: the last one of `NSpid`.
+    /// Its numbers in the process id namespaces from the daemon's inwards.
+    pub(in crate::migrate) fn numbers(&self) -> Vec<u32> {
+        let numbers = self.status("NSpid").unwrap_or_default().split_ascii_whitespace();
+        numbers.filter_map(|number| number.parse().ok()).collect()
+    }
+
+    /// Its number in its own process id namespace.
     pub(in crate::migrate) fn inner_pid(&self) -> u32 {
-        let last = self.status("NSpid").and_then(|pids| pids.split_ascii_whitespace().last());
-        last.and_then(|pid| pid.parse().ok()).unwrap_or(self.pid)
+        self.numbers().last().copied().unwrap_or(self.pid)
+    }
+
+    /// Its parent, by its number in the daemon's process id namespace; 0 for one outside of that.
+    pub(in crate::migrate) fn parent(&self) -> u32 {
+        self.status("PPid").and_then(|pid| pid.parse().ok()).unwrap_or(0)
+    }
+
+    /// Whether it has mapped this file of its own.
+    pub(in crate::migrate) fn maps(&self, file: &OpenFile) -> bool {
+        let target = file.target.as_os_str();
+        self.mappings.iter().any(|mapping| target == mapping.path.as_str())
     }
 
     /// How messages name it: `process 7 (redis-server)`, by its number in the container.
@@ -104,6 +148,23 @@ impl OpenFile {
     /// A field of its `fdinfo`.
     pub(in crate::migrate) fn info(&self, field: &str) -> Option<&str> {
         field_of(&self.info, field)
+    }
+
+    /// Whether it is a socket.
+    pub(in crate::migrate) fn is_socket(&self) -> bool {
+        self.target.to_string_lossy().starts_with("socket:[")
+    }
+
+    /// The same open file as a descriptor of ours (pidfd_getfd(2)), for what `/proc` does not tell. Keep it no longer than
+    /// a look takes: while it is open, a close by the process closes nothing.
+    ///
+    /// Errors: the process has closed it, or has ended.
+    pub(in crate::migrate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        let numbers = (i32::try_from(self.pid), i32::try_from(self.number));
+        let (Ok(pid), Ok(number)) = numbers else { return Err(io::ErrorKind::NotFound.into()) };
+        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?)
     }
 }
 
@@ -125,6 +186,33 @@ impl Mapping {
     }
 }
 
+impl Mount {
+    /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`.
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split(' ');
+        let id = fields.next()?.parse().ok()?;
+        let root = unescaped(fields.nth(2)?);
+        Some(Self { id, root, point: unescaped(fields.next()?).into() })
+    }
+}
+
+/// Blanks and backslashes stand as `\040` in `mountinfo`.
+fn unescaped(text: &str) -> String {
+    let mut parts = text.split('\\');
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let byte = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match byte {
+            Some(byte) => {
+                plain.push(char::from(byte));
+                plain.push_str(&part[3..]);
+            }
+            None => plain.push_str(part),
+        }
+    }
+    plain
+}
+
 fn files(pid: u32) -> Vec<OpenFile> {
     let listed = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let numbers = listed.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -134,6 +222,20 @@ fn files(pid: u32) -> Vec<OpenFile> {
         Some(OpenFile { pid, number, target, info })
     };
     numbers.take(Limits::FILES).filter_map(file).collect()
+}
+
+fn namespaces(pid: u32) -> BTreeMap<String, String> {
+    let listed = fs::read_dir(format!("/proc/{pid}/ns")).into_iter().flatten().flatten();
+    let namespace = |entry: fs::DirEntry| {
+        let link = fs::read_link(entry.path()).ok()?;
+        Some((entry.file_name().into_string().ok()?, link.into_os_string().into_string().ok()?))
+    };
+    listed.filter_map(namespace).collect()
+}
+
+fn mounts_of(pid: u32) -> Vec<Mount> {
+    let mounts = read(&format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+    mounts.lines().filter_map(Mount::parse).collect()
 }
 
 fn field_of<'a>(text: &'a str, field: &str) -> Option<&'a str> {
@@ -165,16 +267,30 @@ mod tests {
     }
 
     #[test]
+    fn a_line_of_mountinfo_is_read_with_its_blanks() {
+        let line = r"36 35 98:0 /a\040b//deleted /mnt\0112 rw master:1 - ext3 /dev/root rw";
+        let mount = Mount::parse(line).unwrap();
+        let (root, point) = ("/a b//deleted".to_owned(), "/mnt\t2".into());
+        assert_eq!(mount, Mount { id: 36, root, point });
+        assert_eq!(unescaped(r"\9\\"), "9");
+    }
+
+    #[test]
     fn a_process_is_read_once_and_an_ended_one_is_left_out() {
         let file = tempfile::tempfile().unwrap();
         let read = Process::read_all(&[std::process::id(), u32::MAX]);
         let [process] = &read[..] else { panic!("{} processes", read.len()) };
-        assert_eq!(process.pid, std::process::id());
+        assert_eq!((process.pid, process.inner_pid()), (std::process::id(), std::process::id()));
         assert!(process.named().starts_with(&format!("process {} (", process.inner_pid())));
         let number = file.as_raw_fd().cast_unsigned();
         let open = process.files.iter().find(|open| open.number == number).unwrap();
         assert_eq!(open.info("pos"), Some("0"));
         assert_eq!(fs::read_link(open.link()).unwrap(), open.target);
+        let same = File::from(open.duplicate().unwrap());
+        let inode = |file: &File| std::os::unix::fs::MetadataExt::ino(&file.metadata().unwrap());
+        assert_eq!(inode(&same), inode(&file));
         assert!(process.mappings.iter().any(|mapping| mapping.path == "[stack]"));
+        assert!(process.namespaces["net"].starts_with("net:["));
+        assert!(process.mounts.iter().any(|mount| mount.point == std::path::Path::new("/")));
     }
 }

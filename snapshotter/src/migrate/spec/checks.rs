@@ -212,7 +212,7 @@ pub(super) fn annotations(value: &Value, _: &Context<'_>) -> Result<(), Why> {
 /// configuration of CRIU by path.
 pub(super) fn is_kept(key: &str) -> bool {
     let is_ours = key.starts_with("godwit.io/");
-    let is_lasting = [annotation::SERVICE, annotation::USER].contains(&key)
+    let is_lasting = [annotation::SERVICE, annotation::USER, annotation::MPTCP].contains(&key)
         || key.starts_with(annotation::CRIU_PREFIX);
     (!is_ours || is_lasting) && !key.starts_with("org.criu.")
 }

@@ -8,6 +8,10 @@ mod aio;
 mod clocks;
 mod files;
 mod memory;
+mod sandbox;
+mod sockets;
+mod undumped;
+mod watch;
 
 use std::fs;
 use std::io;
@@ -29,8 +33,15 @@ const KINDS: &[(&str, Kind)] = &[
     ("direct-writes", files::direct_writes),
     ("idle", idle),
     ("removed-names", files::removed_names),
+    ("mptcp", sockets::mptcp),
+    ("nested", sandbox::nested),
     ("reservation", memory::reservation),
     ("timers", clocks::timers),
+    ("traces", sandbox::traces),
+    ("undumped", undumped::hold),
+    ("unix-client", sockets::unix_client),
+    ("unix-server", sockets::unix_server),
+    ("watch", watch::watch),
 ];
 
 fn main() -> ExitCode {
