@@ -5,6 +5,8 @@
 //! ([`table::rows`]). The table in the document is made of them: `GODWIT_WRITE_TABLE=1 make test-moves` rewrites it,
 //! and a test compares it.
 
+#[path = "moves/attributes.rs"]
+mod attributes;
 #[path = "moves/basics.rs"]
 mod basics;
 #[path = "moves/bed.rs"]
@@ -45,6 +47,7 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Sockets", sockets::ROWS),
     ("Watches", watches::ROWS),
     ("Not for CRIU", refusals::ROWS),
+    ("Files", attributes::ROWS),
 ];
 
 #[test]
