@@ -47,7 +47,7 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Sockets", sockets::ROWS),
     ("Watches", watches::ROWS),
     ("Not for CRIU", refusals::ROWS),
-    ("Files", attributes::ROWS),
+    ("Attributes of files", attributes::ROWS),
 ];
 
 #[test]
