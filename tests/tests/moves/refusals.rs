@@ -19,7 +19,7 @@ const UNDUMPED: &[(&str, &[&str])] = &[
     ("landlock", &["a Landlock rule set"]),
     ("mqueue", &["the POSIX message queue /probe"]),
     ("vsock", &["a vsock socket"]),
-    ("alg", &["an AF_ALG", "cryptography"]),
+    ("alg", &["AF_ALG (kernel cryptography) socket"]),
     ("sctp", &["a socket of SCTP"]),
 ];
 

@@ -111,8 +111,7 @@ fn missing_network() -> Result<()> {
     let address = bed::BED.container_address(77);
     source().add_network(name, address)?;
     let word = address.to_string();
-    let server = ["nc", "-lk", "-s", &word, "-p", "8080", "-e", "true"];
-    let script = format!("echo ready > /status; exec {}", server.join(" "));
+    let script = format!("echo ready > /status; exec httpd -f -p {word}:8080 -h /data");
     bed::start(
         &Container::new(name, Image::Busybox).network(name).command(&["sh", "-c", &script]),
     )?;
