@@ -1,7 +1,7 @@
 //! Whether a described container fits this node: what the destination must have beside what it admits.
 //!
 //! Plan, migrate and restore look for the same, before anything moves. A container that a client creates by annotation is
-//! looked at by the shim instead, which has its specification.
+//! not looked at: its mounts and its network are the client's business, and CRIU reports what they lack.
 
 use std::fs::{self, File};
 use std::net::{IpAddr, UdpSocket};
@@ -100,7 +100,7 @@ fn address_obstacle(node: &str, netns: &Path, address: IpAddr) -> String {
     let path = netns.display();
     format!(
         "address {address} is not in network namespace {path} on {node}: a socket of the container is bound to it and \
-         would be reached by nobody; add it there with `ip address add`"
+         could not be reached; add it there with `ip address add`"
     )
 }
 

@@ -106,6 +106,10 @@ fn projects() -> Result<()> {
     source().stop_daemon()?;
     source().start_daemon()?;
     ensure!(told()?, "it is not reported any more");
+    wait_until("containerd reaches the daemon again", SOON, || {
+        let listed = source().run(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?;
+        Ok(listed.succeeded())
+    })?;
     let check = source().sh("godwit check || true")?;
     ensure!(check.contains("unmount it"), "{check}");
     workload::migrated(source(), name, destination(), source(), &[])?;
