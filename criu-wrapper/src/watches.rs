@@ -33,8 +33,8 @@ pub struct Watched {
 /// watches it reads none. May block.
 pub fn find(init: u32, pids: &[u32]) -> Watched {
     let root = PathBuf::from(format!("/proc/{init}/root"));
-    let is_overlay = nix::sys::statfs::statfs(&root)
-        .is_ok_and(|found| i64::from(found.filesystem_type().0) == OVERLAY);
+    let is_overlay =
+        nix::sys::statfs::statfs(&root).is_ok_and(|found| found.filesystem_type().0 == OVERLAY);
     let Ok(device) = fs::metadata(&root).map(|root| root.dev()) else { return Watched::default() };
     if !is_overlay {
         return Watched::default();

@@ -8,8 +8,11 @@ use std::thread;
 
 use crate::report;
 
+/// Opens one thing: a descriptor, or a negative number where the kernel refuses it.
+type Open = fn() -> libc::c_long;
+
 /// What is tried, by the word that the line has for it.
-const THINGS: &[(&str, fn() -> libc::c_long)] = &[
+const THINGS: &[(&str, Open)] = &[
     ("io_uring", io_uring),
     ("memfd_secret", memfd_secret),
     ("userfaultfd", userfaultfd),
