@@ -29,7 +29,7 @@ pub fn unmount_below(directory: &Path) -> io::Result<()> {
 }
 
 /// `\040` and the like become the bytes that they stand for.
-fn unescape(field: &str) -> PathBuf {
+pub(crate) fn unescape(field: &str) -> PathBuf {
     use std::os::unix::ffi::OsStringExt;
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();

@@ -1,5 +1,5 @@
 //! CRIU seen from outside: what its logs say, which version it is, what its image directories hold,
-//! and which pages of a running process it would dump.
+//! which pages of a running process it would dump, and which parts of a process it leaves out.
 //!
 //! A leaf: it knows neither containerd nor Godwit's protocol, and starts CRIU only to ask for its
 //! version (runc runs the dumps and restores). Read [`log`] for the reason of a failure,
@@ -7,6 +7,8 @@
 //! refers to its parent, [`live`] for reading pages before any freeze, [`mend`] for what CRIU would
 //! restore wrongly from its own images, [`waits`] and [`timers`] for what a freeze disturbs,
 //! [`watches`] for paths of what is watched.
+//! restore wrongly from its own images, [`supplement`] for what it leaves out of them, [`waits`] and
+//! [`timers`] for what a freeze disturbs.
 
 mod image;
 pub mod leftovers;
@@ -15,6 +17,7 @@ pub mod live;
 pub mod log;
 pub mod mend;
 pub mod pagemap;
+pub mod supplement;
 mod sys;
 pub mod timers;
 pub mod version;

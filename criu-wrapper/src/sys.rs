@@ -1,9 +1,11 @@
-//! System calls without a safe wrapper: which pages of a process exist, and descriptors of other
-//! processes.
+//! System calls without a safe wrapper: which pages of a process exist, descriptors of other
+//! processes, socket options as plain bytes, priorities of input and output.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+
+use nix::errno::Errno;
 
 /// The page belongs to a file and has not been copied on write.
 pub(crate) const IS_FILE: u64 = 1 << 2;
@@ -105,6 +107,112 @@ pub(crate) fn timerfd_gettime(timer: &OwnedFd) -> io::Result<()> {
     // SAFETY: the descriptor is borrowed for the call, and the kernel writes one `itimerspec`.
     let done = unsafe { libc::timerfd_gettime(timer.as_raw_fd(), &raw mut left) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Reads a socket option into `value`, whose content the kernel may read too. Returns its length.
+#[expect(unsafe_code, reason = "nix knows options by type only, and few of them")]
+pub(crate) fn getsockopt(
+    socket: impl AsFd,
+    level: i32,
+    name: i32,
+    value: &mut [u8],
+) -> Result<usize, Errno> {
+    let mut length = libc::socklen_t::try_from(value.len()).map_err(|_large| Errno::EINVAL)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes, the length of `value`, and updates `length`.
+    let done =
+        unsafe { libc::getsockopt(fd, level, name, value.as_mut_ptr().cast(), &raw mut length) };
+    Errno::result(done)?;
+    Ok(usize::try_from(length).unwrap_or(usize::MAX).min(value.len()))
+}
+
+/// Sets a socket option. Errors: the kernel's.
+#[expect(unsafe_code, reason = "nix knows options by type only, and few of them")]
+pub(crate) fn setsockopt(
+    socket: impl AsFd,
+    level: i32,
+    name: i32,
+    value: &[u8],
+) -> Result<(), Errno> {
+    let length = libc::socklen_t::try_from(value.len()).map_err(|_large| Errno::EINVAL)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel only reads `value`, and no more than its length.
+    let done = unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), length) };
+    Errno::result(done).map(drop)
+}
+
+/// Index of the interface `name` in the network namespace of `socket`. Errors: `ENODEV`.
+#[expect(unsafe_code, reason = "nix asks in the namespace of the calling thread only")]
+pub(crate) fn interface_index(socket: impl AsFd, name: &str) -> Result<u32, Errno> {
+    let mut request = interface_request(name)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads the name in `request` and writes the index into it.
+    Errno::result(unsafe { libc::ioctl(fd, libc::SIOCGIFINDEX, &raw mut request) })?;
+    // SAFETY: the call has set this field.
+    Ok(unsafe { request.ifr_ifru.ifru_ifindex }.cast_unsigned())
+}
+
+/// Name of the interface `index` in the network namespace of `socket`. Errors: `ENODEV`.
+#[expect(unsafe_code, reason = "nix asks in the namespace of the calling thread only")]
+pub(crate) fn interface_name(socket: impl AsFd, index: u32) -> Result<String, Errno> {
+    let mut request = interface_request("")?;
+    request.ifr_ifru.ifru_ifindex = index.cast_signed();
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads the index in `request` and writes the name into it.
+    Errno::result(unsafe { libc::ioctl(fd, libc::SIOCGIFNAME, &raw mut request) })?;
+    let bytes: Vec<u8> = request.ifr_name.iter().map(|byte| unsigned(*byte)).collect();
+    let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(name).into_owned())
+}
+
+/// First IPv4 address of the interface `name`, asked of an IPv4 socket. Errors: it has none.
+#[expect(unsafe_code, reason = "nix asks in the namespace of the calling thread only")]
+pub(crate) fn interface_address(socket: impl AsFd, name: &str) -> Result<[u8; 4], Errno> {
+    let mut request = interface_request(name)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads the name in `request` and writes a `sockaddr_in` into it.
+    Errno::result(unsafe { libc::ioctl(fd, libc::SIOCGIFADDR, &raw mut request) })?;
+    // SAFETY: the call has set this field; the address follows family and port.
+    let data = unsafe { request.ifr_ifru.ifru_addr }.sa_data;
+    Ok([data[2], data[3], data[4], data[5]].map(unsigned))
+}
+
+/// `c_char` is signed on some architectures only.
+fn unsigned(byte: libc::c_char) -> u8 {
+    byte.to_ne_bytes()[0]
+}
+
+#[expect(unsafe_code, reason = "`ifreq` has a union")]
+fn interface_request(name: &str) -> Result<libc::ifreq, Errno> {
+    // SAFETY: `ifreq` is plain data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(Errno::ENODEV);
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    Ok(request)
+}
+
+/// `IOPRIO_WHO_PROCESS`: one thread.
+const IOPRIO_THREAD: libc::c_int = 1;
+
+/// Priority of a thread's input and output: class and level, as ioprio_set(2) has them; 0 if unset.
+#[expect(unsafe_code, reason = "neither std nor nix has this call")]
+pub(crate) fn io_priority(thread: u32) -> Result<u32, Errno> {
+    // SAFETY: the call takes two integers and touches no memory.
+    let value = unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_THREAD, thread.cast_signed()) };
+    u32::try_from(Errno::result(value)?).map_err(|_negative| Errno::EINVAL)
+}
+
+/// Sets what [`io_priority`] reads.
+#[expect(unsafe_code, reason = "neither std nor nix has this call")]
+pub(crate) fn set_io_priority(thread: u32, value: u32) -> Result<(), Errno> {
+    let (thread, value) = (thread.cast_signed(), value.cast_signed());
+    // SAFETY: the call takes three integers and touches no memory.
+    let done = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_THREAD, thread, value) };
+    Errno::result(done).map(drop)
 }
 
 #[cfg(test)]
