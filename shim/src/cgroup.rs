@@ -5,6 +5,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::sched::CpuSet;
+
+/// Processors of the node, in the form of cpuset's files.
+const ONLINE: &str = "/sys/devices/system/cpu/online";
+
 /// Depth and number of groups below a container's own that are looked at.
 const GROUPS_MAX: usize = 4096;
 
@@ -93,6 +98,18 @@ impl Cgroup {
         count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
     }
 
+    /// Processors that the group may use; without a limit those of the node.
+    pub(crate) fn processors(&self) -> CpuSet {
+        let files = match self {
+            Self::V1(_) => ["cpuset.effective_cpus", "cpuset.cpus"],
+            Self::V2(_) => ["cpuset.cpus.effective", "cpuset.cpus"],
+        };
+        let dir = self.dir("cpuset").unwrap_or(Path::new(""));
+        let paths = files.map(|file| dir.join(file)).into_iter().chain([PathBuf::from(ONLINE)]);
+        let mut texts = paths.filter_map(|path| std::fs::read_to_string(path).ok());
+        processors_in(&texts.find(|text| !text.trim().is_empty()).unwrap_or_default())
+    }
+
     /// Lets a frozen group run on, past the runtime. Errors: I/O; there is no freezer.
     pub(crate) fn thaw(&self) -> io::Result<()> {
         let missing = || io::Error::new(io::ErrorKind::NotFound, "the container has no freezer");
@@ -112,6 +129,22 @@ impl Cgroup {
 /// State letter in `/proc/PID/stat`; the name before it may hold anything, parentheses too.
 fn state_in(stat: &str) -> Option<char> {
     stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// `0-3,8`; what is not understood is left out.
+fn processors_in(list: &str) -> CpuSet {
+    let mut set = CpuSet::new();
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (Ok(first), Ok(last)) = (first.parse::<usize>(), last.parse::<usize>()) else {
+            continue;
+        };
+        for cpu in first..=last.min(CpuSet::count() - 1) {
+            // A set holds as many processors as the loop goes through.
+            let _ = set.set(cpu);
+        }
+    }
+    set
 }
 
 /// Joins `/proc/PID/cgroup` with `/proc/self/mountinfo`.
@@ -197,6 +230,17 @@ mod tests {
         let found = resolve("0::/system.slice/c", mounts);
         assert_eq!(found, Some(Cgroup::V2("/sys/fs/cgroup/system.slice/c".into())));
         assert_eq!(resolve("0::/", ""), None);
+    }
+
+    #[test]
+    fn lists_of_processors() {
+        let cpus = |list: &str| {
+            let set = processors_in(list);
+            (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(cpus("0-2,7\n"), [0, 1, 2, 7]);
+        assert_eq!(cpus(""), [0; 0]);
+        assert_eq!(cpus("1,x,3-99999999999").len(), CpuSet::count() - 2);
     }
 
     #[test]

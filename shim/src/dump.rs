@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use containerd_shim::protos::events::task::TaskCheckpointed;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
+use criu_wrapper::supplement::{self, SupplementError};
 use criu_wrapper::watches;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -102,15 +103,30 @@ impl Container {
     /// Dumps a frozen container for a migration; it stays frozen, also when the dump fails (but not
     /// when the watchdog had to thaw it).
     ///
+    /// What CRIU leaves out is recorded beside its images ([`criu_wrapper::supplement`]).
+    ///
     /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::Dump`],
-    /// [`TaskError::DumpHung`].
+    /// [`TaskError::DumpHung`], [`TaskError::Supplement`].
     pub(crate) async fn dump(&self, image_path: &Path, work_path: &Path) -> Result<(), TaskError> {
         let _operation = self.operation.lock().await;
         if self.init.phase() != Phase::Paused {
             return Err(self.phase_error("a frozen container can be dumped for a migration only"));
         }
         let flags = vec!["--leave-running", "--tcp-established", "--file-locks"];
-        self.dump_with(Dump { image_path, work_path, connections: Connections::Keep, flags }).await
+        let connections = Connections::Keep;
+        let ended = |error: tokio::task::JoinError| TaskError::io("supplement")(error.into());
+        let (init, cpus) = (self.init.pid(), self.cgroup()?.processors());
+        let record = move || supplement::record(init, &cpus);
+        let mut supplement = tokio::task::spawn_blocking(record).await.map_err(ended)??;
+        // Trees of files may be large, so these are read while CRIU works.
+        let names = tokio::task::spawn_blocking(move || {
+            supplement.add_names(init)?;
+            Ok::<_, SupplementError>(supplement)
+        });
+        let dumped = self.dump_with(Dump { image_path, work_path, connections, flags }).await;
+        let supplement = names.await.map_err(ended)?;
+        dumped?;
+        Ok(supplement?.save(image_path)?)
     }
 
     async fn dump_with(&self, dump: Dump<'_>) -> Result<(), TaskError> {

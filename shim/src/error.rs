@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use containerd_shim::protos::ttrpc::{self, Code};
+use criu_wrapper::supplement::SupplementError;
 use godwit_protos::ParseNameError;
 
 use crate::criu::SettingError;
@@ -52,6 +53,8 @@ pub(crate) enum TaskError {
     Wiring(#[from] WiringError),
     #[error(transparent)]
     Daemon(#[from] DaemonError),
+    #[error(transparent)]
+    Supplement(#[from] SupplementError),
     #[error("{what}")]
     Io { what: String, source: std::io::Error },
     #[error(
@@ -110,6 +113,7 @@ impl TaskError {
             | Self::Volume(_)
             | Self::Runc(_)
             | Self::Wiring(_)
+            | Self::Supplement(_)
             | Self::Daemon(DaemonError::Answer(_))
             | Self::Io { .. }
             | Self::Restore { .. } => Code::UNKNOWN,

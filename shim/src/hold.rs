@@ -16,8 +16,9 @@
 //! forbids execution, as /run may.
 //!
 //! 0. At `pre-restore` the script says [`PREPARING`] and waits for the answer.
-//! 1. CRIU calls the script; it connects and says [`HELD`].
-//! 2. The shim, told by the first connection, obtains the verdict.
+//! 1. CRIU calls the script; it connects and says [`HELD`], and the init process's id.
+//! 2. The first connection tells the shim, which sets again what CRIU's images lack
+//!    ([`criu_wrapper::supplement`]) and then obtains the verdict.
 //! 3. It answers this and every later connection with the same byte.
 //! 4. [`GO`] lets the script succeed; anything else, a closed socket and silence included, makes it
 //!    fail.
@@ -25,7 +26,10 @@
 //!    longer vouch that no task ran, should the restore fail yet.
 //!
 //! On the way the script brings up the loopback interface, which CRIU and runc leave down in a
-//! network namespace that they made: the tasks would find no way to 127.0.0.1.
+//! network namespace that they made: the tasks would find no way to 127.0.0.1. It does so before
+//! CRIU makes the sockets. One that is bound to 127.0.0.1 while the namespace has no table of local
+//! addresses keeps no source address (`__inet_dev_addr_type` in net/ipv4/fib_frontend.c), and cannot
+//! send to a multicast group.
 //!
 //! So the tasks run only after an explicit grant, whoever dies meanwhile.
 
@@ -54,7 +58,8 @@ const INIT_VARIABLE: &str = "CRTOOLS_INIT_PID";
 const SOCKET_NAME: &str = "hold.sock";
 /// What the script says before CRIU makes the first task.
 const PREPARING: u8 = b'P';
-/// What the script says once every task is complete.
+/// What the script says once every task is complete, followed by the init process's id in 4
+/// little-endian bytes.
 const HELD: u8 = b'H';
 /// What the script says before the tasks are let run.
 const RESUMING: u8 = b'R';
@@ -67,6 +72,8 @@ const VERDICT_TIME_MAX: Duration = Duration::from_secs(180);
 const NOTE_TIME_MAX: Duration = Duration::from_secs(5);
 /// CRIU's name for the stage before it makes the first task.
 const STAGE_PREPARING: &str = "pre-restore";
+/// CRIU's name for the stage at which the namespaces exist and no socket does.
+const STAGE_NAMESPACES: &str = "post-setup-namespaces";
 /// CRIU's name for the stage at which the tasks are complete and none has run.
 const STAGE_HELD: &str = "post-restore";
 /// CRIU's name for the stage after which the tasks run, whatever the script says.
@@ -78,7 +85,7 @@ type Lifted = Arc<Mutex<Option<Raised>>>;
 /// The shim's side.
 pub(crate) struct Hold {
     path: PathBuf,
-    held: mpsc::Receiver<()>,
+    held: mpsc::Receiver<u32>,
     verdict: watch::Sender<Option<bool>>,
     resuming: Arc<AtomicBool>,
     limits: Lifted,
@@ -102,11 +109,12 @@ impl Hold {
         format!("/proc/{}/exe", std::process::id())
     }
 
-    /// Resolves once every task is restored and held. Cancel-safe.
-    pub(crate) async fn held(&mut self) {
-        if self.held.recv().await.is_none() {
-            // Nobody will ever connect again: the restore's own end decides.
-            std::future::pending::<()>().await;
+    /// Resolves to the init process's id once every task is restored and held. Cancel-safe.
+    pub(crate) async fn held(&mut self) -> u32 {
+        match self.held.recv().await {
+            Some(init) => init,
+            // No script will connect any more: the restore's own end decides.
+            None => std::future::pending().await,
         }
     }
 
@@ -144,7 +152,7 @@ impl Drop for Hold {
 
 async fn serve(
     listener: UnixListener,
-    tell: mpsc::Sender<()>,
+    tell: mpsc::Sender<u32>,
     decided: watch::Receiver<Option<bool>>,
     resuming: Arc<AtomicBool>,
     limits: Lifted,
@@ -153,8 +161,8 @@ async fn serve(
         let (tell, mut decided) = (tell.clone(), decided.clone());
         let (resuming, limits) = (resuming.clone(), limits.clone());
         tokio::spawn(async move {
-            match stream.read_u8().await {
-                Ok(HELD) => {}
+            let init = match stream.read_u8().await {
+                Ok(HELD) => stream.read_u32_le().await,
                 Ok(PREPARING) => {
                     lift(&limits, &stream);
                     let _ = stream.write_u8(GO).await;
@@ -166,8 +174,9 @@ async fn serve(
                     return;
                 }
                 Ok(_) | Err(_) => return,
-            }
-            let _ = tell.try_send(());
+            };
+            let Ok(init) = init else { return };
+            let _ = tell.try_send(init);
             let may_run = match decided.wait_for(Option::is_some).await {
                 Ok(verdict) => *verdict == Some(true),
                 Err(_) => false,
@@ -198,11 +207,16 @@ pub(crate) fn is_script() -> bool {
 /// The script's side: it succeeds where the restore may go on.
 pub(crate) fn script_main() -> ExitCode {
     let bundle = std::env::var_os(BUNDLE_VARIABLE);
+    let init = std::env::var(INIT_VARIABLE).ok().and_then(|pid| pid.parse().ok());
     match std::env::var(STAGE_VARIABLE).as_deref() {
+        Ok(STAGE_NAMESPACES) => {
+            raise_loopback_of(init);
+            return ExitCode::SUCCESS;
+        }
         Ok(STAGE_HELD) => {}
         Ok(stage @ (STAGE_PREPARING | STAGE_RESUMING)) => {
             let note = if stage == STAGE_RESUMING { RESUMING } else { PREPARING };
-            let noted = bundle.map(|bundle| ask(Path::new(&bundle), note, NOTE_TIME_MAX));
+            let noted = bundle.map(|bundle| ask(Path::new(&bundle), &[note], NOTE_TIME_MAX));
             return if matches!(noted, Some(Ok(GO))) {
                 ExitCode::SUCCESS
             } else {
@@ -211,30 +225,43 @@ pub(crate) fn script_main() -> ExitCode {
         }
         _ => return ExitCode::SUCCESS,
     }
-    if let Ok(pid) = std::env::var(INIT_VARIABLE)
-        && let Err(error) = raise_loopback(&pid)
-    {
-        eprintln!("loopback interface of the restored container: {error}");
-    }
-    match bundle.map(|bundle| ask(Path::new(&bundle), HELD, VERDICT_TIME_MAX)) {
+    let Some(init) = init else {
+        eprintln!("CRIU does not say in {INIT_VARIABLE} what it restored");
+        return ExitCode::FAILURE;
+    };
+    // Should CRIU have taken it down with what it restored of the namespace.
+    raise_loopback_of(Some(init));
+    match bundle.map(|bundle| ask(Path::new(&bundle), &held(init), VERDICT_TIME_MAX)) {
         Some(Ok(GO)) => ExitCode::SUCCESS,
         Some(Ok(_) | Err(_)) | None => ExitCode::FAILURE,
     }
 }
 
+/// A container that needs no loopback interface runs without one.
+fn raise_loopback_of(init: Option<u32>) {
+    if let Some(Err(error)) = init.map(raise_loopback) {
+        eprintln!("loopback interface of the restored container: {error}");
+    }
+}
+
 /// Joins the network namespace of process `pid`; the script does nothing in its own afterwards.
-fn raise_loopback(pid: &str) -> std::io::Result<()> {
+fn raise_loopback(pid: u32) -> std::io::Result<()> {
     let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net"))?;
     nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
     crate::sys::raise_loopback()
 }
 
-fn ask(bundle: &Path, what: u8, limit: Duration) -> std::io::Result<u8> {
+/// What the script says of the init process that is held.
+fn held(init: u32) -> Vec<u8> {
+    [&[HELD][..], &init.to_le_bytes()].concat()
+}
+
+fn ask(bundle: &Path, what: &[u8], limit: Duration) -> std::io::Result<u8> {
     let dir = std::fs::File::open(bundle)?;
     let mut stream =
         UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_raw_fd()))?;
     stream.set_read_timeout(Some(limit))?;
-    stream.write_all(&[what])?;
+    stream.write_all(what)?;
     let mut verdict = [0];
     stream.read_exact(&mut verdict)?;
     Ok(verdict[0])
@@ -245,10 +272,11 @@ mod tests {
     use super::*;
 
     const SHORT: Duration = Duration::from_millis(300);
+    const INIT: u32 = 4711;
 
     async fn ask_in(bundle: &Path, limit: Duration) -> std::io::Result<u8> {
         let bundle = bundle.to_owned();
-        tokio::task::spawn_blocking(move || ask(&bundle, HELD, limit)).await.unwrap()
+        tokio::task::spawn_blocking(move || ask(&bundle, &held(INIT), limit)).await.unwrap()
     }
 
     /// Method: CRIU's two calls, one before and one after the verdict, and a verdict too late to
@@ -260,7 +288,7 @@ mod tests {
             let mut hold = Hold::listen(dir.path()).unwrap();
             let bundle = dir.path().to_owned();
             let first = tokio::spawn(async move { ask_in(&bundle, VERDICT_TIME_MAX).await });
-            hold.held().await;
+            assert_eq!(hold.held().await, INIT);
             hold.decide(may_run);
             assert_eq!(first.await.unwrap().unwrap(), byte);
             hold.decide(!may_run);
@@ -276,7 +304,7 @@ mod tests {
         assert!(!hold.may_have_run());
         let bundle = dir.path().to_owned();
         let noted =
-            tokio::task::spawn_blocking(move || ask(&bundle, RESUMING, NOTE_TIME_MAX)).await;
+            tokio::task::spawn_blocking(move || ask(&bundle, &[RESUMING], NOTE_TIME_MAX)).await;
         assert_eq!(noted.unwrap().unwrap(), GO);
         assert!(hold.may_have_run());
     }
@@ -288,7 +316,7 @@ mod tests {
         let hold = Hold::listen(dir.path()).unwrap();
         let bundle = dir.path().to_owned();
         let asked =
-            tokio::task::spawn_blocking(move || ask(&bundle, PREPARING, NOTE_TIME_MAX)).await;
+            tokio::task::spawn_blocking(move || ask(&bundle, &[PREPARING], NOTE_TIME_MAX)).await;
         assert_eq!(asked.unwrap().unwrap(), GO);
         assert!(hold.with_limits(|_| ()).is_none());
     }

@@ -18,6 +18,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim::protos::events::task::TaskStart;
+use criu_wrapper::supplement::Supplement;
 use godwit_protos::control::{AcquireRequest, AcquireResponse, SettleRequest, VolumeMount};
 use godwit_protos::{ContainerRef, FileSystem, path};
 
@@ -42,6 +43,8 @@ const CRIU_OUTLIVES_MAX: Duration = Duration::from_secs(2);
 const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
 /// What CRIU needs before the container's limits are lifted for it.
 const CRIU_BYTES: u64 = 16 << 20;
+/// Warnings about what CRIU's images lack that are logged of one restore.
+const WARNINGS_MAX: usize = 16;
 /// Longest text of a fence that is repeated to the user, in bytes.
 const FENCE_BYTES_MAX: usize = 512;
 
@@ -328,7 +331,12 @@ impl Container {
         let mut refusal = None;
         let restored = tokio::select! {
             restored = &mut restore => restored,
-            () = hold.held() => {
+            init = hold.held() => {
+                if let Err(error) = self.apply_supplement(image, init).await {
+                    hold.decide(false);
+                    let _ = restore.await;
+                    return Err(error);
+                }
                 refusal = match hold.with_limits(Raised::put_back) {
                     // Before the claim: the source can still run it.
                     Some(Err(error)) => Some(error.to_string()),
@@ -374,6 +382,21 @@ impl Container {
             }
         };
         Some(TaskError::NoMemory { container: self.name.to_string(), reason })
+    }
+
+    /// Sets on the held tasks what CRIU's images lack. Errors: something that cannot be left out.
+    async fn apply_supplement(&self, images: &Path, init: u32) -> Result<(), TaskError> {
+        let images = images.to_owned();
+        let apply = move || Supplement::load(&images)?.apply(init);
+        let applied = tokio::task::spawn_blocking(apply).await;
+        let warnings = applied.map_err(|error| TaskError::io("supplement")(error.into()))??;
+        for warning in warnings.iter().take(WARNINGS_MAX) {
+            tracing::warn!("{}: {warning}", self.name);
+        }
+        if let Some(beyond) = warnings.len().checked_sub(WARNINGS_MAX).filter(|count| *count > 0) {
+            tracing::warn!("{}: and {beyond} more that CRIU's images lack", self.name);
+        }
+        Ok(())
     }
 
     async fn restore(

@@ -50,7 +50,7 @@ restore)
   script=$(sed -n 's/^action-script //p' criu.conf)
   [ -e ignore-script ] && script=true
   for stage in pre-restore post-restore post-restore; do
-    CRTOOLS_SCRIPT_ACTION=$stage $script || fail "criu failed: type NOTIFY"
+    CRTOOLS_INIT_PID=$$ CRTOOLS_SCRIPT_ACTION=$stage $script || fail "criu failed: type NOTIFY"
   done
   run;;
 esac
@@ -295,6 +295,24 @@ fn a_refused_claim_leaves_a_created_container_that_can_be_deleted() {
         assert_eq!((report.running, report.reason.as_str()), (false, expected));
         node.delete().await;
         assert_eq!(node.topics(2).await, ["/tasks/create", "/tasks/delete"]);
+    });
+}
+
+/// Method: a file of what CRIU leaves out that no source wrote. The daemon would grant the claim.
+#[test]
+fn what_cannot_be_set_again_undoes_the_restore_before_the_claim() {
+    on_a_node(async || {
+        let mut node = Node::new(MIGRATE).await;
+        let daemon = node.with_daemon(false, true).await;
+        std::fs::write(node.dir.path().join("godwit-supplement"), b"\xff").unwrap();
+        node.create().await.unwrap();
+        let (_, text) = refusal(node.start().await.unwrap_err());
+        assert!(text.contains("godwit-supplement is damaged"), "{text}");
+        assert_eq!(node.status().await, (Status::CREATED, 0));
+        assert!(!node.bundle().join("ran").exists());
+        let report = daemon.settled.lock().unwrap().take().unwrap();
+        assert!(!report.running && !report.may_have_run);
+        node.delete().await;
     });
 }
 

@@ -21,6 +21,10 @@ mod image;
 mod limits;
 #[path = "moves/memory.rs"]
 mod memory;
+#[path = "moves/network.rs"]
+mod network;
+#[path = "moves/processes.rs"]
+mod processes;
 #[path = "moves/refusals.rs"]
 mod refusals;
 #[path = "moves/sockets.rs"]
@@ -37,6 +41,7 @@ mod watches;
 /// The rows of all subjects, in the order of the document.
 const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Processes", basics::ROWS),
+    ("Processes", processes::ROWS),
     ("Clocks", clocks::ROWS),
     ("Memory", memory::ROWS),
     ("Specification", specification::ROWS),
@@ -48,6 +53,7 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Watches", watches::ROWS),
     ("Not for CRIU", refusals::ROWS),
     ("Attributes of files", attributes::ROWS),
+    ("Network", network::ROWS),
 ];
 
 #[test]

@@ -64,6 +64,12 @@ pub(crate) fn start(container: &Container<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Removes the probe's line and waits for the next: what it says of itself from now on.
+pub(crate) fn forget_status(at: &Node, name: &str) -> Result<()> {
+    at.sh(&format!("rm /proc/{}/root/status", init(at, name)?))?;
+    wait_until("the probe reports again", SOON, || Ok(status(at, name).is_ok()))
+}
+
 /// Waits until the probe's line holds for `is_right`; returns it. Errors: the last line.
 pub(crate) fn status_becomes(
     at: &Node,

@@ -5,9 +5,11 @@
 //! what it holds and what the line means.
 
 mod aio;
+mod attributes;
 mod clocks;
 mod files;
 mod memory;
+mod options;
 mod sandbox;
 mod sockets;
 mod undumped;
@@ -22,6 +24,9 @@ use std::time::Duration;
 /// Where the probe reports its state.
 const STATUS: &str = "/status";
 
+/// How long a kind sleeps between two reports.
+const TICK: Duration = Duration::from_millis(20);
+
 /// What a kind runs: it returns only on an error.
 type Kind = fn(&[String]) -> io::Result<()>;
 
@@ -29,12 +34,15 @@ type Kind = fn(&[String]) -> io::Result<()>;
 const KINDS: &[(&str, Kind)] = &[
     ("aio-ring", aio::ring),
     ("alarm", clocks::alarm),
+    ("attributes", attributes::attributes),
     ("ballast", memory::ballast),
     ("direct-writes", files::direct_writes),
     ("idle", idle),
-    ("removed-names", files::removed_names),
     ("mptcp", sockets::mptcp),
+    ("multicast", options::multicast),
     ("nested", sandbox::nested),
+    ("options", options::options),
+    ("removed-names", files::removed_names),
     ("reservation", memory::reservation),
     ("timers", clocks::timers),
     ("traces", sandbox::traces),
@@ -76,7 +84,7 @@ fn report(line: &str) -> io::Result<()> {
 fn idle(_arguments: &[String]) -> io::Result<()> {
     for count in 0_u64.. {
         report(&format!("beats {count}"))?;
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(TICK);
     }
     Ok(())
 }
