@@ -16,6 +16,7 @@ use std::time::Duration;
 use containerd_shim::protos::shim::oci::Options;
 use nix::sys::signal::Signal;
 
+use crate::criu;
 use crate::hold;
 use crate::reap::Reaper;
 use crate::time_namespace::Inside;
@@ -323,6 +324,7 @@ impl Runc {
         if command == "restore" {
             program.env(hold::BUNDLE_VARIABLE, &self.bundle);
         }
+        program.envs(criu::environment(command).iter().copied());
         let or_null = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
         program.stdin(or_null(streams.stdin));
         program.stdout(or_null(streams.stdout)).stderr(or_null(streams.stderr));

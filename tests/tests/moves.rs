@@ -35,6 +35,8 @@ mod specification;
 mod table;
 #[path = "moves/terminals.rs"]
 mod terminals;
+#[path = "moves/tmpfs.rs"]
+mod tmpfs;
 #[path = "moves/watches.rs"]
 mod watches;
 
@@ -54,6 +56,7 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Not for CRIU", refusals::ROWS),
     ("Attributes of files", attributes::ROWS),
     ("Network", network::ROWS),
+    ("Files in memory", tmpfs::ROWS),
 ];
 
 #[test]

@@ -412,11 +412,18 @@ fn check_images<S: Source>(source: &S, tree: &Digest, memory: &Memory) -> Result
         };
         let name = String::from_utf8_lossy(&entry.name);
         let name = name.strip_suffix(".img").unwrap_or(&name);
-        if bytes > PAGEMAP_BYTES_MAX || name.starts_with("pages-") || name == "parent" {
-            return Err(broken("an image is small, and is neither pages nor a parent"));
+        if name.starts_with("pages-") || name == "parent" {
+            return Err(broken("an image is neither pages nor a parent"));
         }
-        if name.starts_with("pagemap-") && !memory.maps.iter().any(|map| map.name == name) {
-            return Err(broken("every page map has its pages"));
+        if name.starts_with("pagemap-") {
+            if !memory.maps.iter().any(|map| map.name == name) {
+                return Err(broken("every page map has its pages"));
+            }
+            // Page maps are read as a whole. Others, such as the content of a tmpfs or of a deleted
+            // file, are written to disk in chunks and may be of any size.
+            if bytes > PAGEMAP_BYTES_MAX {
+                return Err(broken("a page map is small"));
+            }
         }
     }
     Ok(())

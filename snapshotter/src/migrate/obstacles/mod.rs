@@ -17,6 +17,7 @@
 //! To add a kind: write `fn(&Container, &mut Findings)` in the file of its subject, and list it in [`KINDS`].
 
 mod aio;
+mod bulk;
 mod clocks;
 mod databases;
 mod files;
@@ -65,6 +66,8 @@ const KINDS: &[Kind] = &[
     databases::open,
     aio::rings,
     removed::beside_block_volumes,
+    bulk::tmpfs,
+    bulk::deleted,
 ];
 
 /// A running container as the kinds see it.

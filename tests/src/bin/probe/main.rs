@@ -6,9 +6,11 @@
 
 mod aio;
 mod attributes;
+mod bulk;
 mod clocks;
 mod files;
 mod memory;
+mod names;
 mod options;
 mod sandbox;
 mod sockets;
@@ -36,10 +38,12 @@ const KINDS: &[(&str, Kind)] = &[
     ("alarm", clocks::alarm),
     ("attributes", attributes::attributes),
     ("ballast", memory::ballast),
+    ("bulk", bulk::bulk),
     ("direct-writes", files::direct_writes),
     ("idle", idle),
     ("mptcp", sockets::mptcp),
     ("multicast", options::multicast),
+    ("names", names::names),
     ("nested", sandbox::nested),
     ("options", options::options),
     ("removed-names", files::removed_names),
