@@ -12,8 +12,8 @@ use super::{Container, Findings};
 /// From this size on the user is warned, in bytes.
 const WARNED_BYTES: u64 = 32 << 20;
 
-/// What is packed, sent and unpacked of a tmpfs in a second, in bytes. Measured at 1 Gbit/s on two processors with
-/// content that does not compress.
+/// What is packed, sent and unpacked of a tmpfs in a second, in bytes: a rough estimate for content that does not
+/// compress, of which gzip takes the larger part.
 const TMPFS_BYTES_PER_S: u64 = 20 << 20;
 
 /// Largest deleted file that CRIU copies, in bytes; the shim's `ghost-limit`.
