@@ -224,12 +224,15 @@ fn a_restore_that_fails_leaves_the_source_running_and_gives_crius_reason() -> Re
     remove(name)
 }
 
-/// Method: an unlinked open file beyond CRIU's limit, which is a refusal at the dump.
+/// Method: an unlinked open file beyond the limit that the container sets for CRIU, which refuses it at the dump.
 #[test]
 fn a_dump_that_criu_refuses_leaves_the_container_running_and_gives_the_reason() -> Result<()> {
     let name = "ghost";
-    let script = "dd if=/dev/zero of=/big bs=1M count=80 2>/dev/null; exec 3</big; rm /big; while :; do usleep 50000; done";
-    Container::new(name, Image::Busybox).command(&["sh", "-c", script]).start(source())?;
+    let script = "dd if=/dev/zero of=/big bs=1M count=8 2>/dev/null; exec 3</big; rm /big; while :; do usleep 50000; done";
+    Container::new(name, Image::Busybox)
+        .command(&["sh", "-c", script])
+        .annotation("godwit.io/criu.ghost-limit", "1M")
+        .start(source())?;
     std::thread::sleep(Duration::from_secs(2));
     let text = refused(name, &[])?;
     ensure!(text.to_lowercase().contains("ghost"), "{text}");

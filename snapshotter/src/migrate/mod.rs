@@ -92,7 +92,8 @@ pub enum MigrationError {
     NoCut(SnapshotId),
     /// The container runs where it is to go.
     #[error(
-        "container {container} runs on {node} already: if it is to leave {node}, exchange --from and --to"
+        "container {container} exists on this node already, {node}, and runs: if a migration is to take it away from \
+         {node}, exchange --from and --to"
     )]
     RunsHere {
         /// Which.

@@ -135,7 +135,7 @@ fn exchanged() -> Result<()> {
     let nodes = ["--from", "edge-b", "--to", "edge-a"];
     for command in ["plan", "migrate"] {
         let done = source().run(&[&["godwit", command, name], &nodes[..]].concat())?;
-        let says = done.stderr.contains("runs on edge-a already")
+        let says = done.stderr.contains("exists on this node already, edge-a")
             && done.stderr.contains("exchange --from and --to");
         ensure!(!done.succeeded() && says && !done.stderr.contains("delete"), "{done:?}");
     }
