@@ -620,7 +620,8 @@ fn pods_may_ask_for_as_much_as_under_runc() -> Result<()> {
     assert_eq!(features(GODWIT), features(RUNC));
     if Containerd::of_suite() == Containerd::V2 {
         let ours = features(GODWIT).context("containerd tells no features")?;
-        assert!(ours.user_namespaces && ours.recursive_read_only_mounts, "{ours:?}");
+        // User namespaces need a newer runc than the nodes have, under either shim.
+        assert!(ours.recursive_read_only_mounts, "{ours:?}");
     }
     Ok(())
 }
