@@ -284,7 +284,7 @@ fn a_read_only_volume_comes_from_a_holder_that_does_not_lie_or_not_at_all() -> R
     }
 
     let refused = run("told-lies")?;
-    let said = format!("object {digest} is nowhere to be had");
+    let said = format!("object {digest} was not found");
     ensure!(!refused.succeeded() && refused.stderr.contains(&said), "{refused:?}");
     here.ok(&["ctr", "containers", "rm", "told-lies"])?;
     let left = here.sh("ctr tasks ls -q; cd /var/lib/godwit; find content trash -mindepth 1

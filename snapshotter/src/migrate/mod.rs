@@ -152,7 +152,9 @@ pub enum MigrationError {
         there: Digest,
     },
     /// A blob of an image that nobody delivers.
-    #[error("blob {0} of the image is nowhere to be had")]
+    #[error(
+        "blob {0} of the image was found on neither the source nor a neighbour; pull or import the image at the source again"
+    )]
     NoBlob(Digest),
     /// The two nodes cannot have the same container.
     #[error("{0}")]

@@ -69,7 +69,7 @@ impl Patience {
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
     /// Everybody was asked.
-    #[error("object {0} is nowhere to be had: neither a neighbour nor the source has it")]
+    #[error("object {0} was not found on the source or any neighbour")]
     Nowhere(Digest),
     /// The source failed, so that what only it has cannot come.
     #[error("the source failed while {missing} objects were still missing: {reason}")]
