@@ -292,7 +292,13 @@ pub(crate) fn remove_tree(tree: &Path) -> Result<()> {
     if fs::symlink_metadata(tree)?.dev() != fs::symlink_metadata(parent)?.dev() {
         bail!("{} is a file system of its own, not removing it", tree.display());
     }
-    host(&["rm", "-r", "-f", "--one-file-system", "--", &tree.display().to_string()])?;
+    let tree_words = tree.display().to_string();
+    let remove = ["rm", "-r", "-f", "--one-file-system", "--", &tree_words];
+    if host(&remove).is_err() {
+        // A test that failed may have left immutable files.
+        let _ = host(&["chattr", "-R", "-f", "-i", "-a", &tree_words]);
+        host(&remove)?;
+    }
     Ok(())
 }
 
