@@ -7,7 +7,7 @@
 //! which changes nothing that they can see.
 //!
 //! A timer whose interval is shorter than the time from [`settle`] to the dump has expired again by
-//! then. [`crate::mend`] arms such a timer anew, off phase by less than its interval.
+//! then. [`crate::mend`] arms such a timer again, off phase by less than its interval.
 
 use std::fs;
 use std::io;

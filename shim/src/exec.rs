@@ -138,7 +138,7 @@ impl Container {
         }
         exec.process.wiring().shutdown(&self.shared.reaper).await;
         self.execs().remove(exec_id);
-        // Whoever waits for one that was never started waits no longer.
+        // A caller that waits for one that was never started gets its answer.
         exec.process.stop(never_ran());
         Ok((exec.process.pid(), exec.process.exit().unwrap_or(never_ran())))
     }

@@ -366,7 +366,7 @@ impl Container {
         }
     }
 
-    /// The error of a restore that the kernel ended for want of memory.
+    /// The error of a restore during which the kernel OOM-killed a task.
     fn killed_for_memory(&self, hold: &Hold) -> Option<TaskError> {
         let limit = Spec::load(&self.bundle).ok().and_then(|spec| spec.memory_limit());
         let reason = match (hold.with_limits(|limits| limits.oom_kills()), limit) {

@@ -153,7 +153,7 @@ impl Raised {
         Ok(())
     }
 
-    /// Tasks that the kernel has killed in the container's group for want of memory.
+    /// Tasks that the kernel OOM-killed in the container's group.
     pub(crate) fn oom_kills(&self) -> u64 {
         self.cgroup.oom_kills()
     }

@@ -91,7 +91,6 @@ pub(crate) fn moved(name: &str) -> Result<serde_json::Value> {
 }
 
 /// `plan` and `migrate` refuse it with these words, and it runs on at the source without having been frozen.
-#[allow(dead_code)]
 pub(crate) fn is_refused(name: &str, words: &[&str]) -> Result<()> {
     let plan = ["godwit", "plan", name, "--from", "edge-a", "--to", "edge-b"];
     let plan = source().run(&plan)?.ok().expect_err("plan says that it moves").to_string();

@@ -14,7 +14,6 @@ const END: &str = "<!-- the table ends -->\n";
 
 /// What becomes of a thing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code)]
 pub(crate) enum Outcome {
     /// It is at the destination as it was.
     Moves,

@@ -138,7 +138,7 @@ pub(super) fn external(container: &Container, found: &mut Findings) {
     });
 }
 
-/// Addresses that sockets are bound to: CRIU binds them again, and whoever knows such an address connects to it.
+/// Addresses that sockets are bound to: CRIU binds them again, and clients that know such an address connect to it.
 pub(super) fn addresses(container: &Container, found: &mut Findings) {
     each(container, |_, _, socket| {
         let is_connection = options::socket_type(socket)
