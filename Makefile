@@ -8,7 +8,8 @@ ARGS ?=
 CARGO := cargo
 TESTBED := $(CARGO) run --quiet --release --bin testbed --
 PROGRAMS := containerd-shim-godwit-v1 godwit-snapshotter godwit
-# Always the whole workspace: with fewer crates the dependencies would have other features, and be built again.
+# Always the whole workspace: with fewer crates the dependencies would have other features, and be
+# built again.
 TEST := $(CARGO) test --release --workspace --locked
 # Suites of a crate of its own, which need no test nodes.
 LIGHT_SUITES := $(sort $(basename $(notdir $(wildcard criu-wrapper/tests/*.rs shim/tests/*.rs snapshotter/tests/*.rs))))
@@ -38,8 +39,8 @@ build: prerequisites ## build all programs (release)
 demo: require-root build ## migrate a running redis between two test nodes, and show it
 	$(TARGET_DIR)/release/demo $(ARGS)
 
-# Suites wait for the nodes most of the time, so two of them share the processors. The output of each is printed when it
-# has ended. Those that compare times come last, one at a time.
+# Suites wait for the nodes most of the time, so two of them share the processors. The output of
+# each is printed when it has ended. Those that compare times come last, one at a time.
 test: require-root unit ## run every test; needs root
 	@begin=$$(date +%s); \
 	$(TEST) --no-run || exit 1; \
@@ -64,7 +65,8 @@ test-%-containerd-2: require-root build
 	GODWIT_CONTAINERD=2 $(TEST) --test $* -- --test-threads=1 || exit 1; \
 	echo "suite $*-containerd-2: $$(($$(date +%s) - begin)) s"
 
-# Under Debian's kernel, with cgroups of version 2 alone; ten times slower, so by default what depends on them.
+# Under Debian's kernel, with cgroups of version 2 alone; ten times slower, so by default what
+# depends on them.
 VM_SUITE ?= shim
 VM_TESTS ?= metrics memory update pause events checkpoint
 test-vm: require-root build ## run tests of a suite (VM_SUITE, VM_TESTS) in a virtual machine; not part of test

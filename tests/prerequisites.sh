@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs the host packages of host-packages.txt, and those named as arguments, that are missing, and looks for the
-# Rust toolchain. Says what it installs; does nothing, silently, when all is there.
+# Installs the host packages of host-packages.txt, and those named as arguments, that are missing,
+# and looks for the Rust toolchain. Says what it installs; does nothing, silently, when all is
+# there.
 set -eu
 here=$(dirname "$0")
 packages="$(grep -v '^#' "$here/host-packages.txt") $*"

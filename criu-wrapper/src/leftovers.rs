@@ -1,7 +1,8 @@
 //! What a killed restore leaves mounted.
 //!
-//! CRIU mounts cgroup hierarchies (`.criu.cgyard.*`) and the root to be (`criu.mntns.*`) below its work directory. When it is
-//! killed they stay: whoever then removed the directory recursively would remove cgroups. So: unmount first, always.
+//! CRIU mounts cgroup hierarchies (`.criu.cgyard.*`) and the root to be (`criu.mntns.*`) below its
+//! work directory. When it is killed they stay: whoever then removed the directory recursively
+//! would remove cgroups. So: unmount first, always.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use nix::mount::{MntFlags, umount2};
 
 /// Detaches every mount below `directory`, innermost first, in this mount namespace.
 ///
-/// Errors: when the mounts cannot be listed or one cannot be detached; then do not remove the directory.
+/// Errors: when the mounts cannot be listed or one cannot be detached; then do not remove the
+/// directory.
 /// Source: proc(5), "mountinfo": the fifth field is the mount point, with octal escapes.
 pub fn unmount_below(directory: &Path) -> io::Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;

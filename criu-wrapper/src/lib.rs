@@ -7,8 +7,8 @@
 //! refers to its parent, [`live`] for reading pages before any freeze, [`mend`] for what CRIU would
 //! restore wrongly from its own images, [`waits`] and [`timers`] for what a freeze disturbs,
 //! [`watches`] for paths of what is watched.
-//! restore wrongly from its own images, [`supplement`] for what it leaves out of them, [`waits`] and
-//! [`timers`] for what a freeze disturbs.
+//! restore wrongly from its own images, [`supplement`] for what it leaves out of them, [`waits`]
+//! and [`timers`] for what a freeze disturbs.
 
 mod image;
 pub mod leftovers;

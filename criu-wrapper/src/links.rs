@@ -1,11 +1,13 @@
-//! Link remaps: how CRIU's images name an open file whose own name was removed while another hard link is left.
+//! Link remaps: how CRIU's images name an open file whose own name was removed while another hard
+//! link is left.
 //!
-//! CRIU opens files by path. For such a file a dump makes the hard link `link_remap.N` beside the removed name, and the
-//! images refer to that. When the container lives on, CRIU removes the link at the end of the dump. A restore opens the
-//! file by the link, which must be there again, and then removes it.
+//! CRIU opens files by path. For such a file a dump makes the hard link `link_remap.N` beside the
+//! removed name, and the images refer to that. When the container lives on, CRIU removes the link
+//! at the end of the dump. A restore opens the file by the link, which must be there again, and
+//! then removes it.
 //!
-//! `remap-fpath.img` has pairs of file ids, `files.img` the path of each id. Both come from CRIU on this node; what cannot
-//! be read is an error, and nothing is allocated by an announced length.
+//! `remap-fpath.img` has pairs of file ids, `files.img` the path of each id. Both come from CRIU on
+//! this node; what cannot be read is an error, and nothing is allocated by an announced length.
 
 use std::collections::HashMap;
 use std::fs;
@@ -59,7 +61,8 @@ struct Regular {
 
 /// The links that the images in `directory` refer to.
 ///
-/// Errors: [`ImageError`] when an image cannot be read, breaks its format, or lacks a file that the other one names.
+/// Errors: [`ImageError`] when an image cannot be read, breaks its format, or lacks a file that the
+/// other one names.
 pub fn link_remaps(directory: &Path) -> Result<Vec<LinkRemap>, ImageError> {
     // CRIU makes the image when it has something to write into it.
     let remaps: Vec<Remap> = match read(directory, "remap-fpath", Kind::Remaps) {
@@ -88,7 +91,8 @@ pub fn link_remaps(directory: &Path) -> Result<Vec<LinkRemap>, ImageError> {
     remaps.iter().map(link).collect()
 }
 
-/// Protobuf's strings are UTF-8 and the kernel's names are not, so CRIU writes the bytes as they are.
+/// Protobuf's strings are UTF-8 and the kernel's names are not, so CRIU writes the bytes as they
+/// are.
 fn path(name: &[u8]) -> PathBuf {
     use std::os::unix::ffi::OsStrExt as _;
     PathBuf::from(std::ffi::OsStr::from_bytes(name))

@@ -97,8 +97,9 @@ pub fn scan(pid: u32, visit: &mut dyn FnMut(u64, &[u8])) -> Result<ScanStats, Sc
     Ok(scan.stats)
 }
 
-/// Reads the pages that CRIU would dump of a segment of shared anonymous memory, which process `pid` has at `mapping`
-/// ([`Mapping::is_shared_memory`]); their addresses are offsets in the segment.
+/// Reads the pages that CRIU would dump of a segment of shared anonymous memory, which process
+/// `pid` has at `mapping` ([`Mapping::is_shared_memory`]); their addresses are offsets in the
+/// segment.
 ///
 /// `visit` is given what [`scan`]'s is. Errors: [`ScanError`]; that the mapping goes away is none.
 pub fn scan_shared(
@@ -308,7 +309,8 @@ pub struct Mapping {
     pub start: u64,
     /// The address behind its last.
     pub end: u64,
-    /// Its file's path up to the first blank, or the kernel's word for it, for example `[heap]`; may be empty.
+    /// Its file's path up to the first blank, or the kernel's word for it, for example `[heap]`;
+    /// may be empty.
     pub name: String,
     /// Its file's inode, or 0.
     pub inode: u64,
@@ -340,7 +342,8 @@ impl Mapping {
         self.is_private && !self.is_kernel
     }
 
-    /// Whether it is a segment of memory that processes share and that no file keeps; its inode tells which.
+    /// Whether it is a segment of memory that processes share and that no file keeps; its inode
+    /// tells which.
     pub fn is_shared_memory(&self) -> bool {
         !self.is_private && self.name == "/dev/zero"
     }

@@ -1,16 +1,16 @@
 //! Mends images before a restore where CRIU would restore something else than what it dumped.
 //!
-//! - `files.img`: CRIU restores a periodic timerfd with an unread tick disarmed (CRIU issue 3162). It
-//!   is armed for one interval later. A timerfd set to an absolute time would be up to one second
-//!   early, or fire twice: see [`mended_timer`].
+//! - `files.img`: CRIU restores a periodic timerfd with an unread tick disarmed (CRIU issue 3162).
+//!   It is armed for one interval later. A timerfd set to an absolute time would be up to one
+//!   second early, or fire twice: see [`mended_timer`].
 //! - `core-*.img`: a wait in a system call would end with `EINTR`. The call runs again: see
 //!   [`crate::waits`].
 //! - `mm-*.img`: with a parent image CRIU maps every private mapping writable at first, so a
-//!   reservation beyond the memory would fail with `ENOMEM`. It gets `MAP_NORESERVE`, or its process
-//!   is restored without a parent.
+//!   reservation beyond the memory would fail with `ENOMEM`. It gets `MAP_NORESERVE`, or its
+//!   process is restored without a parent.
 //!
-//! Only fields named here change; all others keep their bytes. An image that does not parse stays as
-//! it is and is reported in [`Mended::unread`]: CRIU then says itself what is wrong with it.
+//! Only fields named here change; all others keep their bytes. An image that does not parse stays
+//! as it is and is reported in [`Mended::unread`]: CRIU then says itself what is wrong with it.
 //!
 //! Field numbers are those of CRIU's images/*.proto, the same from CRIU 3.0 to 4.2.
 
@@ -145,7 +145,8 @@ pub struct Mended {
     pub unread: Vec<ImageError>,
 }
 
-/// Mends every image in `directory` for a restore on `host`, in place. Not idempotent: call it once.
+/// Mends every image in `directory` for a restore on `host`, in place. Not idempotent: call it
+/// once.
 ///
 /// Errors: an image cannot be read or written; the directory must not be restored from then.
 pub fn mend(directory: &Path, host: &Host) -> Result<Mended, ImageError> {
@@ -209,8 +210,8 @@ fn replace(
 ///   fire it again. As a relative time it stays disarmed.
 /// - Armed for an absolute time: CRIU adds the time left to the clock's whole seconds, so the timer
 ///   fires up to one second early. Of the clocks that stood still with the container the time left
-///   is right as a relative time. A wall clock timer fires when the clock shows its time; with whole
-///   seconds only, it fires up to one second late instead.
+///   is right as a relative time. A wall clock timer fires when the clock shows its time; with
+///   whole seconds only, it fires up to one second late instead.
 fn mended_timer(timer: &[u8], dumped: SystemTime, now: SystemTime) -> Option<Vec<u8>> {
     let field = |number| wire::number(timer, number);
     let value = duration(field(timer::VALUE_SECONDS)?, field(timer::VALUE_NANOSECONDS)?)?;
@@ -253,7 +254,8 @@ fn duration(seconds: u64, nanoseconds: u64) -> Option<Duration> {
     Some(Duration::new(seconds, nanoseconds))
 }
 
-/// Signals that waited for any thread of a process when it was dumped, as a mask over all processes.
+/// Signals that waited for any thread of a process when it was dumped, as a mask over all
+/// processes.
 fn shared_signals(directory: &Path, cores: &[&str]) -> Result<u64, ImageError> {
     let mut signals = 0;
     for name in cores {
@@ -280,8 +282,8 @@ fn queued_signals(core: &[u8], path: &[u64]) -> u64 {
     signals
 }
 
-/// The signals that a thread blocks, as a mask. For the first thread of a process they stand with the
-/// process.
+/// The signals that a thread blocks, as a mask. For the first thread of a process they stand with
+/// the process.
 fn blocked_signals(core: &[u8]) -> Option<u64> {
     let of_thread = || wire::number(wire::message(core, core::THREAD)?, core::THREAD_BLOCKED);
     let of_process = || wire::number(wire::message(core, core::PROCESS)?, core::PROCESS_BLOCKED);

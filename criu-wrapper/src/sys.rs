@@ -119,7 +119,8 @@ pub(crate) fn getsockopt(
 ) -> Result<usize, Errno> {
     let mut length = libc::socklen_t::try_from(value.len()).map_err(|_large| Errno::EINVAL)?;
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes at most `length` bytes, the length of `value`, and updates `length`.
+    // SAFETY: the kernel writes at most `length` bytes, the length of `value`, and updates
+    // `length`.
     let done =
         unsafe { libc::getsockopt(fd, level, name, value.as_mut_ptr().cast(), &raw mut length) };
     Errno::result(done)?;
@@ -234,7 +235,8 @@ pub(crate) mod tests {
 
         #[expect(unsafe_code, reason = "std maps no memory")]
         pub(crate) fn bytes(&mut self) -> &mut [u8] {
-            // SAFETY: mapped readable and writable, with this length, until it is dropped; nobody else has it.
+            // SAFETY: mapped readable and writable, with this length, until it is dropped; nobody
+            // else has it.
             unsafe { std::slice::from_raw_parts_mut(self.0.cast(), self.1) }
         }
     }

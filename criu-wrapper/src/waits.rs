@@ -2,11 +2,11 @@
 //!
 //! CRIU stops every thread by ptrace and saves its registers. A thread asleep in a system call then
 //! has one of the kernel's restart codes as its result. CRIU restarts the call for most codes, but
-//! for `ERESTART_RESTARTBLOCK` (`nanosleep`, `poll`, a futex with a timeout) the rest of the timeout
-//! is known to the kernel only, so CRIU saves `EINTR` (`compel_get_task_regs` in compel/arch/x86).
-//! Other calls return `EINTR` on any stop by themselves (signal(7), "Interruption of system calls
-//! and library functions by stop signals"). No signal handler ran, so no program expects either:
-//! busybox `sleep` exits.
+//! for `ERESTART_RESTARTBLOCK` (`nanosleep`, `poll`, a futex with a timeout) the rest of the
+//! timeout is known to the kernel only, so CRIU saves `EINTR` (`compel_get_task_regs` in
+//! compel/arch/x86). Other calls return `EINTR` on any stop by themselves (signal(7), "Interruption
+//! of system calls and library functions by stop signals"). No signal handler ran, so no program
+//! expects either: busybox `sleep` exits.
 //!
 //! The saved registers still name the call while no handler has run: `orig_ax` holds its number. So
 //! the call runs again with its first arguments. It may wait longer than asked for, never shorter.

@@ -1,8 +1,9 @@
 //! What a container watches by inotify and fanotify on overlays, as CRIU has to be told of it.
 //!
-//! CRIU asks the kernel for the path of a watched inode by its file handle. An overlay gives out no handles, so CRIU then
-//! looks below a few directories that are often watched (`/etc`, `/var/log`, ...: `criu/irmap.c`) and below those of its
-//! option `irmap-scan-path`. [`find`] looks for the paths of the others.
+//! CRIU asks the kernel for the path of a watched inode by its file handle. An overlay gives out no
+//! handles, so CRIU then looks below a few directories that are often watched (`/etc`, `/var/log`,
+//! ...: `criu/irmap.c`) and below those of its option `irmap-scan-path`. [`find`] looks for the
+//! paths of the others.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
@@ -23,14 +24,16 @@ const OVERLAY: i64 = 0x794c_7630;
 pub struct Watched {
     /// Their paths in the container.
     pub paths: Vec<PathBuf>,
-    /// Inode numbers of those without a path that CRIU can be told of: removed ones, or beyond the search's bound.
+    /// Inode numbers of those without a path that CRIU can be told of: removed ones, or beyond the
+    /// search's bound.
     pub lost: Vec<u64>,
 }
 
-/// Finds what the processes `pids` watch on the root of the process `init`. Nothing if that is no overlay.
+/// Finds what the processes `pids` watch on the root of the process `init`. Nothing if that is no
+/// overlay.
 ///
-/// It reads directories of the container, at most half a million entries, and stops at the last watched inode; without
-/// watches it reads none. May block.
+/// It reads directories of the container, at most half a million entries, and stops at the last
+/// watched inode; without watches it reads none. May block.
 pub fn find(init: u32, pids: &[u32]) -> Watched {
     let root = PathBuf::from(format!("/proc/{init}/root"));
     let is_overlay =
@@ -66,8 +69,9 @@ struct Watch {
     inode: u64,
 }
 
-/// A line such as `inotify wd:1 ino:2f sdev:800013 mask:fce ...` or `fanotify ino:2f sdev:800013 ...`
-/// (proc_pid_fdinfo(5)): numbers are hexadecimal, and the device is the kernel's own, of 12 and 20 bits.
+/// A line such as `inotify wd:1 ino:2f sdev:800013 mask:fce ...` or `fanotify ino:2f sdev:800013
+/// ...` (proc_pid_fdinfo(5)): numbers are hexadecimal, and the device is the kernel's own, of 12
+/// and 20 bits.
 fn watch(line: &str) -> Option<Watch> {
     let mut fields = line.split_ascii_whitespace();
     fields.next().filter(|kind| ["inotify", "fanotify"].contains(kind))?;
@@ -80,7 +84,8 @@ fn watch(line: &str) -> Option<Watch> {
     Some(Watch { device, inode: number("ino:")? })
 }
 
-/// Looks for inodes below `root` breadth first, since what is watched lies rarely deep, and not on other file systems.
+/// Looks for inodes below `root` breadth first, since what is watched lies rarely deep, and not on
+/// other file systems.
 fn search(root: &Path, device: u64, mut wanted: BTreeSet<u64>) -> Watched {
     let mut found = BTreeMap::new();
     let mut directories = VecDeque::from([PathBuf::new()]);

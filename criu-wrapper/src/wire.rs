@@ -1,7 +1,7 @@
 //! Protobuf messages as bytes: reading a field, and replacing one without touching the others.
 //!
-//! A decoder of generated types drops fields that it does not know. Here all fields but the replaced
-//! one keep their bytes, whichever version of CRIU wrote them.
+//! A decoder of generated types drops fields that it does not know. Here all fields but the
+//! replaced one keep their bytes, whichever version of CRIU wrote them.
 
 /// What a field holds. Fixed-width numbers are skipped: no field of interest is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

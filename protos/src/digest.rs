@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use sha2::{Digest as _, Sha256};
 
-/// A SHA-256 value. Its text form is `sha256:` and 64 lower-case hexadecimal digits, as in the OCI image
-/// specification, "Digests".
+/// A SHA-256 value. Its text form is `sha256:` and 64 lower-case hexadecimal digits, as in the OCI
+/// image specification, "Digests".
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 

@@ -1,12 +1,13 @@
 //! Godwit's words: the services its processes speak and the domain types they share.
 //!
 //! Three services, one file each under `proto/`: [`control`] (ttrpc, Unix socket) is what shims and
-//! `godwit` ask of the node's daemon; [`shim`] (ttrpc, next to containerd's Task service) is what the
-//! daemon asks of a shim; [`peer`] (gRPC over TCP) is what daemons ask each other. The rest are the
-//! names that all of them use: [`Digest`], [`Subject`], [`VolumeId`], [`ContainerRef`], [`MigrateFrom`].
+//! `godwit` ask of the node's daemon; [`shim`] (ttrpc, next to containerd's Task service) is what
+//! the daemon asks of a shim; [`peer`] (gRPC over TCP) is what daemons ask each other. The rest are
+//! the names that all of them use: [`Digest`], [`Subject`], [`VolumeId`], [`ContainerRef`],
+//! [`MigrateFrom`].
 //!
-//! This crate is a leaf: it opens no file and no socket. Text that comes from outside is parsed here,
-//! and only here, into types that cannot hold anything else.
+//! This crate is a leaf: it opens no file and no socket. Text that comes from outside is parsed
+//! here, and only here, into types that cannot hold anything else.
 
 mod digest;
 mod names;
@@ -36,7 +37,8 @@ pub mod annotation {
     pub const SERVICE: &str = "godwit.io/service";
     /// Name of the user for looking up cached memory; the container's id by default.
     pub const USER: &str = "godwit.io/user";
-    /// "yes" or "no": whether Multipath TCP is on in its network namespace, whatever the node's configuration says.
+    /// "yes" or "no": whether Multipath TCP is on in its network namespace, whatever the node's
+    /// configuration says.
     pub const MPTCP: &str = "godwit.io/mptcp";
     /// What the settings of CRIU begin with; docs/shim.md lists them.
     pub const CRIU_PREFIX: &str = "godwit.io/criu.";
@@ -46,18 +48,21 @@ pub mod annotation {
 pub mod path {
     /// The daemon's control socket.
     pub const CONTROL_SOCKET: &str = "/run/godwit/control.sock";
-    /// One file per released container, `NAMESPACE/ID`: a shim refuses to create what is named here.
-    /// The file's text says where the container went: "moved to NODE, epoch N".
+    /// One file per released container, `NAMESPACE/ID`: a shim refuses to create what is named
+    /// here. The file's text says where the container went: "moved to NODE, epoch N".
     pub const FENCES: &str = "/var/lib/godwit/fences";
-    /// Where the file systems of block volumes are mounted for containers, `NAMESPACE/CONTAINER/VOLUME`. Not in a
-    /// bundle nor in the daemon's run directory: containerd and systemd remove those with all that lies below.
+    /// Where the file systems of block volumes are mounted for containers,
+    /// `NAMESPACE/CONTAINER/VOLUME`. Not in a bundle nor in the daemon's run directory: containerd
+    /// and systemd remove those with all that lies below.
     pub const MOUNTS: &str = "/run/godwit-volumes";
-    /// FIFOs of terminals that the daemon made, `NAMESPACE/CONTAINER/{stdin,stdout}`. A shim discards the oldest
-    /// output in them while no client reads it.
+    /// FIFOs of terminals that the daemon made, `NAMESPACE/CONTAINER/{stdin,stdout}`. A shim
+    /// discards the oldest output in them while no client reads it.
     pub const STREAMS: &str = "/run/godwit-streams";
-    /// Logs of CRIU that errors name: `NAMESPACE-CONTAINER.dump.log` and `.restore.log`, the last one of each container.
+    /// Logs of CRIU that errors name: `NAMESPACE-CONTAINER.dump.log` and `.restore.log`, the last
+    /// one of each container.
     pub const LOGS: &str = "/var/log/godwit";
-    /// There while containers of this node are to have no Multipath TCP, unless their annotation says otherwise.
+    /// There while containers of this node are to have no Multipath TCP, unless their annotation
+    /// says otherwise.
     pub const NO_MPTCP: &str = "/run/godwit/no-mptcp";
     /// File in a bundle that holds the shim's ttrpc address.
     pub const SHIM_ADDRESS_FILE: &str = "godwit-address";

@@ -1,7 +1,8 @@
-//! Names that users type and peers send: containers, volumes, subjects, the migrate-from annotation.
+//! Names that users type and peers send: containers, volumes, subjects, the migrate-from
+//! annotation.
 //!
-//! Each is parsed once, here. A parsed name holds no slash, no control character and no `..`, so that it can be
-//! part of a path below a directory of ours without leaving it.
+//! Each is parsed once, here. A parsed name holds no slash, no control character and no `..`, so
+//! that it can be part of a path below a directory of ours without leaving it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::Digest;
 
-/// Longest name of a node, namespace, container, volume or user, in bytes. containerd's own limit for
-/// identifiers is 76; Kubernetes names reach 253.
+/// Longest name of a node, namespace, container, volume or user, in bytes. containerd's own limit
+/// for identifiers is 76; Kubernetes names reach 253.
 const NAME_BYTES_MAX: usize = 253;
 
 /// Longest name of a service, in bytes: an image reference with its tag.
@@ -33,8 +34,8 @@ fn bad(kind: &'static str, text: &str, expected: &'static str) -> ParseNameError
     ParseNameError { kind, text: text.chars().take(120).collect(), expected }
 }
 
-/// Whether this can name a node, namespace, container or volume: a letter or digit, then letters, digits, `_`, `.`
-/// and `-`.
+/// Whether this can name a node, namespace, container or volume: a letter or digit, then letters,
+/// digits, `_`, `.` and `-`.
 pub fn is_name(text: &str) -> bool {
     text.len() <= NAME_BYTES_MAX
         && text.starts_with(|first: char| first.is_ascii_alphanumeric())
@@ -274,7 +275,8 @@ impl fmt::Display for Subject {
     }
 }
 
-/// A service in one containerd namespace: what the memory of all its users is of. Text form: `NAMESPACE|SERVICE`.
+/// A service in one containerd namespace: what the memory of all its users is of. Text form:
+/// `NAMESPACE|SERVICE`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceRef {
     namespace: String,

@@ -75,7 +75,8 @@ impl Cgroup {
         self.processes().into_iter().filter(is_stopped).collect()
     }
 
-    /// Whether a task waits in the kernel in a way that no signal and no freezer ends, as for a disk.
+    /// Whether a task waits in the kernel in a way that no signal and no freezer ends, as for a
+    /// disk.
     pub(crate) fn waits_uninterruptibly(&self) -> bool {
         self.processes().into_iter().any(|pid| {
             let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));

@@ -4,14 +4,14 @@
 //!
 //! - `operation` admits one operation at a time that changes the container (start, pause, resume,
 //!   dump, update, delete). State, Wait and Kill never take it, so they answer during a long dump.
-//! - `gate` orders the init's events. A create or a start holds it, beside others, until its event is
-//!   queued; the init's exit takes it alone.
+//! - `gate` orders the init's events. A create or a start holds it, beside others, until its event
+//!   is queued; the init's exit takes it alone.
 //!
-//! An exit follows its start, however early it comes: an added process is watched only once its start
-//! event is queued, and the init's exit takes the gate. The init's exit comes last. It first marks
-//! the container as ended: this refuses new starts, and breaks off those under way by killing the
-//! runtime. What it waits for after that is bounded by [`END_TIME_MAX`], so that a runtime that hangs
-//! cannot hold back the news of an exit.
+//! An exit follows its start, however early it comes: an added process is watched only once its
+//! start event is queued, and the init's exit takes the gate. The init's exit comes last. It first
+//! marks the container as ended: this refuses new starts, and breaks off those under way by killing
+//! the runtime. What it waits for after that is bounded by [`END_TIME_MAX`], so that a runtime that
+//! hangs cannot hold back the news of an exit.
 //!
 //! Read next: [`crate::launch`] for create, start and restore, [`crate::exec`] for added processes,
 //! [`crate::dump`] for checkpoints.
@@ -45,8 +45,8 @@ use crate::runc::{Launch, Runc};
 use crate::volumes::{self, VolumeError};
 use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
-/// How long the init's exit waits for starts under way, and again for the other processes' ends; how
-/// long a delete waits for the init's exit.
+/// How long the init's exit waits for starts under way, and again for the other processes' ends;
+/// how long a delete waits for the init's exit.
 const END_TIME_MAX: Duration = Duration::from_secs(10);
 /// Exit status of what was killed before it ran.
 const KILLED: u32 = 137;

@@ -64,8 +64,8 @@ pub(crate) enum SettingError {
     TooOld(u32, u32),
 }
 
-/// What CRIU is told of every container, as far as its annotations do not say otherwise. docs/shim.md
-/// has the failure that each prevents.
+/// What CRIU is told of every container, as far as its annotations do not say otherwise.
+/// docs/shim.md has the failure that each prevents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
     file_locks: bool,
@@ -90,8 +90,8 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The settings of a container with these annotations. Others than `godwit.io/criu.*` are passed
-    /// over. Errors: one of those is unknown or has a value that it cannot have.
+    /// The settings of a container with these annotations. Others than `godwit.io/criu.*` are
+    /// passed over. Errors: one of those is unknown or has a value that it cannot have.
     pub(crate) fn of<'a>(
         annotations: impl Iterator<Item = (&'a str, &'a str)>,
     ) -> Result<Self, SettingError> {
@@ -186,7 +186,8 @@ pub(crate) struct Config<'a> {
     /// A file whose lines come first: the user's own.
     pub(crate) user_file: Option<&'a Path>,
     pub(crate) version: Option<(u32, u32)>,
-    /// Whether a link that CRIU made beside a removed file could be one that it waits for until a thaw.
+    /// Whether a link that CRIU made beside a removed file could be one that it waits for until a
+    /// thaw.
     pub(crate) files_are_frozen: bool,
 }
 
@@ -235,8 +236,8 @@ impl Config<'_> {
     }
 }
 
-/// Notes beside an image that its open connections were asked for: its restore has to be told as well,
-/// and containerd can tell the checkpoint only.
+/// Notes beside an image that its open connections were asked for: its restore has to be told as
+/// well, and containerd can tell the checkpoint only.
 pub(crate) fn note_open_tcp(image_path: &Path) -> std::io::Result<()> {
     std::fs::write(image_path.join(OPEN_TCP_FILE), "")
 }

@@ -76,7 +76,8 @@ impl Daemon {
         Some(self.container.clone()).into()
     }
 
-    /// Host paths of `mounts`, in their order, each with what it holds if it is the image of a block volume.
+    /// Host paths of `mounts`, in their order, each with what it holds if it is the image of a
+    /// block volume.
     pub(crate) async fn resolve_volumes(
         &self,
         mounts: Vec<VolumeMount>,

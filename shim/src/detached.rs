@@ -1,8 +1,8 @@
 //! Calls that are finished although their caller goes away.
 //!
-//! ttrpc drops the future of a call with its connection. A containerd that is killed during a Create or Delete would leave
-//! a container half made or half removed; containerd's own shim goes on to the end, and so does this one. Calls
-//! that only look or wait end with their caller.
+//! ttrpc drops the future of a call with its connection. A containerd that is killed during a
+//! Create or Delete would leave a container half made or half removed; containerd's own shim goes
+//! on to the end, and so does this one. Calls that only look or wait end with their caller.
 
 use std::sync::Arc;
 

@@ -26,7 +26,8 @@ impl Container {
     /// Adds a process, to be started later.
     ///
     /// - `spec`: the OCI specification's process as JSON.
-    /// - Errors: the id is taken or no name; no such specification; the container does not allow it.
+    /// - Errors: the id is taken or no name; no such specification; the container does not allow
+    ///   it.
     pub(crate) fn add_exec(
         &self,
         exec_id: &str,
@@ -67,12 +68,13 @@ impl Container {
         }
     }
 
-    /// Starts an added process. Errors: its phase or the container's; the runtime's, and then it can
-    /// only be deleted.
+    /// Starts an added process. Errors: its phase or the container's; the runtime's, and then it
+    /// can only be deleted.
     pub(crate) async fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32, TaskError> {
         let exec = self.exec(exec_id)?;
         let _operation = exec.operation.lock().await;
-        // Before the gate as well: the init's exit may wait there, and this start would wait behind it.
+        // Before the gate as well: the init's exit may wait there, and this start would wait behind
+        // it.
         self.check_takes_execs()?;
         let _gate = self.gate.read().await;
         self.check_takes_execs()?;

@@ -1,9 +1,10 @@
 //! Stopping every process of a container, also while its disk is slow.
 //!
-//! The freezer cannot stop a task in uninterruptible sleep: it waits until the task's system call ends. With version 1 of
-//! the control groups runc waits for some 0.4 s, and then thaws and reports "unable to freeze". A direct write to a busy
-//! disk takes longer. So the shim lets the container run until no task sleeps like that, and calls runc again, for
-//! [`TIME_MAX`] in all. When that fails too, the container runs.
+//! The freezer cannot stop a task in uninterruptible sleep: it waits until the task's system call
+//! ends. With version 1 of the control groups runc waits for some 0.4 s, and then thaws and reports
+//! "unable to freeze". A direct write to a busy disk takes longer. So the shim lets the container
+//! run until no task sleeps like that, and calls runc again, for [`TIME_MAX`] in all. When that
+//! fails too, the container runs.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,8 @@ use crate::runc::{Runc, RuncError};
 
 /// How long a freeze is tried. A disk that blocks a task for longer is not merely slow.
 const TIME_MAX: Duration = Duration::from_secs(10);
-/// How long the container runs between two attempts at most: other tasks may begin to wait for the disk all the time.
+/// How long the container runs between two attempts at most: other tasks may begin to wait for the
+/// disk all the time.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// How often the tasks are looked at between two attempts.
 const POLL: Duration = Duration::from_millis(5);

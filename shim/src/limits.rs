@@ -4,14 +4,15 @@
 //! restore needs more than the container does: CRIU's own memory and processes count, and so does
 //! what it reads. A container near its limit would be killed before it runs.
 //!
-//! 1. At `pre-restore`, before CRIU makes a task, the shim notes every limit and lifts it ([`Raised`]).
+//! 1. At `pre-restore`, before CRIU makes a task, the shim notes every limit and lifts it
+//!    ([`Raised`]).
 //! 2. When all tasks are complete and held, it puts them back ([`Raised::put_back`]): before the
 //!    claim, so that a container which does not fit is refused while its source can still run it.
 //! 3. CRIU's memory counts until CRIU ends. If only that stands in the way, the limit is put back
 //!    larger by as much, and exactly once CRIU has ended ([`Raised::put_back_exactly`]).
 //!
-//! A limit of version 2 is not set below what is used, since the kernel would kill a task for it; it
-//! reclaims first, by `memory.high`. One of version 1 cannot be set below.
+//! A limit of version 2 is not set below what is used, since the kernel would kill a task for it;
+//! it reclaims first, by `memory.high`. One of version 1 cannot be set below.
 //!
 //! Limits of groups above the container's, a pod's for example, are not the container's to lift.
 
@@ -26,7 +27,8 @@ use crate::cgroup::Cgroup;
 /// what else the kernel keeps for them.
 const KERNEL_BYTES_OF_CRIU: u64 = 4 << 20;
 
-/// Limits of version 1: controller, file, no limit. A limit that another may not exceed comes later.
+/// Limits of version 1: controller, file, no limit. A limit that another may not exceed comes
+/// later.
 const FILES_V1: [(&str, &str, &str); 6] = [
     ("memory", "memory.memsw.limit_in_bytes", "-1"),
     ("memory", MEMORY_V1, "-1"),

@@ -44,8 +44,9 @@ pub(crate) fn init(bundle: &Path, debug: bool) {
     let lines =
         tracing_subscriber::fmt().with_ansi(false).with_max_level(level).with_writer(writer);
     let lines = lines.with_target(false).finish();
-    // Both fail only if a logger was installed before, and then there is one. What ttrpc logs is that a
-    // client has hung up, as containerd does whenever it restarts; what matters of it comes back as an error.
+    // Both fail only if a logger was installed before, and then there is one. What ttrpc logs is
+    // that a client has hung up, as containerd does whenever it restarts; what matters of it comes
+    // back as an error.
     let _ = tracing_log::LogTracer::builder().ignore_crate("ttrpc").init();
     let _ = tracing::subscriber::set_global_default(lines);
 }

@@ -1,8 +1,9 @@
 //! Multipath TCP, which CRIU cannot dump, switched off in a container's network namespace.
 //!
-//! Go programs listen with it unasked where the kernel has it, since Go 1.24, and fall back to TCP where it is switched
-//! off. So a container that is to move has it off before its program starts: by annotation, or for all containers of a
-//! node by the daemon's configuration, of which a file tells ([`godwit_protos::path::NO_MPTCP`]).
+//! Go programs listen with it unasked where the kernel has it, since Go 1.24, and fall back to TCP
+//! where it is switched off. So a container that is to move has it off before its program starts:
+//! by annotation, or for all containers of a node by the daemon's configuration, of which a file
+//! tells ([`godwit_protos::path::NO_MPTCP`]).
 //!
 //! The switch belongs to the network namespace. The host's is never touched.
 
@@ -35,7 +36,8 @@ pub(crate) fn is_unwanted<'a>(
 
 /// Switches MPTCP off in the network namespace of process `pid`; open sockets stay what they are.
 ///
-/// Errors: it is the namespace of this process, the host's; I/O. A kernel without MPTCP is no error.
+/// Errors: it is the namespace of this process, the host's; I/O. A kernel without MPTCP is no
+/// error.
 pub(crate) fn switch_off(pid: u32) -> io::Result<()> {
     let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
     let own = fs::metadata("/proc/self/ns/net")?;

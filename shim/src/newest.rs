@@ -1,10 +1,10 @@
 //! A FIFO that keeps the newest output while no client reads it.
 //!
 //! The FIFOs of a container that a migration created have no client at first, and perhaps never one
-//! (`ctr tasks attach`). A container must not block on output that no client reads, so once the FIFO has
-//! been full for [`PATIENCE_MAX`], the oldest half of it is discarded. From then on it is discarded
-//! after [`PATIENCE_MIN`], until a client makes room by reading: a client that reads loses nothing,
-//! and one that comes late finds what was printed last.
+//! (`ctr tasks attach`). A container must not block on output that no client reads, so once the
+//! FIFO has been full for [`PATIENCE_MAX`], the oldest half of it is discarded. From then on it is
+//! discarded after [`PATIENCE_MIN`], until a client makes room by reading: a client that reads
+//! loses nothing, and one that comes late finds what was printed last.
 
 use std::io;
 use std::pin::Pin;

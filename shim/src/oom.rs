@@ -2,8 +2,8 @@
 //!
 //! Version 1 of control groups signals an eventfd before it kills, version 2 changes a file after
 //! it has. Both keep a count of kills, and the report is of that count ([`Container::report_oom`]),
-//! so that a kill is told once, whether it shows here first or at the exit of the process. The watch
-//! ends with the group: its removal signals as well.
+//! so that a kill is told once, whether it shows here first or at the exit of the process. The
+//! watch ends with the group: its removal signals as well.
 
 use std::fs::File;
 use std::io;
@@ -67,8 +67,8 @@ pub(crate) fn watch(container: &Arc<Container>) {
     });
 }
 
-/// Reports kills; version 1 signals before it kills, so they are waited for. `false` when the container
-/// is gone.
+/// Reports kills; version 1 signals before it kills, so they are waited for. `false` when the
+/// container is gone.
 async fn reported(container: &Weak<Container>) -> bool {
     for _ in 0..LOOKS {
         match container.upgrade() {

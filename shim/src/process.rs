@@ -7,9 +7,9 @@
 //! ```
 //!
 //! The phase changes only in [`Process::enter`] and [`Process::stop`]; nothing leads out of
-//! `Stopped`. A restored or migrated init stays `Created` with pid 0 until it runs. An added process
-//! that the runtime refused to start stays `Created` as well ([`Process::refuse`]): its waiters get
-//! an answer, and only a delete is left.
+//! `Stopped`. A restored or migrated init stays `Created` with pid 0 until it runs. An added
+//! process that the runtime refused to start stays `Created` as well ([`Process::refuse`]): its
+//! waiters get an answer, and only a delete is left.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -1,9 +1,10 @@
-//! Lets system calls run again that a dump has interrupted, when the container goes on at its source.
+//! Lets system calls run again that a dump has interrupted, when the container goes on at its
+//! source.
 //!
 //! CRIU leaves every thread that slept in a call such as `nanosleep` with `EINTR` as the call's
-//! result, without any signal handler having run ([`criu_wrapper::waits`] says why). Between the thaw
-//! and the thread's next instruction this module replaces that result. A child process of the shim
-//! does it, the shim's own binary with [`COMMAND`] as its first argument:
+//! result, without any signal handler having run ([`criu_wrapper::waits`] says why). Between the
+//! thaw and the thread's next instruction this module replaces that result. A child process of the
+//! shim does it, the shim's own binary with [`COMMAND`] as its first argument:
 //!
 //! 1. It traces every thread whose call may run again, and requests a stop. Threads in a frozen
 //!    group of version 1 stop only once thawed; all others stop at once.
@@ -12,9 +13,9 @@
 //!    run". So a signal that arrives meanwhile still ends the call.
 //! 4. It detaches.
 //!
-//! The process is a child so that nothing can go wrong for longer than [`TIME_MAX`]: when it ends or
-//! is killed, the kernel detaches what it traced, and the threads go on with `EINTR` as before. The
-//! shim itself must not trace: its reaper waits for every child and would take the stops.
+//! The process is a child so that nothing can go wrong for longer than [`TIME_MAX`]: when it ends
+//! or is killed, the kernel detaches what it traced, and the threads go on with `EINTR` as before.
+//! The shim itself must not trace: its reaper waits for every child and would take the stops.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;

@@ -191,8 +191,9 @@ impl Runc {
         self.call("checkpoint", &args, Streams::default(), limit).await
     }
 
-    /// Starts another process in the container, unless `ended` resolves first: the runtime is killed
-    /// then. `process` is a file with its OCI description; `inside` leads to the container's clock.
+    /// Starts another process in the container, unless `ended` resolves first: the runtime is
+    /// killed then. `process` is a file with its OCI description; `inside` leads to the container's
+    /// clock.
     pub(crate) async fn exec(
         &self,
         process: &Path,

@@ -127,7 +127,8 @@ pub(crate) fn loop_status(device: impl AsFd) -> io::Result<LoopInfo> {
     // SAFETY: `LoopInfo` is plain integers, for which all zeroes is a value.
     let mut info: LoopInfo = unsafe { std::mem::zeroed() };
     let fd = device.as_fd().as_raw_fd();
-    // SAFETY: the descriptor is borrowed for the call, and the kernel fills in `info`, which has its layout.
+    // SAFETY: the descriptor is borrowed for the call, and the kernel fills in `info`, which has
+    // its layout.
     let done = unsafe { libc::ioctl(fd, LOOP_GET_STATUS64, &raw mut info) };
     if done == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
 }
@@ -141,7 +142,8 @@ pub(crate) fn free_loop(control: impl AsFd) -> io::Result<u32> {
     u32::try_from(number).map_err(|_cause| io::Error::last_os_error())
 }
 
-/// Makes a free loop device show `image`, in sectors of 4096 bytes, under a name of at most 63 bytes.
+/// Makes a free loop device show `image`, in sectors of 4096 bytes, under a name of at most 63
+/// bytes.
 ///
 /// Errors: the kernel's, `EBUSY` when it is not free.
 #[expect(unsafe_code, reason = "no safe wrapper for this ioctl")]
@@ -161,13 +163,14 @@ pub(crate) fn configure_loop(
         *to = from;
     }
     let fd = device.as_fd().as_raw_fd();
-    // SAFETY: both descriptors are borrowed for the call, and the kernel only reads `config`, which has its layout.
+    // SAFETY: both descriptors are borrowed for the call, and the kernel only reads `config`, which
+    // has its layout.
     let done = unsafe { libc::ioctl(fd, LOOP_CONFIGURE, &raw const config) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Has a file system write everything to its device and hold all further writes back (`FIFREEZE`), or lets them go
-/// on (`FITHAW`).
+/// Has a file system write everything to its device and hold all further writes back (`FIFREEZE`),
+/// or lets them go on (`FITHAW`).
 ///
 /// Errors: the kernel's, `EBUSY` when it is frozen already and `EINVAL` when it is not.
 #[expect(unsafe_code, reason = "no safe wrapper for these ioctls")]
@@ -234,7 +237,8 @@ pub(crate) fn mount_mapped(
     };
     Errno::result(done)?;
     let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
-    // SAFETY: the descriptor is open for the call, and the kernel reads the paths, which end in a NUL.
+    // SAFETY: the descriptor is open for the call, and the kernel reads the paths, which end in a
+    // NUL.
     let done = unsafe {
         libc::syscall(libc::SYS_move_mount, fd, empty, libc::AT_FDCWD, at.as_ptr(), flags)
     };

@@ -4,13 +4,14 @@
 //! image ── loop device ── file system, at /run/godwit-volumes/NAMESPACE/CONTAINER/VOLUME ── bind mount in the container
 //! ```
 //!
-//! Each container has a mount of its own; the image has one loop device however many containers use it, so that the
-//! kernel has one file system for it and never two that know nothing of each other. A device is found again by the name
-//! that we give it, which is made of the image's device and inode number. It goes with the last mount
-//! (`LO_FLAGS_AUTOCLEAR`), whoever dies.
+//! Each container has a mount of its own; the image has one loop device however many containers use
+//! it, so that the kernel has one file system for it and never two that know nothing of each other.
+//! A device is found again by the name that we give it, which is made of the image's device and
+//! inode number. It goes with the last mount (`LO_FLAGS_AUTOCLEAR`), whoever dies.
 //!
-//! For a cut the file system is frozen after the tasks ([`freeze`]) and thawed before them. A frozen file system outlives
-//! its mounts, so whatever unmounts thaws first ([`release`]): also the `delete` that clears up after a dead shim.
+//! For a cut the file system is frozen after the tasks ([`freeze`]) and thawed before them. A
+//! frozen file system outlives its mounts, so whatever unmounts thaws first ([`release`]): also the
+//! `delete` that clears up after a dead shim.
 
 use std::fs::File;
 use std::io;
@@ -67,7 +68,8 @@ pub(crate) fn directory(name: &ContainerRef) -> PathBuf {
     Path::new(path::MOUNTS).join(name.namespace()).join(name.id())
 }
 
-/// Mounts an image below `directory` under the volume's name and returns where. Mounted there already is success.
+/// Mounts an image below `directory` under the volume's name and returns where. Mounted there
+/// already is success.
 pub(crate) fn mount_image(
     directory: &Path,
     volume: &str,
@@ -90,7 +92,8 @@ pub(crate) fn mount_image(
     let options = match kind {
         // Whatever the image itself asks for: it may come from another node.
         FileSystem::Ext4 => "errors=remount-ro,discard",
-        // A copy of the image has its identity, and may be here too: a volume of another name, or of another test node.
+        // A copy of the image has its identity, and may be here too: a volume of another name, or
+        // of another test node.
         FileSystem::Xfs => "nouuid,discard",
     };
     let source = format!("/dev/loop{number}");
@@ -145,7 +148,8 @@ fn open(number: u32) -> io::Result<File> {
     File::options().read(true).write(true).open(format!("/dev/loop{number}"))
 }
 
-/// Has the file systems mounted below `directory` write what they hold back, without stopping anyone.
+/// Has the file systems mounted below `directory` write what they hold back, without stopping
+/// anyone.
 pub(crate) fn flush(directory: &Path) -> Result<(), VolumeError> {
     for path in rootfs::mounts_below(directory)? {
         let opened = File::open(&path).map_err(io_at(&path))?;
@@ -154,7 +158,8 @@ pub(crate) fn flush(directory: &Path) -> Result<(), VolumeError> {
     Ok(())
 }
 
-/// Freezes the file systems mounted below `directory`: their images are whole then, and stay as they are.
+/// Freezes the file systems mounted below `directory`: their images are whole then, and stay as
+/// they are.
 ///
 /// Errors: the first; those that were frozen by then are thawed. Frozen already is success.
 pub(crate) fn freeze(directory: &Path) -> Result<(), VolumeError> {
@@ -187,7 +192,8 @@ pub(crate) fn thaw(directory: &Path) -> Result<(), VolumeError> {
     outcome
 }
 
-/// Thaws and unmounts what is mounted below `directory`, and removes the directories. None there is success.
+/// Thaws and unmounts what is mounted below `directory`, and removes the directories. None there is
+/// success.
 pub(crate) fn release(directory: &Path) -> Result<(), VolumeError> {
     thaw(directory)?;
     rootfs::unmount(directory)?;

@@ -4,8 +4,8 @@
 //! (`binary:///path?args`), whose protocol is containerd's: descriptors 3 and 4 are the process's
 //! stdout and stderr, and it closes descriptor 5 when it is ready. Between the two the shim keeps a
 //! pipe, or the master side of a terminal that the runtime hands over through a socket, and copies
-//! without a thread of its own. Every copy reads its source through [`UntilError`], so that what was
-//! read arrives before the copy ends.
+//! without a thread of its own. Every copy reads its source through [`UntilError`], so that what
+//! was read arrives before the copy ends.
 //!
 //! The pipe ends given to a container stay blocking; only the shim's own ends are not.
 
@@ -133,8 +133,8 @@ fn decoded(text: &str) -> String {
 pub(crate) enum Unasked {
     /// `/dev/null`: the runtime opens the container's own.
     Null,
-    /// A pipe that is empty, or whose contents are thrown away. A restore takes what it is given, and the
-    /// host's `/dev/null` lies on a mount that the next dump could not see.
+    /// A pipe that is empty, or whose contents are thrown away. A restore takes what it is given,
+    /// and the host's `/dev/null` lies on a mount that the next dump could not see.
     Pipe,
 }
 

@@ -3,9 +3,10 @@
 //! Looking changes nothing:
 //!
 //! 1. every object of the store is read and hashed;
-//! 2. from every cached snapshot and read-only volume all that hangs on it is walked: what is damaged or not there is lost
-//!    to it;
-//! 3. every laid-out read-only volume is compared with its name, and what lies where writable ones do with the journal;
+//! 2. from every cached snapshot and read-only volume all that hangs on it is walked: what is
+//!    damaged or not there is lost to it;
+//! 3. every laid-out read-only volume is compared with its name, and what lies where writable ones
+//!    do with the journal;
 //! 4. containerd's snapshots are compared with each other and with their directories.
 //!
 //! Repairing goes on: 5. what is damaged is quarantined, so that another copy can take its place,
@@ -13,13 +14,16 @@
 //! where it is laid out; 7. what is still lost is fetched from peers; 8. a read-only volume that is
 //! damaged where it is laid out, but whole in the store, is laid out again, unless a container has
 //! it mounted;
-//! 9. a layer of containerd's that has lost its directory is unpacked again, from containerd's blob, the store or peers;
-//! 10. all is looked at again. Stopping anywhere is safe: each step leaves the store as any other writer would, and can be
+//! 9. a layer of containerd's that has lost its directory is unpacked again, from containerd's
+//!    blob, the store or peers;
+//! 10. all is looked at again. Stopping anywhere is safe: each step leaves the store as any other
+//!     writer would, and can be
 //! repeated.
 //!
-//! It goes through the daemon while it runs (the control socket), and opens the state itself while it does not; then nobody
-//! can be asked, and steps 7 and 9 are left out. Opening is what the daemon's start does: what was cut short is finished or taken
-//! back, and what it mends by itself is not found any more.
+//! It goes through the daemon while it runs (the control socket), and opens the state itself while
+//! it does not; then nobody can be asked, and steps 7 and 9 are left out. Opening is what the
+//! daemon's start does: what was cut short is finished or taken back, and what it mends by itself
+//! is not found any more.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -209,7 +213,8 @@ impl Kept {
         Ok((report, losses))
     }
 
-    /// Packs that were not whole when the store was opened; what hung on them is among what is lost.
+    /// Packs that were not whole when the store was opened; what hung on them is among what is
+    /// lost.
     fn damaged_packs(&self) -> Vec<String> {
         let missing = self.store.damage().iter().filter(|damage| damage.objects_lost > 0);
         let text = missing.map(|damage| {
@@ -278,7 +283,8 @@ impl Walk<'_> {
         Ok(Some(Loss { root, lost: Lost { name, objects, advice } }))
     }
 
-    /// Whether all below `one` is there; what is not goes into `lost`. As deep as trees nest, which has a limit.
+    /// Whether all below `one` is there; what is not goes into `lost`. As deep as trees nest, which
+    /// has a limit.
     fn is_whole(
         &mut self,
         one: (Kind, Digest),

@@ -1,6 +1,8 @@
-//! The daemon's configuration file, `/etc/godwit/godwit.toml`; docs/configuration.md lists every key.
+//! The daemon's configuration file, `/etc/godwit/godwit.toml`; docs/configuration.md lists every
+//! key.
 //!
-//! Unknown keys are errors: a misspelt key would otherwise be a setting that silently does not hold.
+//! Unknown keys are errors: a misspelt key would otherwise be a setting that silently does not
+//! hold.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -20,7 +22,8 @@ pub const DEFAULT_PATH: &str = "/etc/godwit/godwit.toml";
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// This node's name: what other nodes' `peers` and the migrate-from annotation call it. The host name by default.
+    /// This node's name: what other nodes' `peers` and the migrate-from annotation call it. The
+    /// host name by default.
     #[serde(default = "host_name")]
     pub node: String,
     /// Address of the peer service, for example `10.0.0.1:7946`. Absent: this node has no peers.
@@ -28,7 +31,8 @@ pub struct Config {
     /// Required to listen on a network address: peers are neither authenticated nor encrypted yet.
     #[serde(default)]
     pub insecure: bool,
-    /// Store, volumes and journal; must be on a file system that can be an overlay's upper directory.
+    /// Store, volumes and journal; must be on a file system that can be an overlay's upper
+    /// directory.
     #[serde(default = "default_state_dir")]
     pub state_dir: PathBuf,
     /// Sockets: `control.sock` and `snapshotter.sock`.
@@ -49,7 +53,8 @@ pub struct Config {
     /// Whether containers of this node have Multipath TCP, whose sockets CRIU cannot dump.
     #[serde(default = "enabled")]
     pub mptcp: bool,
-    /// Whether memory of one user of a service may serve another one's migration, within a containerd namespace.
+    /// Whether memory of one user of a service may serve another one's migration, within a
+    /// containerd namespace.
     #[serde(default)]
     pub sibling_memory: bool,
     /// Where it is looked up who holds what.
@@ -69,7 +74,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
 }
 
-/// What a node does about cached snapshots. Sizes and times by their units; docs/configuration.md explains each key.
+/// What a node does about cached snapshots. Sizes and times by their units; docs/configuration.md
+/// explains each key.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cache {
@@ -253,7 +259,8 @@ pub struct Peer {
     pub address: String,
 }
 
-/// What `godwit migrate` may create on this node. The source describes its container; this says what of it may run.
+/// What `godwit migrate` may create on this node. The source describes its container; this says
+/// what of it may run.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admit {
@@ -261,12 +268,14 @@ pub struct Admit {
     pub bind_sources: Vec<PathBuf>,
     /// Capabilities that a container may hold.
     pub capabilities: Vec<String>,
-    /// File systems of block volumes that this node mounts although their images come from other nodes.
+    /// File systems of block volumes that this node mounts although their images come from other
+    /// nodes.
     pub file_systems: Vec<FileSystem>,
 }
 
 impl Default for Admit {
-    /// No host paths, no images of file systems, and the capabilities that containerd gives an unprivileged container.
+    /// No host paths, no images of file systems, and the capabilities that containerd gives an
+    /// unprivileged container.
     fn default() -> Self {
         let capabilities = [
             "CAP_CHOWN",
@@ -468,7 +477,8 @@ mod tests {
         }
     }
 
-    /// Method: the very file that users install. The daemon's start with it is in the suite `nodes`.
+    /// Method: the very file that users install. The daemon's start with it is in the suite
+    /// `nodes`.
     #[test]
     fn the_shipped_configuration_is_valid_and_listens_nowhere() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/deploy/godwit.toml");

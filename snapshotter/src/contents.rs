@@ -1,8 +1,10 @@
-//! Read-only content that a container mounts and this node lacks: brought from neighbours, by digest.
+//! Read-only content that a container mounts and this node lacks: brought from neighbours, by
+//! digest.
 //!
-//! 1. Say hello to every peer; 2. look up in the directory who has the manifest; 3. fetch from all of them at once; 4. lay
-//!    it out. Everything is checked against its digest as it arrives, so a neighbour that lies costs time only; what has come
-//!    stays for the next attempt. Two that want the same fetch it twice at worst, and lay it out once.
+//! 1. Say hello to every peer; 2. look up in the directory who has the manifest; 3. fetch from all
+//!    of them at once; 4. lay it out. Everything is checked against its digest as it arrives, so a
+//!    neighbour that lies costs time only; what has come stays for the next attempt. Two that want
+//!    the same fetch it twice at worst, and lay it out once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,8 +29,8 @@ const BRING_MAX: Duration = Duration::from_secs(3600);
 
 /// Makes the content `digest` available here, from neighbours if it is not.
 ///
-/// Errors: [`VolumeError::Nowhere`] when no neighbour has it; else why it could not be had from those that said they
-/// do, the last one's reason.
+/// Errors: [`VolumeError::Nowhere`] when no neighbour has it; else why it could not be had from
+/// those that said they do, the last one's reason.
 pub async fn bring(node: &Arc<Node>, digest: Digest) -> Result<(), MigrationError> {
     if node.volumes.has_content(&digest) {
         return Ok(());
@@ -46,7 +48,8 @@ pub async fn bring(node: &Arc<Node>, digest: Digest) -> Result<(), MigrationErro
 
 /// Fetches `root`, and all that it refers to, from `holders` at once. Returns who brought what.
 ///
-/// `patience` is the longest wait for one of them. Errors: [`FetchError::Nowhere`] when they do not bring all of it.
+/// `patience` is the longest wait for one of them. Errors: [`FetchError::Nowhere`] when they do not
+/// bring all of it.
 pub async fn fetch_from(
     node: &Node,
     holders: Vec<Arc<Connection>>,
@@ -62,8 +65,8 @@ pub async fn fetch_from(
     Ok(brought.into_iter().next().unwrap_or_default())
 }
 
-/// Connections to the peers that answer a hello within `limit`, the fastest last, and the names of those that do not.
-/// Those of `except` are not asked.
+/// Connections to the peers that answer a hello within `limit`, the fastest last, and the names of
+/// those that do not. Those of `except` are not asked.
 pub async fn connect(
     node: &Node,
     limit: Duration,

@@ -1,7 +1,7 @@
 //! The control socket: what shims and `godwit` ask of this node's daemon.
 //!
-//! ttrpc on a Unix socket below the run directory, mode 0600 in a directory of mode 0700: it is root's. Each call is
-//! translated here and answered by the module whose business it is.
+//! ttrpc on a Unix socket below the run directory, mode 0600 in a directory of mode 0700: it is
+//! root's. Each call is translated here and answered by the module whose business it is.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -17,14 +17,15 @@ use room::Roomy;
 
 /// Opens the database at `path`, or makes one in which there is what `fill` puts there.
 ///
-/// Every page is compared with its checksum first, since redb trusts what it reads later: a changed bit would be another
-/// owner, or a panic. An index of a million objects (100 MB) takes 0.2 s.
+/// Every page is compared with its checksum first, since redb trusts what it reads later: a changed
+/// bit would be another owner, or a panic. An index of a million objects (100 MB) takes 0.2 s.
 ///
-/// Making: 1. write `<path>.new`, 2. rename it to `path`, 3. fsync the directory. On open: a `<path>.new` was never used
-/// and is removed.
+/// Making: 1. write `<path>.new`, 2. rename it to `path`, 3. fsync the directory. On open: a
+/// `<path>.new` was never used and is removed.
 ///
-/// Caller: whoever must not take a database that is missing for a new one looks before. Errors: redb's, and the system's;
-/// also for an empty file, which redb would take for a new database. What is there is left as it is.
+/// Caller: whoever must not take a database that is missing for a new one looks before. Errors:
+/// redb's, and the system's; also for an empty file, which redb would take for a new database. What
+/// is there is left as it is.
 pub(crate) fn open(
     path: &Path,
     mut builder: Builder,
@@ -35,8 +36,8 @@ pub(crate) fn open(
     Ok(builder.open(path)?)
 }
 
-/// The same for a database whose commits need not wait for the disk; what they name in `directory` is flushed before them,
-/// and after it that it is no longer in `source`, which may be missing.
+/// The same for a database whose commits need not wait for the disk; what they name in `directory`
+/// is flushed before them, and after it that it is no longer in `source`, which may be missing.
 /// Caller: no other process has it open, and nothing is added without [`Room::ensure`].
 pub(crate) fn open_deferring(
     path: &Path,
@@ -127,7 +128,8 @@ mod tests {
         }
     }
 
-    /// Method: a file of a process that was killed while redb made it, as redb leaves it under its own name.
+    /// Method: a file of a process that was killed while redb made it, as redb leaves it under its
+    /// own name.
     #[test]
     fn one_that_was_half_made_is_made_anew() {
         let dir = tempfile::tempdir().unwrap();

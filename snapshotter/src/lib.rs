@@ -5,7 +5,8 @@
 //! - [`store`]: chunks by digest in packs, snapshots by subject, leases, sweep.
 //! - [`content`]: how a file tree or a memory image becomes objects of the store, and back.
 //! - [`volumes`]: writable volumes by identity, read-only ones by digest.
-//! - [`snapshots`]: containerd's snapshotter service over overlayfs; [`containerd`]: our client of containerd.
+//! - [`snapshots`]: containerd's snapshotter service over overlayfs; [`containerd`]: our client of
+//!   containerd.
 //! - [`layers`]: layers of images from neighbours, while containerd pulls.
 //! - [`mirror`]: a read-only registry for this node's containerd.
 //! - [`peer`]: what daemons ask each other, and fetching from several of them at once.

@@ -40,7 +40,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
 /// How long until what an earlier daemon left is seen to again.
 const RECOVER_PAUSE: Duration = Duration::from_secs(10);
 
-/// How often removing a dump is tried while somebody writes into it, and the time between: ten seconds in all.
+/// How often removing a dump is tried while somebody writes into it, and the time between: ten
+/// seconds in all.
 const CLEAR_TRIES: usize = 200;
 const CLEAR_PAUSE: Duration = Duration::from_millis(50);
 
@@ -111,8 +112,9 @@ enum UseError {
 impl Node {
     /// Opens everything below the state directory.
     ///
-    /// On open: staged files and dumps of sessions that died are removed, unmounting first what CRIU left in
-    /// them; the parts' own rules do the rest. What cannot be removed is a leftover, and no error.
+    /// On open: staged files and dumps of sessions that died are removed, unmounting first what
+    /// CRIU left in them; the parts' own rules do the rest. What cannot be removed is a leftover,
+    /// and no error.
     ///
     /// Caller: inside a tokio runtime. Errors: [`OpenError`]; nothing is emptied to make it work.
     pub fn open(config: Config, fences: &Path) -> Result<Arc<Self>, OpenError> {
@@ -163,7 +165,8 @@ impl Node {
 
     /// Frees what no snapshot, read-only volume or lease refers to.
     ///
-    /// Errors: [`VolumeError`] for a list of volumes that cannot be read, or the store's; nothing is removed then.
+    /// Errors: [`VolumeError`] for a list of volumes that cannot be read, or the store's; nothing
+    /// is removed then.
     pub fn sweep(&self, thrift: Thrift) -> Result<SweepReport, VolumeError> {
         self.store
             .sweep(&children, is_leaf, &|| Ok(self.content_roots()?), thrift)
@@ -250,8 +253,8 @@ impl Node {
     /// Forgets journalled containers that containerd no longer has.
     async fn forget_deleted(&self) -> Result<(), MigrationError> {
         for (container, entry) in self.journal.containers()? {
-            // What is being handed over is settled first, and a container that was never let run here stays known as
-            // such: its source may yet ask.
+            // What is being handed over is settled first, and a container that was never let run
+            // here stays known as such: its source may yet ask.
             let open = match entry.ownership {
                 Ownership::Offered(..) | Ownership::Claiming(..) | Ownership::Returned(..) => true,
                 Ownership::Owner(_) => entry.session.is_some() && !entry.resumed,
@@ -337,8 +340,8 @@ fn remove_sessions(directory: &Path, leftovers: &Leftovers) {
     }
 }
 
-/// Removes `path` and all below it. CRIU outlives a daemon that was killed, and may go on writing there until a directory
-/// is gone.
+/// Removes `path` and all below it. CRIU outlives a daemon that was killed, and may go on writing
+/// there until a directory is gone.
 fn clear(path: &Path) -> Result<(), RemoveError> {
     for _ in 0..CLEAR_TRIES {
         match trees::remove(path) {

@@ -1,5 +1,5 @@
-//! Crash points: the numbered steps of procedures on disk call [`reach`] before they are taken, and a test may act there
-//! or stop.
+//! Crash points: the numbered steps of procedures on disk call [`reach`] before they are taken, and
+//! a test may act there or stop.
 //!
 //! Outside tests this is nothing.
 
@@ -42,8 +42,8 @@ mod in_tests {
         result
     }
 
-    /// Runs `body` up to `step` and no further: nothing after the step runs, no clean-up either. Panics unless it was
-    /// stopped there.
+    /// Runs `body` up to `step` and no further: nothing after the step runs, no clean-up either.
+    /// Panics unless it was stopped there.
     pub(crate) fn stop_before<T>(step: &'static str, body: impl FnOnce() -> T) {
         let stop = move |reached: &'static str| {
             if reached == step {

@@ -18,26 +18,29 @@ const DONT_CACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
 /// The smallest page there is. Of a larger one more would stay in memory, and nothing worse.
 const PAGE_BYTES: u64 = 4096;
 
-/// Has the kernel begin to write these bytes of `file` to the disk, and does not wait for it (`sync_file_range(2)`); with no
-/// bytes, all from there on. It is advice: a file system that does not take it loses time at the next fsync and nothing else.
+/// Has the kernel begin to write these bytes of `file` to the disk, and does not wait for it
+/// (`sync_file_range(2)`); with no bytes, all from there on. It is advice: a file system that does
+/// not take it loses time at the next fsync and nothing else.
 #[expect(unsafe_code, reason = "nix has no sync_file_range")]
 pub(crate) fn begin_writing(file: impl AsFd, bytes: Range<u32>) {
     let (begin, length) = (bytes.start.into(), (bytes.end - bytes.start).into());
     let file = file.as_fd();
-    // SAFETY: the call takes a descriptor, which `file` keeps open, and integers; it reads no memory of ours.
+    // SAFETY: the call takes a descriptor, which `file` keeps open, and integers; it reads no
+    // memory of ours.
     unsafe { libc::sync_file_range(file.as_raw_fd(), begin, length, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 /// `F_SETSIG` of `asm-generic/fcntl.h`, which libc does not name on every platform.
 const SET_SIGNAL: libc::c_int = 10;
 
-/// Whether anything on this machine may still write to `file`: a process has it open for writing or mapped from such a
-/// descriptor, through an overlay too, or a request in flight refers to it.
+/// Whether anything on this machine may still write to `file`: a process has it open for writing or
+/// mapped from such a descriptor, through an overlay too, or a request in flight refers to it.
 ///
-/// The kernel answers: it grants a read lease (`fcntl(2)`, `F_SETLEASE`) on a file without writers only. The lease is
-/// returned at once. A process that opens the file for writing in between waits for that; only with `O_NONBLOCK` it fails
-/// with `EWOULDBLOCK`, so ask of files only that have been still for a while. Where the kernel grants no leases, the answer
-/// is that there may be a writer.
+/// The kernel answers: it grants a read lease (`fcntl(2)`, `F_SETLEASE`) on a file without writers
+/// only. The lease is returned at once. A process that opens the file for writing in between waits
+/// for that; only with `O_NONBLOCK` it fails with `EWOULDBLOCK`, so ask of files only that have
+/// been still for a while. Where the kernel grants no leases, the answer is that there may be a
+/// writer.
 ///
 /// `file` must be open for reading only.
 #[expect(unsafe_code, reason = "nix has no F_SETLEASE")]
@@ -47,14 +50,15 @@ pub(crate) fn may_have_writer(file: impl AsFd) -> bool {
         // SAFETY: both commands take a descriptor, which `file` keeps open, and an integer.
         unsafe { libc::fcntl(file.as_raw_fd(), what, value) == 0 }
     };
-    // A process that is made to wait has the holder of the lease signalled: by a signal that is ignored, not by SIGIO, which
-    // would end this process.
+    // A process that is made to wait has the holder of the lease signalled: by a signal that is
+    // ignored, not by SIGIO, which would end this process.
     let granted = set(SET_SIGNAL, libc::SIGURG) && set(libc::F_SETLEASE, libc::F_RDLCK);
     !(granted && set(libc::F_SETLEASE, libc::F_UNLCK))
 }
 
-/// As `write_all_at`, and but for the last page no copy stays in memory once it is on the disk: it takes no memory from what
-/// is in use, and the same pages serve again. Where kernel or file system cannot, it is an ordinary write.
+/// As `write_all_at`, and but for the last page no copy stays in memory once it is on the disk: it
+/// takes no memory from what is in use, and the same pages serve again. Where kernel or file system
+/// cannot, it is an ordinary write.
 pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::Result<()> {
     // The last page, if it is not full, stays: the next write goes on in it.
     let rest = (offset + bytes.len() as u64) % PAGE_BYTES;
@@ -75,10 +79,11 @@ pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::
     file.write_all_at(rest, offset + bytes.len() as u64)
 }
 
-/// Says that the directories in `directory` have nothing to do with each other (`T` of chattr(1)): ext4 then puts each
-/// into a part of the disk of its own. Without a journal it passes over inodes that were deleted in the minutes before
-/// (`recently_deleted` of `fs/ext4/ialloc.c`), one by one and with every new file, which lie where the last layer or volume
-/// was. Advice as well, and kept on disk; other file systems refuse it.
+/// Says that the directories in `directory` have nothing to do with each other (`T` of chattr(1)):
+/// ext4 then puts each into a part of the disk of its own. Without a journal it passes over inodes
+/// that were deleted in the minutes before (`recently_deleted` of `fs/ext4/ialloc.c`), one by one
+/// and with every new file, which lie where the last layer or volume was. Advice as well, and kept
+/// on disk; other file systems refuse it.
 pub(crate) fn spread_out(directory: &Path) {
     let advise = || {
         let opened = File::open(directory)?;

@@ -1,7 +1,8 @@
 //! File trees that containers made: removed and walked whatever their shape is.
 //!
-//! A container can nest directories deeper than any path, the stack or the limit of open files allows, and put symbolic links
-//! where directories were a moment ago. So nothing here follows one, and all goes by the directory above (openat(2)).
+//! A container can nest directories deeper than any path, the stack or the limit of open files
+//! allows, and put symbolic links where directories were a moment ago. So nothing here follows one,
+//! and all goes by the directory above (openat(2)).
 //!
 //! A removal lifts flags that keep root from removing (chattr(1), `+i` and `+a`). It never enters
 //! another file system that is mounted in the tree: what lies there is not ours.
@@ -22,11 +23,12 @@ use rustix::io::Errno;
 
 use crate::inode;
 
-/// Deepest tree that is walked: as many files are open, and that is below the usual limit of 1024. What goes by paths, as
-/// containerd does when it unpacks, ends at 4096 bytes.
+/// Deepest tree that is walked: as many files are open, and that is below the usual limit of 1024.
+/// What goes by paths, as containerd does when it unpacks, ends at 4096 bytes.
 const WALK_DEPTH_MAX: usize = 800;
 
-/// Directories inside one another that a removal has open. On a full disk there may be no room to move one up.
+/// Directories inside one another that a removal has open. On a full disk there may be no room to
+/// move one up.
 const OPEN_MAX: usize = 64;
 
 /// How a directory is opened.
@@ -66,7 +68,8 @@ fn is_itself_or_above(name: &CStr) -> bool {
 /// Removes `top`, and if it is a directory all below it, of any depth: with few files open, and a
 /// memory and stack that do not grow.
 ///
-/// What is deeper than [`OPEN_MAX`] moves up to `top` first; if this stops midway, it can be done again.
+/// What is deeper than [`OPEN_MAX`] moves up to `top` first; if this stops midway, it can be done
+/// again.
 /// Errors: [`RemoveError`] for the first thing that stays; not that something was gone already, but
 /// for `top`.
 pub(crate) fn remove(top: &Path) -> Result<(), RemoveError> {
@@ -164,7 +167,8 @@ impl Removal<'_> {
     fn entry(&mut self, directory: &OwnedFd, name: &CStr, kind: FileType) -> io::Result<()> {
         let lift = || lift_guards(directory, c".").and_then(|()| lift_guards(directory, name));
         if kind != FileType::Directory {
-            // By way of the C library, as tests that stop a daemon count it (`tests/preload/step-preload.c`).
+            // By way of the C library, as tests that stop a daemon count it
+            // (`tests/preload/step-preload.c`).
             let unlink = || unlinkat(directory, name, UnlinkatFlags::NoRemoveDir);
             match unguarded(unlink, lift) {
                 // The file system does not say what its entries are.
@@ -237,8 +241,10 @@ fn lift_guards(directory: &OwnedFd, name: &CStr) -> io::Result<()> {
 
 /// Calls `visit` with all that is in `top`, itself included.
 ///
-/// The tree may change meanwhile: what disappears between being listed and being looked at is passed over.
-/// Errors: the system's, with the path; more than [`WALK_DEPTH_MAX`] directories inside one another.
+/// The tree may change meanwhile: what disappears between being listed and being looked at is
+/// passed over.
+/// Errors: the system's, with the path; more than [`WALK_DEPTH_MAX`] directories inside one
+/// another.
 pub(crate) fn walk(top: &Path, mut visit: impl FnMut(&Stat)) -> Result<(), (PathBuf, io::Error)> {
     let failed_at_top = |error: Errno| (top.to_owned(), error.into());
     let directory = open_directory(CWD, top).map_err(failed_at_top)?;
@@ -295,7 +301,8 @@ mod tests {
         tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap()
     }
 
-    /// Directories inside one another: more than a path can name, than a thread's stack has room for, or files may be open.
+    /// Directories inside one another: more than a path can name, than a thread's stack has room
+    /// for, or files may be open.
     const DEEP: usize = 20_000;
 
     fn nest(top: &Path, depth: usize) {

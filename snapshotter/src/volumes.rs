@@ -1,8 +1,9 @@
 //! Volumes: writable ones by identity, read-only ones by the digest of their content.
 //!
-//! The journal says which writable volumes there are, what kind they are, and whether they are here or have moved; where
-//! they lie, and how they come to be there and go, is in [`places`]. A read-only volume is here as a tree whose objects the
-//! store keeps, and which is laid out under its digest once it was mounted. Who mounts the image of a block volume is the shim
+//! The journal says which writable volumes there are, what kind they are, and whether they are here
+//! or have moved; where they lie, and how they come to be there and go, is in [`places`]. A
+//! read-only volume is here as a tree whose objects the store keeps, and which is laid out under
+//! its digest once it was mounted. Who mounts the image of a block volume is the shim
 //! (docs/adr/0010): here it is a file.
 
 mod archive;
@@ -191,7 +192,8 @@ impl Sink for Forgetful {
 }
 
 impl Volumes {
-    /// Opens the volumes below `state_dir`. What a daemon that died left half done is finished or undone ([`places`]).
+    /// Opens the volumes below `state_dir`. What a daemon that died left half done is finished or
+    /// undone ([`places`]).
     ///
     /// Errors: [`VolumeError`] for what cannot be read or moved.
     pub fn open(state_dir: &Path, journal: Journal, store: Store) -> Result<Self, VolumeError> {
@@ -287,8 +289,9 @@ impl Volumes {
         })
     }
 
-    /// Makes the directory, or the image of a `file_system`, at `staged` the writable volume `id`; it must lie on the same
-    /// file system. It counts as arriving with `container` until [`Volumes::arrived`], and replaces one that was arriving.
+    /// Makes the directory, or the image of a `file_system`, at `staged` the writable volume `id`;
+    /// it must lie on the same file system. It counts as arriving with `container` until
+    /// [`Volumes::arrived`], and replaces one that was arriving.
     ///
     /// Errors: [`VolumeError`]. Repeating it is safe as long as `staged` is still there.
     pub fn install(
@@ -359,11 +362,11 @@ impl Volumes {
         }
     }
 
-    /// Reads a directory, or what a tar archive unpacks to, into the store as read-only content, which is laid out when it
-    /// is first mounted.
+    /// Reads a directory, or what a tar archive unpacks to, into the store as read-only content,
+    /// which is laid out when it is first mounted.
     ///
-    /// 1. write its objects, 2. make them durable, 3. note that they are to be kept ([`Places::keep`]). On open: without
-    ///    step 3 they are swept.
+    /// 1. write its objects, 2. make them durable, 3. note that they are to be kept
+    ///    ([`Places::keep`]). On open: without step 3 they are swept.
     pub fn import(&self, from: &Path) -> Result<Digest, VolumeError> {
         let lease = self.store.lease("volume import", IMPORT_LEASE);
         let tree = if fs::metadata(from).map_err(on("import", from))?.is_file() {
@@ -380,8 +383,8 @@ impl Volumes {
         Ok(tree)
     }
 
-    /// Writes a copy of a volume into the directory, which must be new or empty: of a writable one as it is now. Of a
-    /// block volume it is the file `ID.img`; nothing may have it mounted.
+    /// Writes a copy of a volume into the directory, which must be new or empty: of a writable one
+    /// as it is now. Of a block volume it is the file `ID.img`; nothing may have it mounted.
     ///
     /// Errors: the copy may then be incomplete; the volume is as it was.
     pub fn export(&self, source: &VolumeSource, directory: &Path) -> Result<(), VolumeError> {
@@ -413,10 +416,12 @@ impl Volumes {
         if found == *digest { Ok(()) } else { Err(VolumeError::Damaged { digest: *digest, found }) }
     }
 
-    /// Reads read-only content as it is laid out and compares; has the file system of a block volume checked, which
-    /// nothing may have mounted; and reads all of a writable tree as a migration would, since nothing says what it should be.
+    /// Reads read-only content as it is laid out and compares; has the file system of a block
+    /// volume checked, which nothing may have mounted; and reads all of a writable tree as a
+    /// migration would, since nothing says what it should be.
     ///
-    /// Errors: [`VolumeError::Damaged`], [`VolumeError::Program`], [`VolumeError::Content`]; nothing is repaired.
+    /// Errors: [`VolumeError::Damaged`], [`VolumeError::Program`], [`VolumeError::Content`];
+    /// nothing is repaired.
     pub fn verify(&self, source: &VolumeSource) -> Result<(), VolumeError> {
         let path = self.path(source, true)?;
         let digest = match (source, self.file_system(source)?) {
@@ -431,8 +436,8 @@ impl Volumes {
         if found == *digest { Ok(()) } else { Err(VolumeError::Damaged { digest: *digest, found }) }
     }
 
-    /// Lays out a tree that the store holds as read-only content, unless it is there already. Its objects are durable
-    /// then.
+    /// Lays out a tree that the store holds as read-only content, unless it is there already. Its
+    /// objects are durable then.
     pub fn lay_out(&self, tree: &Digest) -> Result<PathBuf, VolumeError> {
         // Or it may be removed, and swept, while it is read.
         let _lease = self.store.lease("volume lay-out", IMPORT_LEASE);
@@ -441,8 +446,8 @@ impl Volumes {
 
     /// Lays out once more what [`Self::compare`] found damaged.
     ///
-    /// Errors: [`VolumeError::Mounted`]; [`ContentError::Missing`] if the store does not have all of it. What is laid out
-    /// is then as it was.
+    /// Errors: [`VolumeError::Mounted`]; [`ContentError::Missing`] if the store does not have all
+    /// of it. What is laid out is then as it was.
     pub fn lay_out_again(&self, tree: &Digest) -> Result<(), VolumeError> {
         let _lease = self.store.lease("volume lay-out", IMPORT_LEASE);
         self.places.replace_content(tree, |partial| self.write_out(tree, partial))

@@ -6,8 +6,8 @@
 #   ROOT       the Debian root below the node's overlay
 #   CGROUP     NAME:TYPE:OPTIONS of each cgroup hierarchy to mount
 #
-# Runs inside new mount, UTS, IPC, PID and cgroup namespaces and the node's network namespace. Writes
-# its process id, as the host sees it, to DIRECTORY/init.pid when the node is ready.
+# Runs inside new mount, UTS, IPC, PID and cgroup namespaces and the node's network namespace.
+# Writes its process id, as the host sees it, to DIRECTORY/init.pid when the node is ready.
 set -eu
 directory=$1 lower=$2 name=$3
 shift 3

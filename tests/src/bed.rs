@@ -187,7 +187,8 @@ impl Bed {
         network::in_namespace(&self.switch.client(), work)
     }
 
-    /// Name of the clients' network namespace, for [`network::in_namespace`] on a thread of its own.
+    /// Name of the clients' network namespace, for [`network::in_namespace`] on a thread of its
+    /// own.
     pub fn client_namespace(&self) -> String {
         self.switch.client()
     }

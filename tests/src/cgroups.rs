@@ -1,4 +1,5 @@
-//! The cgroups of nodes: one per node and hierarchy, so that a node's whole tree can be found again.
+//! The cgroups of nodes: one per node and hierarchy, so that a node's whole tree can be found
+//! again.
 //!
 //! A node lives in its own cgroup namespace with the hierarchies mounted afresh, as if it had the
 //! machine to itself; from outside its groups are `godwit-N.NODE`. On hosts with version 1 (or both
@@ -233,7 +234,8 @@ fn v1_options(options: &str) -> String {
     if named { format!("none,{}", kept.join(",")) } else { kept.join(",") }
 }
 
-/// Group of this process below the mounted `root` of a hierarchy, from the text of /proc/self/cgroup.
+/// Group of this process below the mounted `root` of a hierarchy, from the text of
+/// /proc/self/cgroup.
 fn own_group(own: &str, controllers: Option<&str>, root: &str) -> PathBuf {
     let wanted = controllers.unwrap_or("").trim_start_matches("none,");
     let path = own.lines().find_map(|line| {

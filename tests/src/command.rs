@@ -4,7 +4,8 @@
 //! in that group (`nsenter` has the real command as a child). Output goes to files, not pipes: a
 //! daemon that a command leaves behind and that holds its output open then delays nobody.
 //!
-//! On a machine that is slow by a known factor, the environment variable `GODWIT_PATIENCE` multiplies every deadline.
+//! On a machine that is slow by a known factor, the environment variable `GODWIT_PATIENCE`
+//! multiplies every deadline.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;

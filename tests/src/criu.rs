@@ -1,4 +1,5 @@
-//! A CRIU that takes its time or fails, so that a test can do something while a container is frozen or restored.
+//! A CRIU that takes its time or fails, so that a test can do something while a container is frozen
+//! or restored.
 
 use anyhow::Result;
 

@@ -17,11 +17,12 @@ pub const PEER_PORT: u16 = 7946;
 /// containerd's own configuration in a node: nothing but the drop-ins.
 const CONTAINERD: &str = "version = 2\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n";
 
-/// What pods need besides here: root without CAP_SYS_RESOURCE cannot lower an OOM score, which the CRI
-/// plugin does by default; there is no registry for the pause image; Debian keeps CNI plugins in a place
-/// of its own; a second handler runs the other OCI runtime, and a third our shim by its name; and where it looks for
-/// mirrors, of which there is none until a test names one. It goes into the same file as the documented settings, since
-/// containerd 1.7 takes each plugin's section from one file.
+/// What pods need besides here: root without CAP_SYS_RESOURCE cannot lower an OOM score, which the
+/// CRI plugin does by default; there is no registry for the pause image; Debian keeps CNI plugins
+/// in a place of its own; a second handler runs the other OCI runtime, and a third our shim by its
+/// name; and where it looks for mirrors, of which there is none until a test names one. It goes
+/// into the same file as the documented settings, since containerd 1.7 takes each plugin's section
+/// from one file.
 const CRI: &str = "
 [plugins.\"io.containerd.grpc.v1.cri\"]
   restrict_oom_score_adj = true

@@ -39,7 +39,8 @@ pub enum Image {
     Memhog,
     /// The program `probe` of this crate. Three layers.
     Probe,
-    /// PostgreSQL, which makes a cluster in `/data` and runs there as a user of its own (`images/postgresql.sh`).
+    /// PostgreSQL, which makes a cluster in `/data` and runs there as a user of its own
+    /// (`images/postgresql.sh`).
     Postgresql,
     /// The `sqlite3` program, to be run by a shell of busybox.
     Sqlite,
@@ -299,8 +300,8 @@ fn stage_postgresql(root: &Root, own: &Path) -> Result<Vec<String>> {
     Ok(programs.to_vec())
 }
 
-/// The archive of shared classes is made as the package does when it is installed. It holds the time of `modules`, which
-/// is that of all files of a layer.
+/// The archive of shared classes is made as the package does when it is installed. It holds the
+/// time of `modules`, which is that of all files of a layer.
 fn stage_jvm(root: &Root, own: &Path, app: &Path) -> Result<Vec<String>> {
     copy_trees(root, &["usr/lib/jvm", "etc/java-21-openjdk"], own)?;
     fs::create_dir_all(app)?;

@@ -1,9 +1,10 @@
 //! Test nodes: several containerd nodes on one machine, as real as namespaces make them.
 //!
-//! A [`Bed`] is a set of [`Node`]s on one switch. Each node has its own mount, network, UTS, IPC, PID
-//! and cgroup namespaces, a Debian root of its own, its own containerd and `godwit-snapshotter`, and
-//! an uplink whose speed can be set and which can be cut. What runs in them is what users run: the
-//! binaries of this build, configured by the files under `docs/deploy/`.
+//! A [`Bed`] is a set of [`Node`]s on one switch. Each node has its own mount, network, UTS, IPC,
+//! PID and cgroup namespaces, a Debian root of its own, its own containerd and
+//! `godwit-snapshotter`, and an uplink whose speed can be set and which can be cut. What runs in
+//! them is what users run: the binaries of this build, configured by the files under
+//! `docs/deploy/`.
 //!
 //! ```text
 //!  gwN-switch (netns)        gwN-edge-a (netns + mount, pid, ... namespaces)
@@ -15,12 +16,13 @@
 //!  └───────────────┘
 //! ```
 //!
-//! A bed takes a free number N and derives every name from it, so that several beds run side by side,
-//! also those of other checkouts. It is torn down on drop, panic, exit, SIGINT and SIGTERM; what a
-//! killed process leaves, the next bed or `make clean-nodes` removes ([`run`]).
+//! A bed takes a free number N and derives every name from it, so that several beds run side by
+//! side, also those of other checkouts. It is torn down on drop, panic, exit, SIGINT and SIGTERM;
+//! what a killed process leaves, the next bed or `make clean-nodes` removes ([`run`]).
 //!
-//! Read next: [`root`] for the Debian root, [`images`] for container images made without a registry,
-//! [`node`] for what a test can do to a node, [`load`] for the clients that watch a workload.
+//! Read next: [`root`] for the Debian root, [`images`] for container images made without a
+//! registry, [`node`] for what a test can do to a node, [`load`] for the clients that watch a
+//! workload.
 
 pub mod bed;
 mod cgroups;

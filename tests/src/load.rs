@@ -1,10 +1,10 @@
 //! A witness of a redis: writes at a set rate, remembers what was acknowledged, and checks it all.
 //!
-//! Every value is a record that says its key's number and its sequence ([`crate::pattern`]), so a torn
-//! or a mixed-up value is noticed. For each key the client knows the last sequence that was
-//! acknowledged and the last that was tried: what is there must lie between the two, because a write
-//! without an answer may or may not have happened. So nothing acknowledged may be missing, and a write
-//! that a frozen server still had in its buffers must not overwrite a later one.
+//! Every value is a record that says its key's number and its sequence ([`crate::pattern`]), so a
+//! torn or a mixed-up value is noticed. For each key the client knows the last sequence that was
+//! acknowledged and the last that was tried: what is there must lie between the two, because a
+//! write without an answer may or may not have happened. So nothing acknowledged may be missing,
+//! and a write that a frozen server still had in its buffers must not overwrite a later one.
 //!
 //! Every acknowledgement is a *beat*. The client knows several addresses and goes to the next when
 //! one fails, with short deadlines and shorter ones while nobody answers, so that the longest gap

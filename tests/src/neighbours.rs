@@ -81,7 +81,8 @@ pub fn forget(node: &Node) -> Result<()> {
     start(node)
 }
 
-/// Starts the daemon and waits until containerd has found it again, which it tries less and less often.
+/// Starts the daemon and waits until containerd has found it again, which it tries less and less
+/// often.
 pub fn start(node: &Node) -> Result<()> {
     node.start_daemon()?;
     wait_until("containerd reaches the snapshotter", SOON, || {

@@ -1,7 +1,7 @@
 //! The network of a bed: a switch, shaped links to nodes, and a place for clients.
 //!
-//! Everything lies in network namespaces named `gwN-...`; nothing of it is visible in the host's own.
-//! Links are shaped by a token bucket (TBF) at both ends, so that each direction has the rate.
+//! Everything lies in network namespaces named `gwN-...`; nothing of it is visible in the host's
+//! own. Links are shaped by a token bucket (TBF) at both ends, so that each direction has the rate.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -178,7 +178,8 @@ pub(crate) fn on_thread_in<T: Send>(
     let outcome = std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
             if kind == CloneFlags::CLONE_NEWNS {
-                // Mounts are joined only by who shares root and working directory with no other thread.
+                // Mounts are joined only by who shares root and working directory with no other
+                // thread.
                 unshare(CloneFlags::CLONE_FS).context("have a working directory of its own")?;
             }
             setns(&namespace, kind).context("enter the namespace")?;

@@ -1,5 +1,5 @@
-//! One node of a bed, and what a test may do to it: run commands, kill and restart its daemons, slow
-//! or cut its link, read its files and its traffic, crash it.
+//! One node of a bed, and what a test may do to it: run commands, kill and restart its daemons,
+//! slow or cut its link, read its files and its traffic, crash it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -57,7 +57,8 @@ pub enum Containerd {
 }
 
 impl Containerd {
-    /// What the environment variable `GODWIT_CONTAINERD` chooses for a suite: `1` (also when it is not set) or `2`.
+    /// What the environment variable `GODWIT_CONTAINERD` chooses for a suite: `1` (also when it is
+    /// not set) or `2`.
     pub fn of_suite() -> Self {
         match std::env::var("GODWIT_CONTAINERD").as_deref() {
             Ok("2") => Self::V2,
@@ -232,7 +233,8 @@ impl Node {
         self.log(name).len()
     }
 
-    /// What a log of this node says behind `end`: logs outlive tests, and daemons that are started again.
+    /// What a log of this node says behind `end`: logs outlive tests, and daemons that are started
+    /// again.
     pub fn log_since(&self, name: &str, end: usize) -> String {
         self.log(name).get(end..).unwrap_or_default().to_owned()
     }
@@ -265,7 +267,8 @@ impl Node {
         self.start(&self.containerd, "containerd", argv, &[CONTAINERD_SOCKET])
     }
 
-    /// Writes the daemon's configuration anew, with these keys besides; it is read when the daemon starts.
+    /// Writes the daemon's configuration anew, with these keys besides; it is read when the daemon
+    /// starts.
     pub fn configure(&self, keys: &str) -> Result<()> {
         let text = deploy::daemon(&self.name, self.address, &self.peers, keys);
         Ok(fs::write(self.path("/etc/godwit/godwit.toml"), text)?)
@@ -319,7 +322,8 @@ impl Node {
         in_namespace(self.port.namespace(), work)
     }
 
-    /// Runs `work` on a thread among the node's mounts: paths, mounts and the programs that it starts are the node's.
+    /// Runs `work` on a thread among the node's mounts: paths, mounts and the programs that it
+    /// starts are the node's.
     pub fn in_mounts<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let path = PathBuf::from(format!("/proc/{}/ns/mnt", self.init));
         on_thread_in(&path, CloneFlags::CLONE_NEWNS, work)
@@ -400,7 +404,8 @@ impl Node {
         if slot.is_some() {
             bail!("{}: {name} runs already", self.name);
         }
-        // A process that was killed may still listen for a moment: its last threads end after it is a zombie.
+        // A process that was killed may still listen for a moment: its last threads end after it is
+        // a zombie.
         for socket in sockets {
             if let Err(error) = fs::remove_file(self.path(socket))
                 && error.kind() != std::io::ErrorKind::NotFound
@@ -436,12 +441,14 @@ fn lock(slot: &Mutex<Option<Background>>) -> MutexGuard<'_, Option<Background>> 
 fn end(slot: &Mutex<Option<Background>>, name: &str, signal: Signal) -> Result<()> {
     let Some(service) = lock(slot).take() else { bail!("{name} does not run") };
     service.signal(signal)?;
-    // `nsenter` stops with what it wraps, and may have seen it stopped once more after it had been continued.
+    // `nsenter` stops with what it wraps, and may have seen it stopped once more after it had been
+    // continued.
     service.signal(Signal::SIGCONT)?;
     service.wait_for_group(STOP_TIMEOUT)
 }
 
-/// Words that run a command in a node of any run, put before it; what [`Node::command`] does inside.
+/// Words that run a command in a node of any run, put before it; what [`Node::command`] does
+/// inside.
 ///
 /// `name` is a node's name; the first run that has such a node is taken. Errors: none has.
 pub fn enter(name: &str) -> Result<Vec<OsString>> {

@@ -1,4 +1,5 @@
-//! Chance in fault tests: what a run draws follows from its seed, which is printed and taken back from `GODWIT_SEED`.
+//! Chance in fault tests: what a run draws follows from its seed, which is printed and taken back
+//! from `GODWIT_SEED`.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! An image registry in a node: Debian's `docker-registry`, and what it was asked for.
 //!
-//! It speaks TLS with a certificate of its own, since containerd 1.7 can be told of no other registry when it pulls by
-//! itself; nodes trust it by name.
+//! It speaks TLS with a certificate of its own, since containerd 1.7 can be told of no other
+//! registry when it pulls by itself; nodes trust it by name.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -30,7 +30,8 @@ pub struct Registry<'a> {
 }
 
 impl<'a> Registry<'a> {
-    /// Starts a registry in a node and waits until it answers. It and the nodes of `clients` trust its certificate.
+    /// Starts a registry in a node and waits until it answers. It and the nodes of `clients` trust
+    /// its certificate.
     pub fn start(node: &'a Node, clients: &[Node]) -> Result<Self> {
         let scratch = tempfile::tempdir()?;
         let [certificate, key] = ["crt", "key"].map(|name| scratch.path().join(name));
@@ -55,7 +56,8 @@ impl<'a> Registry<'a> {
         format!("{}:{PORT}", self.node.address())
     }
 
-    /// Puts an image into it, and returns the reference by which it is pulled. The node keeps nothing of it.
+    /// Puts an image into it, and returns the reference by which it is pulled. The node keeps
+    /// nothing of it.
     pub fn push(&self, image: Image) -> Result<String> {
         let (node, own) = (self.node, image.reference());
         images::import(node, image, "overlayfs")?;

@@ -1,9 +1,11 @@
-//! The Debian root that every node's overlay lies on. Made once per list of packages, then only read.
+//! The Debian root that every node's overlay lies on. Made once per list of packages, then only
+//! read.
 //!
 //! 1. take the lock `root.lock` (whoever comes second waits and then finds the root);
 //! 2. `debootstrap` Debian 13 with [`PACKAGES`] into `root/<key>.tmp`, packages cached in `debs`;
 //! 3. install CRIU from forky: Debian 13's cannot dump a process with a socket on Linux >= 6.16;
-//!    put containerd 2 from sid beside Debian 13's, and unpack Docker and what only images are made of;
+//!    put containerd 2 from sid beside Debian 13's, and unpack Docker and what only images are made
+//!    of;
 //! 4. where the capability is missing, compile the preload library and put a wrapper before CRIU;
 //! 5. rename to `root/<key>`.
 //!
@@ -60,7 +62,8 @@ pub const PACKAGES: &[&str] = &[
     "tini",
     "xfsprogs",
 ];
-/// Docker, and what only images are made of: unpacked, but not installed, as that would start servers and take long.
+/// Docker, and what only images are made of: unpacked, but not installed, as that would start
+/// servers and take long.
 pub const UNPACKED: &[&str] = &[
     "docker-cli",
     "docker.io",
@@ -117,8 +120,8 @@ impl Root {
         chroot(&self.path, argv).ok()
     }
 
-    /// Runs a line of shell in a chroot with `/proc` and with a directory of the host at each of `bound`, from which
-    /// it may be changed.
+    /// Runs a line of shell in a chroot with `/proc` and with a directory of the host at each of
+    /// `bound`, from which it may be changed.
     pub fn work(&self, bound: &[(&Path, &str)], script: &str) -> Result<String> {
         let root = self.path.display();
         let mut all = format!("mount -t proc proc {root}/proc\n");

@@ -1,7 +1,7 @@
 //! Runs: who owns which names on this machine, and how all of it is removed again.
 //!
-//! A run is a number with a lock file, `/run/godwit-testbed/<N>`; its text names the run's directory.
-//! Whoever holds the lock owns everything that is derived from the number:
+//! A run is a number with a lock file, `/run/godwit-testbed/<N>`; its text names the run's
+//! directory. Whoever holds the lock owns everything that is derived from the number:
 //!
 //! ```text
 //! gwN-*          network namespaces        10.(100+N).0.0/24   addresses

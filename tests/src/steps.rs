@@ -1,7 +1,8 @@
-//! A daemon that is killed at a step: just before its N-th call that changes a name on disk, or has the disk written.
+//! A daemon that is killed at a step: just before its N-th call that changes a name on disk, or has
+//! the disk written.
 //!
-//! A library that is loaded before the others counts the calls (`preload/step-preload.c`); the daemon is the one that
-//! users run, and knows nothing of it.
+//! A library that is loaded before the others counts the calls (`preload/step-preload.c`); the
+//! daemon is the one that users run, and knows nothing of it.
 
 use std::fs;
 use std::time::Duration;
@@ -19,7 +20,8 @@ const DAEMON: &str = "/usr/local/bin/godwit-snapshotter";
 const ARMED: &str = "/run/godwit-kill-before";
 const SOON: Duration = Duration::from_secs(10);
 
-/// A node whose daemon can be killed at a step, from its next start on. Dropping it makes the daemon as before.
+/// A node whose daemon can be killed at a step, from its next start on. Dropping it makes the
+/// daemon as before.
 pub struct Steps<'a> {
     node: &'a Node,
 }
@@ -40,8 +42,8 @@ impl<'a> Steps<'a> {
         Ok(Self { node })
     }
 
-    /// Runs `command` while the daemon is killed just before step `number`, from 1. Returns whether it was: with fewer
-    /// steps than that it goes on. If it was killed, it can be started again.
+    /// Runs `command` while the daemon is killed just before step `number`, from 1. Returns whether
+    /// it was: with fewer steps than that it goes on. If it was killed, it can be started again.
     ///
     /// Errors: the command fails although the daemon goes on.
     pub fn killed_before(&self, number: usize, command: &Invocation) -> Result<bool> {

@@ -22,7 +22,8 @@ pub(crate) fn at_exit(work: extern "C" fn()) -> io::Result<()> {
 extern "C" fn write_signal(number: libc::c_int) {
     let fd = SIGNAL_PIPE.load(Ordering::Relaxed);
     let byte = number.to_le_bytes();
-    // SAFETY: write(2) is async-signal-safe; the buffer outlives the call and has at least one byte.
+    // SAFETY: write(2) is async-signal-safe; the buffer outlives the call and has at least one
+    // byte.
     unsafe { libc::write(fd, byte.as_ptr().cast(), 1) };
 }
 

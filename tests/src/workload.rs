@@ -116,7 +116,8 @@ impl<'a> Container<'a> {
     }
 }
 
-/// A memhog with a volume: what most tests migrate. It listens on the address of its network on each node.
+/// A memhog with a volume: what most tests migrate. It listens on the address of its network on
+/// each node.
 pub fn memhog<'a>(
     name: &'a str,
     volume: &str,
@@ -138,7 +139,8 @@ pub fn memhog<'a>(
     ])
 }
 
-/// Makes a network namespace named `name` on every node, each with an address of its own; `first` numbers them.
+/// Makes a network namespace named `name` on every node, each with an address of its own; `first`
+/// numbers them.
 ///
 /// Returns the addresses in the order of the nodes.
 pub fn networks(bed: &Bed, name: &str, first: u8) -> Result<Vec<Ipv4Addr>> {

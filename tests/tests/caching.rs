@@ -1,4 +1,5 @@
-//! Cached snapshots: taken by schedule, copied to neighbours, given up in time, and what they are good for when a node dies.
+//! Cached snapshots: taken by schedule, copied to neighbours, given up in time, and what they are
+//! good for when a node dies.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -67,7 +68,8 @@ fn in_hall_two(node: &str) -> String {
     format!("{EAGER}place_on = {{ hall = \"2\" }}\n[labels]\nhall = \"{hall}\"\n")
 }
 
-/// Method: of two neighbours one has the label. The container then moves to the other one, and is removed there.
+/// Method: of two neighbours one has the label. The container then moves to the other one, and is
+/// removed there.
 #[test]
 fn a_running_container_is_captured_copied_and_forgotten_when_it_is_removed() -> Result<()> {
     let name = "kept";
@@ -123,7 +125,8 @@ fn copies_follow_the_neighbourhood() -> Result<()> {
     remove(a, name)
 }
 
-/// Method: it stands still for longer than it takes to notice, as under a client that cleans up later.
+/// Method: it stands still for longer than it takes to notice, as under a client that cleans up
+/// later.
 #[test]
 fn a_container_that_ended_is_forgotten_once_it_is_deleted() -> Result<()> {
     let name = "ended";

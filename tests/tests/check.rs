@@ -1,4 +1,5 @@
-//! `godwit check`: damage is found, whether the daemon runs or not, and repaired from a neighbour that has what is lost.
+//! `godwit check`: damage is found, whether the daemon runs or not, and repaired from a neighbour
+//! that has what is lost.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -30,7 +31,8 @@ fn len(report: &Value, field: &str) -> usize {
     report[field].as_array().map_or(usize::MAX, Vec::len)
 }
 
-/// Flips one bit of an object that something hangs on, in the first pack. Returns what checking then says.
+/// Flips one bit of an object that something hangs on, in the first pack. Returns what checking
+/// then says.
 fn flip_a_byte(node: &Node) -> Result<Value> {
     let packs = node.path(STATE).join("store/packs");
     let mut names: Vec<_> = fs::read_dir(&packs)?.collect::<Result<_, _>>()?;
@@ -65,7 +67,8 @@ fn flip(file: &fs::File, at: u64) -> Result<()> {
     Ok(file.write_all_at(&[byte[0] ^ 1], at)?)
 }
 
-/// Method: a container moves, so that both nodes keep the same snapshots of it; then bytes of one node's packs change.
+/// Method: a container moves, so that both nodes keep the same snapshots of it; then bytes of one
+/// node's packs change.
 #[test]
 fn what_is_damaged_is_found_and_fetched_again_from_a_neighbour() -> Result<()> {
     let name = "checked";
@@ -190,7 +193,8 @@ impl Content {
     }
 }
 
-/// Method: at first nobody else has the volume, so that only the two copies here can help each other.
+/// Method: at first nobody else has the volume, so that only the two copies here can help each
+/// other.
 fn a_laid_out_volume_and_the_store_mend_each_other(neighbour: &Node, node: &Node) -> Result<()> {
     neighbour.stop_daemon()?;
     let content = Content::import(node)?;
@@ -341,8 +345,8 @@ fn a_damaged_database_is_told_and_left_alone(node: &Node, name: &str) -> Result<
     for (database, key) in keys {
         let path = node.path(STATE).join(database);
         let whole = fs::read(&path)?;
-        // Missing or empty, which must not be taken for a state that was never used; cut short; noise; and a key that is
-        // another one.
+        // Missing or empty, which must not be taken for a state that was never used; cut short;
+        // noise; and a key that is another one.
         let mut noise = whole.clone();
         noise[..4096].fill(0x5a);
         let flipped = with_a_bit_flipped(&whole, key).context(database)?;

@@ -1,5 +1,5 @@
-//! What neighbours are worth: bytes of the source fall where they hold something, `godwit plan` tells beforehand, and
-//! neighbours that are of no use cost nothing but their grace.
+//! What neighbours are worth: bytes of the source fall where they hold something, `godwit plan`
+//! tells beforehand, and neighbours that are of no use cost nothing but their grace.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -150,7 +150,8 @@ fn a_plan_of_what_cannot_be_moved_says_why_and_moves_nothing() -> Result<()> {
     remove(node(2), name)
 }
 
-/// Whatever is wrong with all neighbours, the container arrives whole. `make bench-peers` measures what it costs.
+/// Whatever is wrong with all neighbours, the container arrives whole. `make bench-peers` measures
+/// what it costs.
 #[test]
 fn with_neighbours_of_no_use_everything_comes_from_the_source() -> Result<()> {
     for (bad, name, first) in [
@@ -295,7 +296,8 @@ fn a_read_only_volume_comes_from_a_holder_that_does_not_lie_or_not_at_all() -> R
     Bad::Lying.heal(liar, LINK_MBIT)
 }
 
-/// Method: the destination's daemon is killed while memory arrives over a slow link; what had come is not sent again.
+/// Method: the destination's daemon is killed while memory arrives over a slow link; what had come
+/// is not sent again.
 #[test]
 fn a_cut_transfer_is_resumed_also_after_the_daemon_died() -> Result<()> {
     let name = "resumed";

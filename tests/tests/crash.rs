@@ -1,5 +1,5 @@
-//! The daemon is killed at any time: what containerd lists, what the daemon knows and what lies on the disk agree when it
-//! is there again, containers do not notice, and nothing is left.
+//! The daemon is killed at any time: what containerd lists, what the daemon knows and what lies on
+//! the disk agree when it is there again, containers do not notice, and nothing is left.
 //!
 //! Every kill is SIGKILL, of a real daemon on a real node.
 
@@ -42,7 +42,8 @@ fn node() -> &'static Node {
 #[derive(Default)]
 struct Load {
     stop: AtomicBool,
-    /// Grows when the daemon is about to be killed and again when containerd has found the next one: odd in between.
+    /// Grows when the daemon is about to be killed and again when containerd has found the next
+    /// one: odd in between.
     disturbances: AtomicU64,
     /// Held by whoever works, so that nobody does while the state is looked at.
     gate: RwLock<()>,
@@ -195,8 +196,9 @@ fn base() -> Result<String> {
     Ok(name.context("the image has a layer")?.to_owned())
 }
 
-/// Method: workers prepare, commit, mount and remove without pause, by every kind of client, while the daemon is killed
-/// and started again. What they left is removed by the same clients in the end; then all is as it was before.
+/// Method: workers prepare, commit, mount and remove without pause, by every kind of client, while
+/// the daemon is killed and started again. What they left is removed by the same clients in the
+/// end; then all is as it was before.
 #[test]
 fn a_daemon_killed_at_random_under_load_loses_and_leaks_nothing() -> Result<()> {
     let mut random = Random::of_run()?;
@@ -475,7 +477,8 @@ fn a_daemon_killed_before_any_step_leaves_a_whole_store() -> Result<()> {
     is_as_before(&before)
 }
 
-/// Method: with the same configuration, and with sockets and ports of its own, so that the state alone can tell.
+/// Method: with the same configuration, and with sockets and ports of its own, so that the state
+/// alone can tell.
 #[test]
 fn a_second_daemon_on_the_same_state_is_refused_and_the_first_works_on() -> Result<()> {
     let sockets = "stat -c '%n %i' /run/godwit/*.sock";
@@ -494,7 +497,8 @@ fn a_second_daemon_on_the_same_state_is_refused_and_the_first_works_on() -> Resu
     agrees(node()).map(drop)
 }
 
-/// Method: the state is on a small file system of its own, which a file fills; long keys fill the database.
+/// Method: the state is on a small file system of its own, which a file fills; long keys fill the
+/// database.
 #[test]
 fn a_full_disk_refuses_new_snapshots_and_harms_none() -> Result<()> {
     const MANY: usize = 2000;

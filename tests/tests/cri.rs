@@ -1,8 +1,8 @@
 //! Pods, as a kubelet asks for them: through containerd's CRI service, with the handlers that
 //! `docs/deploy/containerd/godwit.toml` has, on a node with the daemon and a CNI bridge.
 //!
-//! Each test runs twice, with containerd's own shim over overlayfs (handler `runc`) and with ours over
-//! our snapshotter (handler `godwit`). `GODWIT_CONTAINERD=2` chooses the newer containerd.
+//! Each test runs twice, with containerd's own shim over overlayfs (handler `runc`) and with ours
+//! over our snapshotter (handler `godwit`). `GODWIT_CONTAINERD=2` chooses the newer containerd.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -59,7 +59,8 @@ struct Handler {
 }
 
 const RUNC: Handler = Handler { name: "runc", shim: "containerd-shim-runc-v2" };
-/// Our shim as the installed configuration names it: by its path, under the type of containerd's own.
+/// Our shim as the installed configuration names it: by its path, under the type of containerd's
+/// own.
 const GODWIT: Handler =
     Handler { name: "godwit", shim: "/usr/local/bin/containerd-shim-godwit-v1" };
 const CRUN: Handler = Handler { name: "godwit-crun", shim: "containerd-shim-godwit-v1" };
@@ -395,7 +396,8 @@ fn execs_answer_with_output_and_code(handler: Handler) -> Result<()> {
     Ok(())
 }
 
-/// Method: what a kubelet does: the file is moved away while the container writes, then opened anew.
+/// Method: what a kubelet does: the file is moved away while the container writes, then opened
+/// anew.
 fn logs_can_be_rotated(handler: Handler) -> Result<()> {
     let pod = Pod::run(handler, "logs", NamespaceMode::Container)?;
     let script = "i=0; while [ $i -lt 300 ]; do i=$((i+1)); echo $i; echo e$i >&2; sleep 0.005; done; \
@@ -484,8 +486,8 @@ fn limits_can_be_changed(handler: Handler) -> Result<()> {
     Ok(())
 }
 
-/// Method: containers see each other's processes; what one leaves behind ends with it, and what lost
-/// its parent is taken in by the pause container.
+/// Method: containers see each other's processes; what one leaves behind ends with it, and what
+/// lost its parent is taken in by the pause container.
 fn containers_may_share_their_processes(handler: Handler) -> Result<()> {
     let pod = Pod::run(handler, "shared", NamespaceMode::Pod)?;
     let first = pod.start("first", "sh -c 'sleep 701 & exit 0'; sleep 702 & exec sleep 703")?;
@@ -563,7 +565,8 @@ fn a_pod_without_its_shim_is_over(handler: Handler) -> Result<()> {
     pod.stop()?;
     pod.remove()?;
     if handler.name == "runc" && Containerd::of_suite() == Containerd::V2 {
-        // There containerd cleans up behind the pause container alone, and its shim does not see to the rest.
+        // There containerd cleans up behind the pause container alone, and its shim does not see to
+        // the rest.
         return Ok(());
     }
     let ids = [pod.id.as_str(), &member.id];

@@ -1,5 +1,5 @@
-//! The directory between real nodes: both backends, etcd that dies and comes back, nodes that die, leave and change their
-//! name, clocks that differ, entries that are out of date.
+//! The directory between real nodes: both backends, etcd that dies and comes back, nodes that die,
+//! leave and change their name, clocks that differ, entries that are out of date.
 
 use std::collections::BTreeSet;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -307,7 +307,8 @@ fn entries_that_are_stale_or_lies_cost_a_refused_request() -> Result<()> {
     remove(1, name)
 }
 
-/// Method: two neighbours' daemons run five hours ahead and behind; each takes a snapshot of the same container.
+/// Method: two neighbours' daemons run five hours ahead and behind; each takes a snapshot of the
+/// same container.
 #[test]
 fn clocks_that_differ_by_hours_change_no_order_and_no_age() -> Result<()> {
     for directory in ["neighbours", "etcd"] {

@@ -1,8 +1,8 @@
-//! Docker as a client: `docker run --runtime io.containerd.runc.godwit.v1`, with Debian's Docker beside
-//! the node's containerd.
+//! Docker as a client: `docker run --runtime io.containerd.runc.godwit.v1`, with Debian's Docker
+//! beside the node's containerd.
 //!
-//! Each test runs twice, with containerd's own shim and with ours. `GODWIT_CONTAINERD=2` chooses the
-//! newer containerd.
+//! Each test runs twice, with containerd's own shim and with ours. `GODWIT_CONTAINERD=2` chooses
+//! the newer containerd.
 
 use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
@@ -23,7 +23,8 @@ const START: Duration = Duration::from_secs(30);
 const IMAGE: &str = "busybox:test";
 const NOTHING_LEFT: &str = "ls /run/containerd/io.containerd.runtime.v2.task/moby 2> /dev/null || :
     pgrep -a -f '[c]ontainerd-shim.*-namespace moby' || :";
-/// Its data lies where the node has a real file system. The pods' bridge and firewall are not its to change.
+/// Its data lies where the node has a real file system. The pods' bridge and firewall are not its
+/// to change.
 const DAEMON: &[&str] = &[
     "dockerd",
     "--containerd=/run/containerd/containerd.sock",
@@ -308,8 +309,8 @@ fn containers_outlive_dockers_daemon(runtime: Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Method: a count in memory goes on from where it was. Docker tells containerd's shim alone that the
-/// container is to end with its checkpoint, so ours goes on, and is set back.
+/// Method: a count in memory goes on from where it was. Docker tells containerd's shim alone that
+/// the container is to end with its checkpoint, so ours goes on, and is set back.
 fn a_checkpoint_comes_back(runtime: Runtime) -> Result<()> {
     let script = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done";
     let container = Container::start(runtime, "checkpoint", &[], script)?;

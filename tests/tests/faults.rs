@@ -183,7 +183,8 @@ fn a_node_that_does_not_answer_is_named() -> Result<()> {
     remove(name)
 }
 
-/// Method: a socket bound to an address that the destination's network loses after it was looked for.
+/// Method: a socket bound to an address that the destination's network loses after it was looked
+/// for.
 #[test]
 fn a_restore_that_fails_leaves_the_source_running_and_gives_crius_reason() -> Result<()> {
     let name = "bound";
@@ -224,7 +225,8 @@ fn a_restore_that_fails_leaves_the_source_running_and_gives_crius_reason() -> Re
     remove(name)
 }
 
-/// Method: an unlinked open file beyond the limit that the container sets for CRIU, which refuses it at the dump.
+/// Method: an unlinked open file beyond the limit that the container sets for CRIU, which refuses
+/// it at the dump.
 #[test]
 fn a_dump_that_criu_refuses_leaves_the_container_running_and_gives_the_reason() -> Result<()> {
     let name = "ghost";
@@ -283,7 +285,8 @@ fn a_full_disk_at_the_destination_leaves_the_source_running() -> Result<()> {
     to.sh("umount /var/lib/godwit").map(drop)
 }
 
-/// Starts a migration in the background and waits until the source is frozen, while the destination restores slowly.
+/// Starts a migration in the background and waits until the source is frozen, while the destination
+/// restores slowly.
 fn frozen(name: &'static str) -> Result<godwit_tests::Background> {
     criu::slow(destination(), 6)?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];

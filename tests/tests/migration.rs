@@ -22,7 +22,8 @@ fn node(index: usize) -> &'static Node {
     BED.node(index)
 }
 
-/// A memhog on node 0 with a volume and a network of its own name: the addresses on all nodes, and which process it is.
+/// A memhog on node 0 with a volume and a network of its own name: the addresses on all nodes, and
+/// which process it is.
 fn start_memhog(
     name: &'static str,
     first: u8,
@@ -116,7 +117,8 @@ fn a_chain_of_migrations_ends_where_it_began_with_everything_whole() -> Result<(
     remove(node(0), name, true)
 }
 
-/// Method: the client runs on a pseudo-terminal, on a link slow enough to read along, and is interrupted there.
+/// Method: the client runs on a pseudo-terminal, on a link slow enough to read along, and is
+/// interrupted there.
 #[test]
 fn an_interrupted_client_says_that_the_daemons_go_on_and_they_do() -> Result<()> {
     let name = "ctrl-c";
@@ -141,7 +143,8 @@ fn an_interrupted_client_says_that_the_daemons_go_on_and_they_do() -> Result<()>
     remove(node(1), name, true)
 }
 
-/// The neighbour holds a snapshot, the destination nothing: only the difference comes from the source.
+/// The neighbour holds a snapshot, the destination nothing: only the difference comes from the
+/// source.
 #[test]
 fn a_neighbours_snapshot_spares_the_source() -> Result<()> {
     let name = "spare";
@@ -208,7 +211,8 @@ fn redis(name: &'static str) -> Container<'static> {
     ])
 }
 
-/// Method: a client writes all the time and remembers what was acknowledged; no value may be lost or torn.
+/// Method: a client writes all the time and remembers what was acknowledged; no value may be lost
+/// or torn.
 fn redis_moves(name: &'static str, first: u8, mode: &str) -> Result<()> {
     images::import(node(0), Image::Redis, "godwit")?;
     let addresses = workload::networks(&BED, name, first)?;
@@ -288,7 +292,8 @@ fn one_round_without_the_writable_layer_is_possible() -> Result<()> {
     remove(node(1), name, true)
 }
 
-/// Regular files, directories, links, holes, modes, owners, times, attributes and odd names, on a volume.
+/// Regular files, directories, links, holes, modes, owners, times, attributes and odd names, on a
+/// volume.
 #[test]
 fn a_volume_and_a_read_only_volume_survive_bit_for_bit() -> Result<()> {
     let name = "odd";

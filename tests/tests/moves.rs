@@ -1,9 +1,10 @@
-//! What moves and what is refused: every row of the table in docs/moves.md is tried here on real nodes.
+//! What moves and what is refused: every row of the table in docs/moves.md is tried here on real
+//! nodes.
 //!
-//! A row is a thing that a container may have and what becomes of it: it moves, or `plan` and `migrate` refuse it before
-//! the freeze. The rows of one subject stand in one module below `moves/`, each with the test that tries it
-//! ([`table::rows`]). The table in the document is made of them: `GODWIT_WRITE_TABLE=1 make test-moves` rewrites it,
-//! and a test compares it.
+//! A row is a thing that a container may have and what becomes of it: it moves, or `plan` and
+//! `migrate` refuse it before the freeze. The rows of one subject stand in one module below
+//! `moves/`, each with the test that tries it ([`table::rows`]). The table in the document is made
+//! of them: `GODWIT_WRITE_TABLE=1 make test-moves` rewrites it, and a test compares it.
 
 #[path = "moves/attributes.rs"]
 mod attributes;

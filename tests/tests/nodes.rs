@@ -1,4 +1,5 @@
-//! The test nodes themselves: that they are apart, that they can be disturbed, and that they go away.
+//! The test nodes themselves: that they are apart, that they can be disturbed, and that they go
+//! away.
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -67,8 +68,8 @@ fn node_files_are_apart(a: &Node, b: &Node) -> Result<()> {
     Ok(())
 }
 
-/// Method: the files that users install, and a containerd whose `imports` line stands below a table, which containerd
-/// ignores without a word.
+/// Method: the files that users install, and a containerd whose `imports` line stands below a
+/// table, which containerd ignores without a word.
 #[test]
 fn the_shipped_configuration_starts_and_status_tells_what_containerd_lacks() -> Result<()> {
     let bed = Bed::start(&BedOptions::nodes(1).bare())?;
@@ -190,7 +191,8 @@ fn a_container_survives_containerd_and_goes_through_criu() -> Result<()> {
     Ok(())
 }
 
-/// Method: redis as another user, so that its dump needs the preload library where root is not whole.
+/// Method: redis as another user, so that its dump needs the preload library where root is not
+/// whole.
 #[test]
 fn redis_is_watched_by_a_client_that_checks_every_value() -> Result<()> {
     let bed = Bed::start(&plain(1))?;

@@ -1,5 +1,6 @@
-//! Pulling images: layers that a neighbour holds come from the neighbours and not from the registry, whatever the
-//! neighbours are like, and what came from one can be given on, or run, moved, and mirrored.
+//! Pulling images: layers that a neighbour holds come from the neighbours and not from the
+//! registry, whatever the neighbours are like, and what came from one can be given on, or run,
+//! moved, and mirrored.
 //!
 //! The registry tells which blobs it was asked for; nothing else counts as proof.
 
@@ -48,7 +49,8 @@ static REGISTRY: LazyLock<Mutex<Registry<'static>>> = LazyLock::new(|| {
 /// Where the mirrors listen.
 const MIRROR: &str = "127.0.0.1:7947";
 
-/// What a pull may take when a neighbour is of no use: far below what waiting for a dead peer costs.
+/// What a pull may take when a neighbour is of no use: far below what waiting for a dead peer
+/// costs.
 const BOUND: Duration = Duration::from_secs(15);
 
 /// What a pull may take at all.
@@ -62,8 +64,8 @@ fn registry() -> MutexGuard<'static, Registry<'static>> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Pushes an image that no node has by now, and returns its reference and the digests of its layers. No node asks a mirror
-/// for it.
+/// Pushes an image that no node has by now, and returns its reference and the digests of its
+/// layers. No node asks a mirror for it.
 fn fresh(image: Image) -> Result<(String, BTreeSet<String>)> {
     let reference = registry().push(image)?;
     for node in &BED.nodes()[..3] {
@@ -104,14 +106,16 @@ fn diff_ids(node: &Node, reference: &str) -> Result<Vec<Digest>> {
     ids.iter().map(|id| Ok(id.as_str().unwrap_or_default().parse()?)).collect()
 }
 
-/// Which of the layers the registry was asked for, beyond the first `before` blobs that it ever was.
+/// Which of the layers the registry was asked for, beyond the first `before` blobs that it ever
+/// was.
 fn asked_since(before: usize, layers: &BTreeSet<String>) -> Vec<String> {
     let mut asked = registry().asked_for().split_off(before);
     asked.retain(|digest| layers.contains(digest));
     asked
 }
 
-/// Pulls, and returns which of the layers the registry was asked for meanwhile, and how long it took.
+/// Pulls, and returns which of the layers the registry was asked for meanwhile, and how long it
+/// took.
 fn pull_from(
     node: &Node,
     (reference, layers): &(String, BTreeSet<String>),
@@ -155,7 +159,8 @@ fn layers_come_from_a_neighbour_and_go_on_from_whoever_got_them() -> Result<()> 
     Ok(())
 }
 
-/// Method: no option but the snapshotter's. The client of 1.7 fetches everything before anything is unpacked.
+/// Method: no option but the snapshotter's. The client of 1.7 fetches everything before anything is
+/// unpacked.
 #[test]
 fn a_plain_pull_by_ctr_takes_layers_from_neighbours_if_it_is_that_of_containerd_2() -> Result<()> {
     let image = fresh(Image::Redis)?;
@@ -170,8 +175,8 @@ fn a_plain_pull_by_ctr_takes_layers_from_neighbours_if_it_is_that_of_containerd_
     Ok(())
 }
 
-/// Method: the lowest layer's blob is here, but no snapshot of it. Told that this layer is not there, containerd would
-/// download all those above it at once.
+/// Method: the lowest layer's blob is here, but no snapshot of it. Told that this layer is not
+/// there, containerd would download all those above it at once.
 #[test]
 fn a_layer_that_is_here_only_as_a_blob_makes_the_registry_give_none_of_the_others() -> Result<()> {
     let image = fresh(Image::Redis)?;
@@ -204,8 +209,8 @@ fn two_neighbours_share_a_layer() -> Result<()> {
     Ok(())
 }
 
-/// Method: two images with the same layers the other way round. containerd unpacks each chain ID once at a time, but these
-/// have none in common, so it asks for the large layer twice at once.
+/// Method: two images with the same layers the other way round. containerd unpacks each chain ID
+/// once at a time, but these have none in common, so it asks for the large layer twice at once.
 #[test]
 fn two_pulls_at_once_bring_a_layer_that_they_share_once() -> Result<()> {
     let (image, turned) = (fresh(Image::Large)?, registry().push(Image::Turned)?);
@@ -232,7 +237,8 @@ fn two_pulls_at_once_bring_a_layer_that_they_share_once() -> Result<()> {
     Ok(())
 }
 
-/// Method: the one keeps the layers, damaged; the other has them unpacked from its containerd's blobs.
+/// Method: the one keeps the layers, damaged; the other has them unpacked from its containerd's
+/// blobs.
 #[test]
 fn when_whoever_keeps_a_layer_is_of_no_use_another_makes_it() -> Result<()> {
     let image = fresh(Image::Redis)?;
@@ -270,7 +276,8 @@ fn a_neighbour_with_wrong_bytes_costs_time_and_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// Objects that are sound, but of another layer than it is said: the sum is wrong, and no part of it.
+/// Objects that are sound, but of another layer than it is said: the sum is wrong, and no part of
+/// it.
 #[test]
 fn a_neighbour_that_passes_one_layer_off_as_another_is_found_out() -> Result<()> {
     let image = fresh(Image::Redis)?;
@@ -306,7 +313,8 @@ fn a_neighbour_that_passes_one_layer_off_as_another_is_found_out() -> Result<()>
     Ok(())
 }
 
-/// Method: it stops answering, or vanishes, before the pull or in the middle of a layer, or sends it too slowly.
+/// Method: it stops answering, or vanishes, before the pull or in the middle of a layer, or sends
+/// it too slowly.
 #[test]
 fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
     for bad in ["stopped", "cut off midway", "killed midway", "trickles"] {
@@ -349,7 +357,8 @@ fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
     Ok(())
 }
 
-/// Method: killed while containerd waits for a layer that a neighbour sends; nobody asked the registry for one by then.
+/// Method: killed while containerd waits for a layer that a neighbour sends; nobody asked the
+/// registry for one by then.
 #[test]
 fn a_daemon_that_dies_while_it_brings_a_layer_fails_the_pull_and_leaves_nothing() -> Result<()> {
     let (image, at) = (fresh(Image::Redis)?, node(1));

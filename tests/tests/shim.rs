@@ -1,7 +1,9 @@
-//! Every call of containerd's Task API, through `ctr` on a real node, with runc's own shim and ours.
+//! Every call of containerd's Task API, through `ctr` on a real node, with runc's own shim and
+//! ours.
 //!
-//! Each test runs twice, once per runtime: what holds for one must hold for the other. The node has no
-//! daemon: without a migration the shim needs none. `GODWIT_CONTAINERD=2` chooses the newer containerd.
+//! Each test runs twice, once per runtime: what holds for one must hold for the other. The node has
+//! no daemon: without a migration the shim needs none. `GODWIT_CONTAINERD=2` chooses the newer
+//! containerd.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -147,7 +149,8 @@ fn foreground(runtime: &Runtime, name: &str, extra: &[&str], script: &str) -> Re
     ctr(&words)
 }
 
-/// Method: containerd 2's overlayfs leaves it to the shim to map the layers; 1.7's cannot ask for it.
+/// Method: containerd 2's overlayfs leaves it to the shim to map the layers; 1.7's cannot ask for
+/// it.
 fn layers_belong_to_the_users_of_the_container(runtime: &Runtime) -> Result<()> {
     if Containerd::of_suite() != Containerd::V2 {
         return Ok(());

@@ -1,5 +1,6 @@
-//! What the snapshot of a sibling is worth: another user's container of the same image, with other data, moves for the
-//! first time, once beside a neighbour that has nothing and once beside one with the sibling's snapshot.
+//! What the snapshot of a sibling is worth: another user's container of the same image, with other
+//! data, moves for the first time, once beside a neighbour that has nothing and once beside one
+//! with the sibling's snapshot.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -247,7 +248,8 @@ fn source_bytes(report: &Value) -> Result<u64> {
     Ok(memory_bytes(report, source())? + stop)
 }
 
-/// The source's bytes of memory with the sibling's snapshot at the neighbour, as a share of those without.
+/// The source's bytes of memory with the sibling's snapshot at the neighbour, as a share of those
+/// without.
 fn share_from_source<S: Service>(first: u8) -> Result<f64> {
     BED.import(S::IMAGE, "godwit")?;
     let addresses = workload::networks(&BED, S::NAME, first)?;

@@ -1,5 +1,5 @@
-//! The simulation of large sites, at 100 nodes: it is the same every time, adds up, and the daemon's rules are worth
-//! what is claimed.
+//! The simulation of large sites, at 100 nodes: it is the same every time, adds up, and the
+//! daemon's rules are worth what is claimed.
 
 use anyhow::{Context, Result};
 use godwit_tests::sim::asking::Policy;
@@ -24,8 +24,8 @@ fn a_run_is_the_same_again() -> Result<()> {
     Ok(())
 }
 
-/// Method: every migration on its own; the least time that fixed costs, dump and restore leave, and the bytes that the
-/// destination can take in.
+/// Method: every migration on its own; the least time that fixed costs, dump and restore leave, and
+/// the bytes that the destination can take in.
 #[test]
 fn no_migration_is_faster_than_its_parts_or_ends_without_its_bytes() -> Result<()> {
     for policy in Policy::ALL {
@@ -52,7 +52,8 @@ fn without_cooperation_everything_comes_from_the_source_and_nothing_is_sent_besi
     Ok(())
 }
 
-/// What is still on its way when a node is swept is in use and stays: so a copy's size beyond the budget.
+/// What is still on its way when a node is swept is in use and stays: so a copy's size beyond the
+/// budget.
 #[test]
 fn caches_stay_within_their_budget() -> Result<()> {
     let outcome = outcome(Mobility::Waypoint, Policy::Ours)?;

@@ -1,9 +1,10 @@
-//! containerd's contract for snapshotters, as one body of checks over three: ours as containerd asks it, ours through
-//! containerd, and containerd's own overlayfs, which shows that the checks ask for what containerd means.
+//! containerd's contract for snapshotters, as one body of checks over three: ours as containerd
+//! asks it, ours through containerd, and containerd's own overlayfs, which shows that the checks
+//! ask for what containerd means.
 //!
-//! What is checked follows containerd's suite for snapshotters (`core/snapshots/testsuite`) and its `Snapshotter`
-//! interface. Each check runs among a real node's mounts, removes what it has made, and must leave as many directories as
-//! it found.
+//! What is checked follows containerd's suite for snapshotters (`core/snapshots/testsuite`) and its
+//! `Snapshotter` interface. Each check runs among a real node's mounts, removes what it has made,
+//! and must leave as many directories as it found.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -80,7 +81,8 @@ fn run(
     })
 }
 
-/// Method: what a check has made must be the same after its server was stopped and started, usable, and removable.
+/// Method: what a check has made must be the same after its server was stopped and started, usable,
+/// and removable.
 fn nothing_changes_over_a_restart(subject: &'static Subject) -> Result<()> {
     let name = "restart";
     let before = session(subject, name, |s| {
@@ -127,7 +129,8 @@ macro_rules! conformance {
     };
 }
 
-/// The checks, for every snapshotter. What the layers hold is the same through containerd as without.
+/// The checks, for every snapshotter. What the layers hold is the same through containerd as
+/// without.
 macro_rules! conformance_of_all {
     (calls: $($call:ident),* $(,)?; layers: $($layer:ident),* $(,)?) => {
         conformance!(GODWIT as godwit: $(calls::$call),* $(, layers::$layer)*);

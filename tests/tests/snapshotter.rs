@@ -1,5 +1,5 @@
-//! The snapshotter "godwit" behind a real containerd: images and containers as under overlayfs, and nothing left. What
-//! containerd's contract says call by call is in `snapshots.rs`.
+//! The snapshotter "godwit" behind a real containerd: images and containers as under overlayfs, and
+//! nothing left. What containerd's contract says call by call is in `snapshots.rs`.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -155,8 +155,8 @@ fn while_the_daemon_is_away(container: &Container) -> Result<()> {
     Ok(())
 }
 
-/// Method: containerd's client copies the layers with other owners, and the container has a layer over the copy. All of it
-/// is looked at from both sides.
+/// Method: containerd's client copies the layers with other owners, and the container has a layer
+/// over the copy. All of it is looked at from both sides.
 #[test]
 fn a_container_in_a_user_namespace_has_an_image_of_its_own_roots() -> Result<()> {
     let ctr = Containerd::of_suite().ctr();
@@ -186,7 +186,8 @@ fn a_container_in_a_user_namespace_has_an_image_of_its_own_roots() -> Result<()>
     Ok(())
 }
 
-/// Method: the options of its mount are longer than the page that mount(2) takes, so runtimes shorten them.
+/// Method: the options of its mount are longer than the page that mount(2) takes, so runtimes
+/// shorten them.
 #[test]
 fn a_container_runs_on_128_layers() -> Result<()> {
     images::import(node(), Image::Deep, "godwit")?;

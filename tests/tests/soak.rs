@@ -1,9 +1,9 @@
 //! Many containers, killed in every way and at any time, and nothing of them is left.
 //!
-//! Method: on a node of each containerd, in rounds: containers are started, processes added, containerd
-//! is killed and started again while some of them end, and then each goes in a way of its own: asked,
-//! killed, with its shim killed, or by itself. Beside them a pod stays that others join and leave, whose
-//! shim must not grow. The seed is printed and taken back from `GODWIT_SEED`.
+//! Method: on a node of each containerd, in rounds: containers are started, processes added,
+//! containerd is killed and started again while some of them end, and then each goes in a way of
+//! its own: asked, killed, with its shim killed, or by itself. Beside them a pod stays that others
+//! join and leave, whose shim must not grow. The seed is printed and taken back from `GODWIT_SEED`.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -26,8 +26,8 @@ const SETTLE: Duration = Duration::from_secs(20);
 /// How much an idle pod's shim may grow by the others that came and went, in KiB.
 const GROWTH_KIB_MAX: u64 = 2048;
 
-/// What a node holds, one thing a line. FIFOs are ctr's, which does not remove those of a task whose shim
-/// was killed.
+/// What a node holds, one thing a line. FIFOs are ctr's, which does not remove those of a task
+/// whose shim was killed.
 fn holdings(node: &Node) -> Result<BTreeSet<String>> {
     let text = node.sh(
         "ps -e -o args= | grep -v -e '^ps ' -e '^sh -e' -e '^grep ' -e '^sed ' -e '^\\[' | sed 's/^/process /'

@@ -1,5 +1,5 @@
-//! Block volumes on real nodes: what minds the inode numbers of its files goes on after a move, a cut is never torn,
-//! whatever freezes thaws, and nothing stays mounted.
+//! Block volumes on real nodes: what minds the inode numbers of its files goes on after a move, a
+//! cut is never torn, whatever freezes thaws, and nothing stays mounted.
 
 use std::net::Ipv4Addr;
 use std::sync::LazyLock;
@@ -12,7 +12,8 @@ use godwit_tests::workload::{self, Container, memhog};
 use godwit_tests::{Bed, BedOptions, Node, criu};
 use serde_json::Value;
 
-/// The nodes that all tests share; torn down at exit. The last one admits no images of file systems.
+/// The nodes that all tests share; torn down at exit. The last one admits no images of file
+/// systems.
 static BED: LazyLock<Bed> = LazyLock::new(|| {
     let options = BedOptions::nodes(3).rate_mbit(1000).config(configuration);
     let bed = Bed::start(&options).expect("the test nodes start");
@@ -50,7 +51,8 @@ fn mounted(name: &str) -> String {
     format!("/run/godwit-volumes/default/{name}/{name}")
 }
 
-/// Writes rows into a SQLite database that it keeps open, and the number of the last one into a file.
+/// Writes rows into a SQLite database that it keeps open, and the number of the last one into a
+/// file.
 fn writer(name: &'static str, journal: &str) -> Container<'static> {
     let script = format!(
         "sqlite3 /data/db 'pragma journal_mode={journal}; create table if not exists t (n integer primary key, x)'
@@ -87,7 +89,8 @@ fn goes_on(at: &Node, name: &str, more: u64) -> Result<()> {
     Ok(())
 }
 
-/// Ends the writer and looks at its database: every row is there up to the last, once. Then removes both.
+/// Ends the writer and looks at its database: every row is there up to the last, once. Then removes
+/// both.
 fn ends_whole(at: &Node, name: &str) -> Result<()> {
     at.ok(&["ctr", "tasks", "kill", "-s", "KILL", name])?;
     wait_until("it ends", SOON, || Ok(workload::task(at, name)?.as_deref() == Some("STOPPED")))?;
@@ -97,7 +100,8 @@ fn ends_whole(at: &Node, name: &str) -> Result<()> {
     remove(at, name)
 }
 
-/// Ends a container and checks its volume with the file system's own program; then nothing of it is left.
+/// Ends a container and checks its volume with the file system's own program; then nothing of it is
+/// left.
 fn remove(at: &Node, name: &str) -> Result<()> {
     at.ok(&["ctr", "tasks", "rm", "-f", name])?;
     at.ok(&["ctr", "containers", "rm", name])?;
@@ -107,7 +111,8 @@ fn remove(at: &Node, name: &str) -> Result<()> {
     has_loop_devices(name, 0)
 }
 
-/// Images of the volume `name` that a loop device shows, on all nodes together: they have one kernel.
+/// Images of the volume `name` that a loop device shows, on all nodes together: they have one
+/// kernel.
 fn has_loop_devices(name: &str, count: usize) -> Result<()> {
     let path = format!("volumes/{name}/data");
     let script = format!("grep -l {path} /sys/block/loop*/loop/backing_file 2>/dev/null || true");
@@ -225,7 +230,8 @@ fn what_was_written_until_the_freeze_is_there_after_it() -> Result<()> {
     remove(node(1), name)
 }
 
-/// Starts a migration in the background and waits until the source is frozen, while the destination restores slowly.
+/// Starts a migration in the background and waits until the source is frozen, while the destination
+/// restores slowly.
 fn frozen(name: &str) -> Result<godwit_tests::Background> {
     criu::slow(node(1), 5)?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
@@ -242,7 +248,8 @@ fn frozen(name: &str) -> Result<godwit_tests::Background> {
     Ok(running)
 }
 
-/// Method: the images at both nodes are looked at while the source is frozen; then its daemon is killed.
+/// Method: the images at both nodes are looked at while the source is frozen; then its daemon is
+/// killed.
 #[test]
 fn a_frozen_image_is_clean_and_a_daemon_that_dies_meanwhile_thaws_it() -> Result<()> {
     let name = "dies";
@@ -299,8 +306,8 @@ fn a_daemon_that_dies_during_a_consistent_snapshot_thaws_the_volume() -> Result<
     ends_whole(node(0), name)
 }
 
-/// Method: the shim that could thaw is killed; containerd has another one clear up. All had been sent, so the hand-off
-/// goes on.
+/// Method: the shim that could thaw is killed; containerd has another one clear up. All had been
+/// sent, so the hand-off goes on.
 #[test]
 fn a_shim_that_dies_while_frozen_leaves_nothing_frozen_or_mounted() -> Result<()> {
     let name = "shimless";
@@ -328,7 +335,8 @@ fn a_migration_that_fails_after_the_freeze_thaws_xfs_too() -> Result<()> {
     aborted("aborted-xfs", "xfs")
 }
 
-/// Method: the destination's CRIU fails; the source's writer waits in a frozen file system until the thaw.
+/// Method: the destination's CRIU fails; the source's writer waits in a frozen file system until
+/// the thaw.
 fn aborted(name: &'static str, file_system: &str) -> Result<()> {
     create(node(0), name, &["--fs", file_system])?;
     writer(name, "delete").start(node(0))?;
@@ -347,8 +355,8 @@ fn aborted(name: &'static str, file_system: &str) -> Result<()> {
     ends_whole(node(1), name)
 }
 
-/// Method: a file system that cannot be frozen is mounted beside the volume, and the volume once more after it: the last
-/// comes first.
+/// Method: a file system that cannot be frozen is mounted beside the volume, and the volume once
+/// more after it: the last comes first.
 #[test]
 fn a_freeze_that_fails_half_way_thaws_what_was_frozen() -> Result<()> {
     let (name, at) = ("unfrozen", "/run/godwit-volumes/default/unfrozen");
@@ -396,7 +404,8 @@ fn a_block_volume_comes_back_from_a_consistent_snapshot() -> Result<()> {
     ends_whole(node(0), name)
 }
 
-/// Create, use by two containers of one node, which see one file system, export, remove; and what is refused.
+/// Create, use by two containers of one node, which see one file system, export, remove; and what
+/// is refused.
 #[test]
 fn a_block_volume_lives_and_ends() -> Result<()> {
     let (at, name) = (node(0), "life");
@@ -489,7 +498,8 @@ fn a_node_that_admits_no_images_refuses_a_block_volume() -> Result<()> {
     remove(node(0), name)
 }
 
-/// Method: no volume is there beforehand, and the destination's command line knows nothing of its kind or size.
+/// Method: no volume is there beforehand, and the destination's command line knows nothing of its
+/// kind or size.
 #[test]
 fn an_annotation_brings_a_block_volume_with_all_that_is_known_of_it() -> Result<()> {
     let name = "by-annotation";

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Process 1 of the virtual machine: makes it a host for test nodes, runs one test binary, says how it ended, powers off.
+# Process 1 of the virtual machine: makes it a host for test nodes, runs one test binary, says how
+# it ended, powers off.
 #
-# `godwit-vm` on the second disk holds WORKSPACE (where that disk belongs: the path that the binaries were built in), ROOT
-# (the directory of the nodes' Debian root, which here is the machine's own) and RUN (the command line).
+# `godwit-vm` on the second disk holds WORKSPACE (where that disk belongs: the path that the
+# binaries were built in), ROOT (the directory of the nodes' Debian root, which here is the
+# machine's own) and RUN (the command line).
 set -eu
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
 finish() {

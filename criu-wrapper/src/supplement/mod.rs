@@ -1,6 +1,6 @@
 //! What CRIU leaves out of its images although it can be read from outside and set again from
-//! outside: memberships in multicast groups, options of sockets, attributes of threads, and names of
-//! sockets in a tmpfs.
+//! outside: memberships in multicast groups, options of sockets, attributes of threads, and names
+//! of sockets in a tmpfs.
 //!
 //! ```text
 //! source:       frozen tasks ──record──► Supplement ──save──► file beside CRIU's images
@@ -10,7 +10,8 @@
 //! 1. The source records while the container is frozen, so nothing changes under it ([`record`],
 //!    [`Supplement::add_names`]).
 //! 2. The file travels with CRIU's images; CRIU and runc ignore it.
-//! 3. The destination applies it once CRIU has restored every task and none has run ([`Supplement::apply`]).
+//! 3. The destination applies it once CRIU has restored every task and none has run
+//!    ([`Supplement::apply`]).
 //!
 //! Processes and threads are named by their ids inside the container's pid namespace, and sockets
 //! by the number of a descriptor that refers to them: CRIU restores both as they were.
@@ -323,8 +324,8 @@ fn no_such(what: &str, id: u32) -> SupplementError {
     SupplementError::Damaged(format!("it names {what} {id}, which the container does not have"))
 }
 
-/// The processes below `init` and itself: their ids in the container, each with its id here. Zombies
-/// have nothing left that could be set.
+/// The processes below `init` and itself: their ids in the container, each with its id here.
+/// Zombies have nothing left that could be set.
 fn descendants(init: u32) -> Result<BTreeMap<u32, u32>, SupplementError> {
     let mut found = BTreeMap::new();
     let mut queue = vec![init];
@@ -349,8 +350,8 @@ fn descendants(init: u32) -> Result<BTreeMap<u32, u32>, SupplementError> {
     Ok(found)
 }
 
-/// Id of a process or thread in its innermost pid namespace, and whether it is a zombie; `None` if it
-/// has ended.
+/// Id of a process or thread in its innermost pid namespace, and whether it is a zombie; `None` if
+/// it has ended.
 fn ns_id(directory: &Path) -> Result<Option<(u32, bool)>, SupplementError> {
     let path = directory.join("status");
     let bytes = match fs::read(&path) {

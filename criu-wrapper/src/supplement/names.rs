@@ -1,6 +1,6 @@
-//! Names of Unix sockets in a tmpfs. CRIU packs a tmpfs with tar, which leaves sockets out, and makes
-//! only those that a process has bound. The others are names that a program once left behind; it
-//! may look for them, or fail to bind where it expects one.
+//! Names of Unix sockets in a tmpfs. CRIU packs a tmpfs with tar, which leaves sockets out, and
+//! makes only those that a process has bound. The others are names that a program once left behind;
+//! it may look for them, or fail to bind where it expects one.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -61,8 +61,8 @@ pub(super) fn record(pid: u32) -> Result<Vec<SocketName>, SupplementError> {
     Ok(names)
 }
 
-/// `36 35 0:31 / DIR opts [optional]... - tmpfs SOURCE SUPER_OPTIONS`: device and directory of a tmpfs
-/// that is mounted as a whole.
+/// `36 35 0:31 / DIR opts [optional]... - tmpfs SOURCE SUPER_OPTIONS`: device and directory of a
+/// tmpfs that is mounted as a whole.
 fn tmpfs(line: &str) -> Option<(u32, PathBuf)> {
     let (left, right) = line.split_once(" - ")?;
     let mut fields = left.split(' ').skip(2);

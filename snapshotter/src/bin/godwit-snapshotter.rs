@@ -29,16 +29,19 @@ struct Arguments {
     config: PathBuf,
 }
 
-/// How long calls that are under way may take to end when the daemon is told to stop; what is frozen waits for it.
+/// How long calls that are under way may take to end when the daemon is told to stop; what is
+/// frozen waits for it.
 const STOP_MAX: Duration = Duration::from_secs(3);
 
-/// What is logged unless `GODWIT_LOG` says otherwise. ttrpc calls it an error when a client hangs up.
+/// What is logged unless `GODWIT_LOG` says otherwise. ttrpc calls it an error when a client hangs
+/// up.
 const LOG_FILTER: &str = "info,ttrpc=off";
 
 fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
     let done = runtime.block_on(run());
-    // A thread that writes to a peer which has gone is not waited for: everything on disk survives a kill.
+    // A thread that writes to a peer which has gone is not waited for: everything on disk survives
+    // a kill.
     runtime.shutdown_timeout(STOP_MAX);
     done
 }
@@ -127,8 +130,8 @@ fn tell_of_mptcp(config: &Config) -> anyhow::Result<()> {
     told.with_context(|| format!("cannot tell of the key mptcp in {}", path.display()))
 }
 
-/// A Unix socket that only root may open. A socket file that a killed daemon left is replaced; that no other daemon
-/// runs on this state was made sure of before.
+/// A Unix socket that only root may open. A socket file that a killed daemon left is replaced; that
+/// no other daemon runs on this state was made sure of before.
 fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     if let Err(error) = fs::remove_file(path)
         && error.kind() != std::io::ErrorKind::NotFound
@@ -165,7 +168,8 @@ async fn serve_peers(node: Arc<Node>, listener: TcpListener) {
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(SILENCE_MAX - PING_INTERVAL))
         .add_service(peer::server::service(node))
-        // Otherwise a short answer behind another one waits 40 ms for an acknowledgement (tcp(7), TCP_NODELAY).
+        // Otherwise a short answer behind another one waits 40 ms for an acknowledgement (tcp(7),
+        // TCP_NODELAY).
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
         .await;
     if let Err(error) = served {

@@ -6,12 +6,14 @@
 //!                                             └──retire──► sweep                      (retention)
 //! ```
 //!
-//! [`run`] looks every [`TICK`] whether something is due; copies and word of what was removed go out beside it. What is due, where copies go and what is given up is decided by
-//! [`crate::policy`]; here are the clocks and the hands. Nothing is captured while the node is loaded, while a container
-//! comes here, or when the disk is short: a capture that is late makes the next migration slower, and nothing else.
+//! [`run`] looks every [`TICK`] whether something is due; copies and word of what was removed go
+//! out beside it. What is due, where copies go and what is given up is decided by
+//! [`crate::policy`]; here are the clocks and the hands. Nothing is captured while the node is
+//! loaded, while a container comes here, or when the disk is short: a capture that is late makes
+//! the next migration slower, and nothing else.
 //!
-//! On failure: a capture or copy that fails is tried again when the next is due. All of this is memory only: after a
-//! restart every subject is due at once, within the budget.
+//! On failure: a capture or copy that fails is tried again when the next is due. All of this is
+//! memory only: after a restart every subject is due at once, within the budget.
 
 pub mod placement;
 pub mod retention;
@@ -42,7 +44,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often containerd is asked what runs.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// Captures whose copies wait for slow neighbours, at most; what is taken meanwhile is copied the next time.
+/// Captures whose copies wait for slow neighbours, at most; what is taken meanwhile is copied the
+/// next time.
 const COPIES_WAITING: usize = 2;
 
 /// Subjects whose write rates are remembered, at most.
@@ -87,7 +90,8 @@ impl Caching {
         self.rates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `changed` of `size` bytes of a subject were seen to differ after `since`. Returns its write rate.
+    /// `changed` of `size` bytes of a subject were seen to differ after `since`. Returns its write
+    /// rate.
     pub fn learn(&self, subject: &Subject, size: u64, changed: u64, since: Duration) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let rate = write_rate(size as f64, changed as f64, since.as_secs_f64());
@@ -224,7 +228,8 @@ impl Runner {
         self.tracked.insert(container.clone(), tracked);
     }
 
-    /// Of the containers that do not run any more: those that containerd has forgotten were removed, or moved away.
+    /// Of the containers that do not run any more: those that containerd has forgotten were
+    /// removed, or moved away.
     async fn forget_deleted(
         &mut self,
         running: &HashSet<ContainerRef>,
@@ -248,7 +253,8 @@ impl Runner {
         Ok(())
     }
 
-    /// A container was removed: what is cached of its memory and layer expires. Its volumes are removed on their own.
+    /// A container was removed: what is cached of its memory and layer expires. Its volumes are
+    /// removed on their own.
     async fn removed(
         &mut self,
         container: &ContainerRef,
@@ -289,7 +295,8 @@ impl Runner {
         (at <= now && has_room(node)).then(|| container.clone())
     }
 
-    /// Captures what is due of a container, records it and has it copied. Returns how much was written.
+    /// Captures what is due of a container, records it and has it copied. Returns how much was
+    /// written.
     async fn capture(&mut self, container: &ContainerRef) -> Result<u64, MigrationError> {
         let Some(tracked) = self.tracked.get(container) else { return Ok(0) };
         let (node, now) = (self.node.clone(), Instant::now());
@@ -345,8 +352,8 @@ impl Runner {
         }
     }
 
-    /// Begins anew with a container after a failure, not before the shortest period has passed: it may be another one
-    /// of the same name, so the next look describes it again.
+    /// Begins anew with a container after a failure, not before the shortest period has passed: it
+    /// may be another one of the same name, so the next look describes it again.
     fn postpone(&mut self, container: &ContainerRef) {
         let pause = Duration::from_secs(self.node.config.cache.period_min_s);
         if let Some(tracked) = self.tracked.get_mut(container) {

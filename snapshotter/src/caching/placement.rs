@@ -1,11 +1,12 @@
 //! Copies of snapshots at neighbours.
 //!
-//! After a capture the nearest neighbours ([`place`]) are asked to keep what was taken: they fetch it from here, object by
-//! object, so what they have already does not travel again. Who they are is decided anew each time; the copies of one that
-//! is no longer chosen grow old and are retired there.
+//! After a capture the nearest neighbours ([`place`]) are asked to keep what was taken: they fetch
+//! it from here, object by object, so what they have already does not travel again. Who they are is
+//! decided anew each time; the copies of one that is no longer chosen grow old and are retired
+//! there.
 //!
-//! What a peer asks to be kept is bounded: by its announced size, by the room on this disk, and to [`KEEPS_MAX`] at once. It
-//! is refused in words, and asked again when the next capture is due.
+//! What a peer asks to be kept is bounded: by its announced size, by the room on this disk, and to
+//! [`KEEPS_MAX`] at once. It is refused in words, and asked again when the next capture is due.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -66,7 +67,8 @@ struct Placement {
     round_trips: HashMap<String, f64>,
 }
 
-/// Has the nearest neighbours keep copies of what is `taken`, one capture after the other. Runs until the daemon ends.
+/// Has the nearest neighbours keep copies of what is `taken`, one capture after the other. Runs
+/// until the daemon ends.
 pub async fn copy(node: Arc<Node>, mut taken: mpsc::Receiver<Vec<Snapshot>>) {
     let mut placement = Placement::default();
     while let Some(snapshots) = taken.recv().await {
@@ -111,7 +113,8 @@ impl Placement {
     }
 }
 
-/// Tells every peer once which containers and volumes were removed here. Runs until the daemon ends.
+/// Tells every peer once which containers and volumes were removed here. Runs until the daemon
+/// ends.
 pub async fn tell_removals(node: Arc<Node>) {
     // Removed subjects, each with the peers that know it.
     let mut told: HashMap<String, HashSet<String>> = HashMap::new();

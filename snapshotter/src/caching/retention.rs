@@ -1,9 +1,10 @@
 //! What is kept, and what goes.
 //!
-//! [`record`] is the one way in for snapshots: it makes them durable and then applies the rules. A snapshot that goes frees
-//! its space with the next sweep. When the store is beyond its budget, or the disk is short, [`retire_if_full`] sweeps
-//! first, and gives up the least useful snapshots only if that is not enough. Pins hold whatever happens; what a migration
-//! uses is leased, so a sweep waits for it.
+//! [`record`] is the one way in for snapshots: it makes them durable and then applies the rules. A
+//! snapshot that goes frees its space with the next sweep. When the store is beyond its budget, or
+//! the disk is short, [`retire_if_full`] sweeps first, and gives up the least useful snapshots only
+//! if that is not enough. Pins hold whatever happens; what a migration uses is leased, so a sweep
+//! waits for it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +31,8 @@ pub fn record(node: &Node, snapshots: &[Snapshot]) -> Result<Vec<SnapshotId>, St
     Ok(ids)
 }
 
-/// Of snapshots that arise by themselves, those that this node keeps: none of memory if it is told so.
+/// Of snapshots that arise by themselves, those that this node keeps: none of memory if it is told
+/// so.
 pub fn admitted(node: &Node, mut snapshots: Vec<Snapshot>) -> Vec<Snapshot> {
     if node.config.cache.memory == CacheMemory::Off {
         let plain = [Kind::Tree as u8, Kind::Image as u8];
@@ -107,8 +109,8 @@ pub enum Lack {
     Budget,
 }
 
-/// Retires what has expired, and the least useful snapshots if the store is beyond its budget or the disk is short.
-/// Returns what is lacking still.
+/// Retires what has expired, and the least useful snapshots if the store is beyond its budget or
+/// the disk is short. Returns what is lacking still.
 pub async fn retire_if_full(node: &Arc<Node>) -> Option<Lack> {
     let here = node.clone();
     let done = tokio::task::spawn_blocking(move || {

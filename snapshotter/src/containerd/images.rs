@@ -261,7 +261,8 @@ impl Client {
         Ok(ImageContent { indexes, ..content })
     }
 
-    /// What the image of a manifest is made of, whatever its architecture. A media type that `manifest` lacks is added.
+    /// What the image of a manifest is made of, whatever its architecture. A media type that
+    /// `manifest` lacks is added.
     pub(super) async fn manifest_content(
         &self,
         namespace: &str,

@@ -13,7 +13,8 @@ use super::{Client, ClientError, Descriptor, ImageContent, optional};
 /// Manifests that are looked through for a chain ID, the youngest first.
 const MANIFESTS_MAX: usize = 256;
 
-/// A layer of an image that is in containerd's content store, at least by manifest and configuration.
+/// A layer of an image that is in containerd's content store, at least by manifest and
+/// configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundLayer {
     /// Digest of its uncompressed bytes.
@@ -36,10 +37,11 @@ pub struct FoundBlob {
 }
 
 impl Client {
-    /// The layer that leads to `chain_id`, of whichever image of `namespace` has it: while an image is pulled, its
-    /// manifest and configuration are there before anything is unpacked.
+    /// The layer that leads to `chain_id`, of whichever image of `namespace` has it: while an image
+    /// is pulled, its manifest and configuration are there before anything is unpacked.
     ///
-    /// The chain ID is computed from the configuration, so it commits to the diff ID that comes back.
+    /// The chain ID is computed from the configuration, so it commits to the diff ID that comes
+    /// back.
     pub async fn find_layer(
         &self,
         namespace: &str,
@@ -61,8 +63,8 @@ impl Client {
         Ok(None)
     }
 
-    /// The image of `namespace` whose layers all together lead to `chain_id`, by its manifest; whether it has a name or
-    /// not. The youngest, if there are several.
+    /// The image of `namespace` whose layers all together lead to `chain_id`, by its manifest;
+    /// whether it has a name or not. The youngest, if there are several.
     pub async fn find_manifest(
         &self,
         namespace: &str,

@@ -29,7 +29,8 @@ pub struct Lease {
 }
 
 impl Client {
-    /// A new lease in `namespace`. If the daemon dies, the next one deletes it; it expires by itself after a day.
+    /// A new lease in `namespace`. If the daemon dies, the next one deletes it; it expires by
+    /// itself after a day.
     pub async fn lease(&self, namespace: &str) -> Result<Lease, ClientError> {
         let expiry = Timestamp::from(SystemTime::now() + LEASE_EXPIRY).to_string();
         let expires = ("containerd.io/gc.expire".to_owned(), expiry);
@@ -43,7 +44,8 @@ impl Client {
         Ok(Lease { client, namespace: namespace.to_owned(), id, is_released: false })
     }
 
-    /// Deletes the leases, in every namespace, of daemons that died: what they held, nobody goes on with.
+    /// Deletes the leases, in every namespace, of daemons that died: what they held, nobody goes on
+    /// with.
     pub async fn delete_abandoned_leases(&self) -> Result<(), ClientError> {
         let mut deleted = Ok(());
         for namespace in self.namespaces().await? {

@@ -205,8 +205,8 @@ impl Client {
 
     /// Whether containerd's configuration registers a snapshotter of this name.
     ///
-    /// A proxy plugin is listed as soon as containerd has read its configuration, also while the daemon behind it is
-    /// down.
+    /// A proxy plugin is listed as soon as containerd has read its configuration, also while the
+    /// daemon behind it is down.
     ///
     /// Errors: [`ClientError::Unavailable`] if containerd is not there.
     pub async fn has_snapshotter(&self, name: &str) -> Result<bool, ClientError> {

@@ -88,8 +88,8 @@ impl Client {
         Ok(Some(Task { pid, status, exit_status, streams }))
     }
 
-    /// Creates the task of a container over `rootfs`, on `terminal` or without standard streams; its pid
-    /// comes back, or 0 when the runtime tells it only at the start, as for a restore.
+    /// Creates the task of a container over `rootfs`, on `terminal` or without standard streams;
+    /// its pid comes back, or 0 when the runtime tells it only at the start, as for a restore.
     ///
     /// Errors: [`ClientError::AlreadyExists`]; [`ClientError::NotFound`] without the container.
     pub async fn create_task(

@@ -1,13 +1,15 @@
 //! Pages without the addresses that differ from process to process.
 //!
-//! Linux puts programs, libraries, heap and stacks elsewhere in every process, so pages of two containers of one image
-//! that hold pointers differ although they say the same. Before a page is hashed, each word of it that lies in a mapping
-//! is replaced by an *alias*: an address beyond what processes can have, that follows from the mapping's name and the
-//! offset in it. Pages that differ in nothing else then have one digest, and a sibling's snapshot serves them.
+//! Linux puts programs, libraries, heap and stacks elsewhere in every process, so pages of two
+//! containers of one image that hold pointers differ although they say the same. Before a page is
+//! hashed, each word of it that lies in a mapping is replaced by an *alias*: an address beyond what
+//! processes can have, that follows from the mapping's name and the offset in it. Pages that differ
+//! in nothing else then have one digest, and a sibling's snapshot serves them.
 //!
-//! A page is turned back with the table that it was made with, which is part of its [`super::object::Memory`]. As a
-//! word that happens to lie in an alias becomes the address that it stands for, the same replacement leads there and
-//! back, whatever the page holds and however wrong the table is: a table is never needed to be right, only to be kept.
+//! A page is turned back with the table that it was made with, which is part of its
+//! [`super::object::Memory`]. As a word that happens to lie in an alias becomes the address that it
+//! stands for, the same replacement leads there and back, whatever the page holds and however wrong
+//! the table is: a table is never needed to be right, only to be kept.
 
 use std::collections::{HashMap, HashSet};
 
@@ -52,7 +54,8 @@ impl Area {
 /// The areas of an address space.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Aliases {
-    /// Each stretch of words that is replaced: first, behind the last, and what stands for the first; ascending.
+    /// Each stretch of words that is replaced: first, behind the last, and what stands for the
+    /// first; ascending.
     stretches: Vec<(u64, u64, u64)>,
     areas: Vec<Area>,
 }
@@ -60,8 +63,9 @@ pub struct Aliases {
 impl Aliases {
     /// The aliases of a process with these mappings, ascending.
     ///
-    /// A file's mappings and the nameless ones that touch them move together: they are one area, named by the file and
-    /// how many areas of that name come before. Other nameless mappings are named by what comes before them.
+    /// A file's mappings and the nameless ones that touch them move together: they are one area,
+    /// named by the file and how many areas of that name come before. Other nameless mappings are
+    /// named by what comes before them.
     pub fn of(mappings: &[Mapping]) -> Self {
         let mut areas: Vec<(Area, &str)> = Vec::new();
         let (mut times, mut taken, mut last_named) = (HashMap::new(), HashSet::new(), "");
@@ -96,8 +100,8 @@ impl Aliases {
         Self::new(areas.into_iter().map(|(area, _)| area).collect()).unwrap_or_default()
     }
 
-    /// Aliases that came from elsewhere. `None` if the replacement would not lead back: areas ascend, neither they nor
-    /// their aliases overlap, and no alias is an address.
+    /// Aliases that came from elsewhere. `None` if the replacement would not lead back: areas
+    /// ascend, neither they nor their aliases overlap, and no alias is an address.
     pub fn new(areas: Vec<Area>) -> Option<Self> {
         let fits = |area: &Area| {
             area.start < area.end
@@ -123,7 +127,8 @@ impl Aliases {
         &self.areas
     }
 
-    /// Replaces every word of a page that lies in an area by its alias, and every alias by its address. Twice leads back.
+    /// Replaces every word of a page that lies in an area by its alias, and every alias by its
+    /// address. Twice leads back.
     pub fn replace(&self, page: &mut [u8]) {
         let (Some(first), Some(last)) = (self.stretches.first(), self.stretches.last()) else {
             return;

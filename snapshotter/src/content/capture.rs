@@ -1,8 +1,9 @@
 //! Reading a directory into a [`Tree`].
 //!
-//! The directory may belong to a running container that changes it meanwhile: every step goes by a file
-//! descriptor of the directory above and follows no symbolic link, names that vanish are left out, and a file
-//! may be torn. That is enough for pre-copy; at the cut the container is frozen and the result is exact.
+//! The directory may belong to a running container that changes it meanwhile: every step goes by a
+//! file descriptor of the directory above and follows no symbolic link, names that vanish are left
+//! out, and a file may be torn. That is enough for pre-copy; at the cut the container is frozen and
+//! the result is exact.
 //!
 //! # Unchanged files
 //!
@@ -12,20 +13,25 @@
 //! 3. the file is read, and
 //! 4. its size and times are then what they were before step 1.
 //!
-//! A later capture does not read a recorded file again while device, inode, size and times are equal.
+//! A later capture does not read a recorded file again while device, inode, size and times are
+//! equal.
 //!
-//! This cannot miss a write. The file systems for which it is done (ext4, XFS, btrfs) set the change time when a write
-//! begins, before they store any of its bytes; of a shared mapping, when a store first makes a page writable. So times
-//! alone miss what had already begun: a direct or asynchronous write in flight, or stores to a page that is writable
-//! already. But a request in flight and a mapping both hold the file open for writing, even after the process has closed
-//! its descriptor, and the kernel's count of writers includes them. Step 2 therefore proves that nothing had begun. What
-//! begins later sets the change time to another value, because of step 1. Step 4 proves that nothing began while the
-//! file was read. The count belongs to the inode: it covers every process of the machine, in whatever container, loop
-//! devices, and files that are open through an overlay.
+//! This cannot miss a write. The file systems for which it is done (ext4, XFS, btrfs) set the
+//! change time when a write begins, before they store any of its bytes; of a shared mapping, when a
+//! store first makes a page writable. So times alone miss what had already begun: a direct or
+//! asynchronous write in flight, or stores to a page that is writable already. But a request in
+//! flight and a mapping both hold the file open for writing, even after the process has closed its
+//! descriptor, and the kernel's count of writers includes them. Step 2 therefore proves that
+//! nothing had begun. What begins later sets the change time to another value, because of step 1.
+//! Step 4 proves that nothing began while the file was read. The count belongs to the inode: it
+//! covers every process of the machine, in whatever container, loop devices, and files that are
+//! open through an overlay.
 //!
-//! The price: a file that is open for writing is read in every capture, also while the container is frozen.
+//! The price: a file that is open for writing is read in every capture, also while the container is
+//! frozen.
 //!
-//! When the clock is set back, a new change time may equal an old one. Then nothing recorded before is used.
+//! When the clock is set back, a new change time may equal an old one. Then nothing recorded before
+//! is used.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, OsStr};
@@ -53,8 +59,8 @@ use crate::sys::may_have_writer;
 /// Directories below each other that are followed.
 pub const DEPTH_MAX: usize = 200;
 
-/// A change time younger than this may hide a second change: file systems read a clock that advances every 10 ms or
-/// more often. Twice that, so that [`CLOCK_SET_MIN`] is covered too.
+/// A change time younger than this may hide a second change: file systems read a clock that
+/// advances every 10 ms or more often. Twice that, so that [`CLOCK_SET_MIN`] is covered too.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 /// The clock counts as set when it moved by more than this against the time since boot.
@@ -161,7 +167,8 @@ pub fn capture(
     Ok(Captured { tree, bytes })
 }
 
-/// How far the clock that files get their times from is ahead of the time since boot, in nanoseconds.
+/// How far the clock that files get their times from is ahead of the time since boot, in
+/// nanoseconds.
 fn clock_offset() -> i128 {
     let read = |clock| clock_gettime(clock).map_or(0, |time| Duration::from(time).as_nanos());
     read(ClockId::CLOCK_REALTIME).cast_signed() - read(ClockId::CLOCK_BOOTTIME).cast_signed()
@@ -234,7 +241,8 @@ impl Reader<'_> {
         self.put_entries(entries)
     }
 
-    /// Large directories are cut where a name's hash says so, so that an insertion moves no other cut.
+    /// Large directories are cut where a name's hash says so, so that an insertion moves no other
+    /// cut.
     fn put_entries(&mut self, entries: Vec<Entry>) -> Result<Digest, ContentError> {
         if entries.len() <= chunks::LIST_MAX / 2 {
             return super::put_object(self.sink, &Directory::Entries(entries));
@@ -301,7 +309,8 @@ impl Reader<'_> {
         stat: &FileStat,
         flags: Flags,
     ) -> Result<Attributes, ContentError> {
-        // Through the descriptor, since links and devices cannot be opened; the last name is not followed.
+        // Through the descriptor, since links and devices cannot be opened; the last name is not
+        // followed.
         let at = PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()))
             .join(OsStr::from_bytes(name.to_bytes()));
         let mut xattrs = Vec::new();
@@ -337,8 +346,8 @@ impl Reader<'_> {
         Ok(found)
     }
 
-    /// `listed` is what the name was when it was looked at: a container may have put a device in its place, which
-    /// is not read.
+    /// `listed` is what the name was when it was looked at: a container may have put a device in
+    /// its place, which is not read.
     fn file(
         &mut self,
         parent: &OwnedFd,
@@ -416,7 +425,8 @@ mod tests {
     use super::*;
     use crate::content::fake::Objects;
 
-    /// A directory on a file system whose times are trusted, with the file "a" that has been still for a while.
+    /// A directory on a file system whose times are trusted, with the file "a" that has been still
+    /// for a while.
     fn still() -> tempfile::TempDir {
         let from = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         fs::write(from.path().join("a"), b"one").unwrap();
@@ -430,8 +440,8 @@ mod tests {
         objects.0.contains_key(&Digest::of(b"one"))
     }
 
-    /// Its times say nothing of a write that had begun before: none is made here, since the next reading must not
-    /// depend on any mark.
+    /// Its times say nothing of a write that had begun before: none is made here, since the next
+    /// reading must not depend on any mark.
     #[test]
     fn a_file_that_is_open_for_writing_is_read_in_every_capture() {
         let (from, mut unchanged) = (still(), Unchanged::default());

@@ -16,13 +16,15 @@ const CHUNK_BYTES: (usize, usize, usize) = (16 << 10, 64 << 10, 256 << 10);
 /// Pieces that stand in the object itself; a file with more gets [`Pieces`] objects.
 const PIECES_INLINE_MAX: usize = 32;
 
-/// Bytes that are read and cut at a time, while those before them are hashed and those before these are stored.
+/// Bytes that are read and cut at a time, while those before them are hashed and those before these
+/// are stored.
 const BLOCK_BYTES: usize = 1 << 20;
 
 /// Entries or pieces per object, at most; on average a quarter of it.
 pub(super) const LIST_MAX: usize = 1024;
 
-/// Cuts `data`, which `path` stands for in errors, and adds its pieces to `pieces`. Returns its length in bytes.
+/// Cuts `data`, which `path` stands for in errors, and adds its pieces to `pieces`. Returns its
+/// length in bytes.
 ///
 /// Errors: [`ContentError::File`] when it cannot be read, or the sink's.
 pub fn cut(
@@ -45,7 +47,8 @@ pub fn cut(
     rayon::scope(|_| cut_on(cutter, first, path, sink, pieces))
 }
 
-/// Goes on behind `first`. To be called in the pool, so that what is shared out need not first get there.
+/// Goes on behind `first`. To be called in the pool, so that what is shared out need not first get
+/// there.
 fn cut_on(
     mut cutter: Cutter<impl Read + Send>,
     first: Block,
@@ -151,7 +154,8 @@ pub fn put_pieces(sink: &mut dyn Sink, pieces: Vec<Piece>) -> Result<Content, Co
     Ok(Content::Blocks(blocks))
 }
 
-/// Cuts a list after each element for which `cut` holds, and where a part would exceed [`LIST_MAX`].
+/// Cuts a list after each element for which `cut` holds, and where a part would exceed
+/// [`LIST_MAX`].
 pub(super) fn cut_where<T>(list: Vec<T>, cut: impl Fn(&T) -> bool) -> Vec<Vec<T>> {
     let mut parts = vec![Vec::new()];
     for element in list {

@@ -1,9 +1,10 @@
 //! What a newer version has beyond an older one.
 //!
-//! Two Merkle trees are walked side by side: equal digests end the walk there, so its cost is that of the change.
-//! Each object of the newer version that the older one has not comes out once, parents before children, together
-//! with the object that stood in its place: compressed against that one, a list of which one digest changed
-//! costs some 40 bytes, and a page of which one word changed costs little more than the word.
+//! Two Merkle trees are walked side by side: equal digests end the walk there, so its cost is that
+//! of the change. Each object of the newer version that the older one has not comes out once,
+//! parents before children, together with the object that stood in its place: compressed against
+//! that one, a list of which one digest changed costs some 40 bytes, and a page of which one word
+//! changed costs little more than the word.
 
 use std::collections::{HashMap, HashSet};
 
@@ -23,10 +24,12 @@ pub struct Changed {
     pub base: Option<Digest>,
 }
 
-/// Calls `visit` for each object that `new` refers to and `base` does not, parents first, each once.
+/// Calls `visit` for each object that `new` refers to and `base` does not, parents first, each
+/// once.
 ///
 /// - Without a `base`, that is every object of `new`.
-/// - Errors: [`ContentError`] when an object that has to be looked into is missing or damaged, or `visit`'s.
+/// - Errors: [`ContentError`] when an object that has to be looked into is missing or damaged, or
+///   `visit`'s.
 pub fn difference<S: Source>(
     source: &S,
     kind: Kind,
@@ -75,8 +78,8 @@ impl<S: Source> Walk<'_, S> {
             .map_err(|source| ContentError::Object { digest, source })
     }
 
-    /// Lists whose common elements keep their order: what is new between two common ones stood where the
-    /// older list has something else between them.
+    /// Lists whose common elements keep their order: what is new between two common ones stood
+    /// where the older list has something else between them.
     fn lists(
         &mut self,
         new: &[(Kind, Digest)],
@@ -173,7 +176,8 @@ impl<S: Source> Walk<'_, S> {
                     .collect(),
             }
         };
-        // A file that grew from a few pieces into blocks has no list to compare with, but its chunks are known.
+        // A file that grew from a few pieces into blocks has no list to compare with, but its
+        // chunks are known.
         let same_form =
             base.filter(|base| std::mem::discriminant(*base) == std::mem::discriminant(new));
         if let (Some(base), None) = (base, same_form) {

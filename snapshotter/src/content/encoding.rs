@@ -1,8 +1,9 @@
 //! How an object travels: as it is, compressed, or compressed against one that the receiver holds.
 //!
-//! The last uses the base object as a raw dictionary for zstd, so a match may point into it: what two versions have in
-//! common costs a few bytes wherever it stands. Decoding takes bytes from peers: the announced size is checked
-//! against a limit before memory is taken, and the result against the digest.
+//! The last uses the base object as a raw dictionary for zstd, so a match may point into it: what
+//! two versions have in common costs a few bytes wherever it stands. Decoding takes bytes from
+//! peers: the announced size is checked against a limit before memory is taken, and the result
+//! against the digest.
 
 use godwit_protos::Digest;
 use zstd::zstd_safe::{CCtx, DCtx, compress_bound, get_error_name};
@@ -55,8 +56,8 @@ impl std::fmt::Debug for Codec {
 }
 
 impl Codec {
-    /// `bytes` against `base`; `None` unless that takes at most seven eighths of `limit` bytes, which is what the
-    /// object costs otherwise.
+    /// `bytes` against `base`; `None` unless that takes at most seven eighths of `limit` bytes,
+    /// which is what the object costs otherwise.
     pub fn patch(&mut self, bytes: &[u8], base: &[u8], limit: usize) -> Option<Vec<u8>> {
         let mut out = Vec::with_capacity(compress_bound(bytes.len()));
         let size = self.compress.compress_using_dict(&mut out, bytes, base, LEVEL).ok()?;

@@ -1,12 +1,15 @@
-//! A block volume as objects and back: an [`Image`] of [`Pieces`], 16 MiB each, of chunks of [`CHUNK_BYTES`].
+//! A block volume as objects and back: an [`Image`] of [`Pieces`], 16 MiB each, of chunks of
+//! [`CHUNK_BYTES`].
 //!
-//! Chunks are cut at fixed places. A file system changes its blocks where they are, so a cut never has to move with what
-//! was inserted, as it has to in a file (docs/adr/0010 has figures). What is all zeroes becomes a hole, whether it is one
-//! on disk or not: the image of a new file system is nearly empty.
+//! Chunks are cut at fixed places. A file system changes its blocks where they are, so a cut never
+//! has to move with what was inserted, as it has to in a file (docs/adr/0010 has figures). What is
+//! all zeroes becomes a hole, whether it is one on disk or not: the image of a new file system is
+//! nearly empty.
 //!
-//! An image is read while it is mounted, except at the cut: then it may be torn, and only what changed is sent again.
-//! Each capture reads and hashes all of its data: what a loop device wrote to is nowhere to be had cheaply, and the
-//! image's times do not tell, since they change when a write begins and not when it is done.
+//! An image is read while it is mounted, except at the cut: then it may be torn, and only what
+//! changed is sent again. Each capture reads and hashes all of its data: what a loop device wrote
+//! to is nowhere to be had cheaply, and the image's times do not tell, since they change when a
+//! write begins and not when it is done.
 //!
 //! On failure an image that was being written is neither the old nor the new one: throw it away.
 
@@ -266,7 +269,8 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
-        /// Method: any writes and zeroes, any number of rounds; a patched image equals the one that was captured.
+        /// Method: any writes and zeroes, any number of rounds; a patched image equals the one that
+        /// was captured.
         #[test]
         fn patching_equals_copying(
             rounds in proptest::collection::vec(

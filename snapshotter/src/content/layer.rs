@@ -1,7 +1,8 @@
 //! The uncompressed bytes of an image's layer as a [`Layer`] object, and back.
 //!
-//! The object keeps every byte of the stream, so that whoever has it can give on exactly what its diff ID names. Whether
-//! the bytes are those is for the caller to see: the object names chunks, not their sum.
+//! The object keeps every byte of the stream, so that whoever has it can give on exactly what its
+//! diff ID names. Whether the bytes are those is for the caller to see: the object names chunks,
+//! not their sum.
 
 use std::io::Read;
 use std::path::Path;
@@ -11,7 +12,8 @@ use godwit_protos::Digest;
 use super::object::{Content, Kind, Layer, ObjectError, Piece, Pieces};
 use super::{ContentError, Sink, Source, chunks};
 
-/// Stores the bytes of a layer, which `path` stands for in errors. Returns its object and its length in bytes.
+/// Stores the bytes of a layer, which `path` stands for in errors. Returns its object and its
+/// length in bytes.
 pub fn put(
     data: impl Read + Send,
     path: &Path,
@@ -23,10 +25,11 @@ pub fn put(
     Ok((super::put_object(sink, &Layer { bytes, content })?, bytes))
 }
 
-/// Gives the bytes of the layer `root` from `offset` on to `give`, piece by piece, until that says `false`.
+/// Gives the bytes of the layer `root` from `offset` on to `give`, piece by piece, until that says
+/// `false`.
 ///
-/// Errors: [`ContentError`], also for an object whose pieces are not what it says. What was given by then is the
-/// beginning of what it should be.
+/// Errors: [`ContentError`], also for an object whose pieces are not what it says. What was given
+/// by then is the beginning of what it should be.
 pub fn read(
     source: &impl Source,
     root: &Digest,

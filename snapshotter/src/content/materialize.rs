@@ -1,4 +1,5 @@
-//! Making a directory equal to a [`Tree`], by touching only what differs from the tree it was equal to before.
+//! Making a directory equal to a [`Tree`], by touching only what differs from the tree it was equal
+//! to before.
 //!
 //! The directory is ours alone while this runs, but the tree may come from a hostile peer. Every
 //! step goes by the file descriptor of the directory above and follows no symbolic link
@@ -385,7 +386,8 @@ impl<S: Source> Writer<'_, S> {
     }
 }
 
-/// Writes the pieces of a file from `start` on that are not in their place already, as `before` tells what is there.
+/// Writes the pieces of a file from `start` on that are not in their place already, as `before`
+/// tells what is there.
 pub(super) fn write_pieces<S: Source>(
     source: &S,
     (file, path): (&File, &Path),
@@ -761,7 +763,8 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
-        /// Method: any changes, any number of rounds; a patched directory is captured as the same tree.
+        /// Method: any changes, any number of rounds; a patched directory is captured as the same
+        /// tree.
         #[test]
         fn patching_equals_copying(rounds in proptest::collection::vec(proptest::collection::vec(change(), 0..8), 1..5)) {
             let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -1,12 +1,14 @@
 //! Memory images: from a running process or CRIU's image directory to objects, and back.
 //!
-//! Pages are addressed by address space and address, not by their place in `pages-*.img`, where one grown mapping
-//! shifts all that follow. Before the dump the pages are read from the running processes: not a consistent picture, but
-//! nearly all of what the dump will hold, and the dump decides.
+//! Pages are addressed by address space and address, not by their place in `pages-*.img`, where one
+//! grown mapping shifts all that follow. Before the dump the pages are read from the running
+//! processes: not a consistent picture, but nearly all of what the dump will hold, and the dump
+//! decides.
 //!
-//! At the destination the last version before the stop becomes a *parent* image (`base`), written while the container
-//! still runs. The images of the cut then hold only the pages that differ and refer to the parent for the rest, as
-//! CRIU's own incremental dumps do (criu.org, "Incremental dumps"); restoring them needs no dirty tracking in the kernel.
+//! At the destination the last version before the stop becomes a *parent* image (`base`), written
+//! while the container still runs. The images of the cut then hold only the pages that differ and
+//! refer to the parent for the rest, as CRIU's own incremental dumps do (criu.org, "Incremental
+//! dumps"); restoring them needs no dirty tracking in the kernel.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -92,7 +94,8 @@ fn place(page: u64) -> (u64, u8) {
     (page / per_block, u8::try_from(page % per_block).unwrap_or(u8::MAX))
 }
 
-/// Reads the memory of running processes into `sink`. `pids` may hold threads and processes that have ended.
+/// Reads the memory of running processes into `sink`. `pids` may hold threads and processes that
+/// have ended.
 ///
 /// Errors: [`ContentError::Process`] or the sink's; the processes are never stopped.
 pub fn capture_live(
@@ -126,7 +129,8 @@ pub fn capture_live(
     maps.finish(None)
 }
 
-/// Reads CRIU's image directory into `sink`. Its pages files are moved out of it, to the directory beside it.
+/// Reads CRIU's image directory into `sink`. Its pages files are moved out of it, to the directory
+/// beside it.
 ///
 /// Errors: [`ContentError::Images`] for images that are not as CRIU writes them, or the sink's.
 pub fn capture_dump(
@@ -325,11 +329,13 @@ pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result
     Ok(())
 }
 
-/// Writes the images of `memory` into the empty directory `images`, leaving out the pages that the parent image
-/// `base_directory` beside it, made of `base`, has at the same address. The images are mended for this host
-/// ([`mend`]): every restore of what a node has received or kept comes through here, once.
+/// Writes the images of `memory` into the empty directory `images`, leaving out the pages that the
+/// parent image `base_directory` beside it, made of `base`, has at the same address. The images are
+/// mended for this host ([`mend`]): every restore of what a node has received or kept comes through
+/// here, once.
 ///
-/// Errors: [`ContentError`], also when a page that CRIU's page map announces is not part of `memory`.
+/// Errors: [`ContentError`], also when a page that CRIU's page map announces is not part of
+/// `memory`.
 pub fn stage_images<S: Source>(
     source: &S,
     memory: &Digest,
@@ -380,7 +386,8 @@ pub fn stage_images<S: Source>(
         writer.finish()?;
     }
     if let Some(name) = base_directory.file_name().filter(|_| !base.maps.is_empty()) {
-        // Relative, since CRIU follows it by the directory's descriptor from within the container's root.
+        // Relative, since CRIU follows it by the directory's descriptor from within the container's
+        // root.
         link_parent(images, &Path::new("..").join(name))?;
     }
     Ok(())
@@ -398,8 +405,8 @@ fn mend_images(images: &Path) -> Result<Mended, ContentError> {
     Ok(mended)
 }
 
-/// A peer's image directory holds what CRIU writes: regular files side by side, none of which stands for pages that
-/// we did not check. Errors: [`ContentError::Object`] with the rule.
+/// A peer's image directory holds what CRIU writes: regular files side by side, none of which
+/// stands for pages that we did not check. Errors: [`ContentError::Object`] with the rule.
 fn check_images<S: Source>(source: &S, tree: &Digest, memory: &Memory) -> Result<(), ContentError> {
     let broken = |rule| ContentError::Object {
         digest: *tree,
@@ -525,7 +532,8 @@ mod tests {
         assert_eq!(fs::read(images.join("core-1.img")).unwrap(), b"registers");
     }
 
-    /// A version before without pages, whose process had its words of bytes `content` at offset 100 of an area.
+    /// A version before without pages, whose process had its words of bytes `content` at offset 100
+    /// of an area.
     fn with_area(content: u8) -> Previous {
         let start = u64::from_le_bytes([content; 8]) - 100;
         let aliases = Aliases::new(vec![Area { start, end: start + 4096, alias: 1 << 62 }]);

@@ -1,15 +1,18 @@
 //! How a file tree or a memory image becomes objects of the store, and back.
 //!
-//! 1. [`capture`] reads a directory into a [`object::Tree`]; [`image`] reads a block volume into an [`object::Image`];
-//!    [`memory`] reads a running process or CRIU's image directory into a [`object::Memory`].
-//! 2. [`difference`] walks two versions side by side and names what the newer one has beyond the older, each
-//!    object with the one that stood in its place: what the stop-and-copy sends.
-//! 3. [`materialize`] makes a directory equal to a tree, touching only what differs from the tree it was equal
-//!    to before; [`image`] and [`memory`] do the same for block volumes and CRIU's image directories. So what is
-//!    written after the freeze grows with the change, not with the size.
+//! 1. [`capture`] reads a directory into a [`object::Tree`]; [`image`] reads a block volume into an
+//!    [`object::Image`]; [`memory`] reads a running process or CRIU's image directory into a
+//!    [`object::Memory`].
+//! 2. [`difference`] walks two versions side by side and names what the newer one has beyond the
+//!    older, each object with the one that stood in its place: what the stop-and-copy sends.
+//! 3. [`materialize`] makes a directory equal to a tree, touching only what differs from the tree
+//!    it was equal to before; [`image`] and [`memory`] do the same for block volumes and CRIU's
+//!    image directories. So what is written after the freeze grows with the change, not with the
+//!    size.
 //!
-//! On failure: capturing leaves objects that nothing refers to, which the sweep takes; materialising leaves a
-//! directory that is to be thrown away. Neither changes what it reads. Read next: [`object`] for the types.
+//! On failure: capturing leaves objects that nothing refers to, which the sweep takes;
+//! materialising leaves a directory that is to be thrown away. Neither changes what it reads. Read
+//! next: [`object`] for the types.
 
 pub mod alias;
 pub mod capture;
@@ -123,8 +126,9 @@ impl From<RemoveError> for ContentError {
 
 /// Stores an object that every reader will accept: it is decoded again first.
 ///
-/// Errors: [`ContentError::Unreadable`] for one that breaks a rule of its kind; nothing is stored. The rules are about what
-/// containers may hold as much as about our encoder, so a container that no rule foresaw ends here and not in the store.
+/// Errors: [`ContentError::Unreadable`] for one that breaks a rule of its kind; nothing is stored.
+/// The rules are about what containers may hold as much as about our encoder, so a container that
+/// no rule foresaw ends here and not in the store.
 pub(crate) fn put_object<O: Object>(
     sink: &mut (impl Sink + ?Sized),
     object: &O,

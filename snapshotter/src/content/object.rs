@@ -9,11 +9,11 @@
 //!      └─ Image ...                          Image ── Pieces ── Chunk      a block volume
 //! ```
 //!
-//! Every box is an object of the store, named by the SHA-256 of its bytes, so a tree is a Merkle tree: two
-//! versions share what is equal, and a new version costs the path from what changed up to its root.
-//! The bytes are postcard's (<https://postcard.jamesmunns.com/wire-format>) behind one version byte;
-//! docs/formats.md has them, and the tests pin them. Decoding takes bytes from peers: it returns errors and
-//! checks every rule that the writers keep.
+//! Every box is an object of the store, named by the SHA-256 of its bytes, so a tree is a Merkle
+//! tree: two versions share what is equal, and a new version costs the path from what changed up to
+//! its root. The bytes are postcard's (<https://postcard.jamesmunns.com/wire-format>) behind one
+//! version byte; docs/formats.md has them, and the tests pin them. Decoding takes bytes from peers:
+//! it returns errors and checks every rule that the writers keep.
 
 mod children;
 mod raw;
@@ -246,7 +246,8 @@ pub struct Image {
     pub file_system: FileSystem,
     /// Size in bytes.
     pub bytes: u64,
-    /// The [`Kind::Pieces`] objects of each [`IMAGE_BLOCK_BYTES`], in order; the last may be shorter.
+    /// The [`Kind::Pieces`] objects of each [`IMAGE_BLOCK_BYTES`], in order; the last may be
+    /// shorter.
     #[serde(with = "digests")]
     pub blocks: Vec<Digest>,
 }
@@ -284,8 +285,8 @@ pub struct Memory {
     pub maps: Vec<Map>,
     /// Number of pages.
     pub pages: u64,
-    /// Areas of each map whose addresses are replaced by aliases in its pages ([`Aliases`]); empty if there are none in
-    /// any.
+    /// Areas of each map whose addresses are replaced by aliases in its pages ([`Aliases`]); empty
+    /// if there are none in any.
     pub areas: Vec<Vec<Area>>,
 }
 
@@ -308,7 +309,8 @@ pub struct Part {
     pub root: Digest,
 }
 
-/// A whole container at one instant, and what is needed to run it again without the node that it ran on.
+/// A whole container at one instant, and what is needed to run it again without the node that it
+/// ran on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cut {
     /// `NAMESPACE/CONTAINER`.
@@ -319,14 +321,16 @@ pub struct Cut {
     pub architecture: String,
     /// The fence of its last offer by then.
     pub epoch: u64,
-    /// How that node described the container: a `godwit.peer.v1.DescribeResponse` in protobuf's bytes.
+    /// How that node described the container: a `godwit.peer.v1.DescribeResponse` in protobuf's
+    /// bytes.
     #[serde(with = "serde_bytes")]
     pub description: Vec<u8>,
     /// Its memory, writable layer and writable volumes, sorted by subject.
     pub parts: Vec<Part>,
 }
 
-/// A layer of an image: its uncompressed bytes, a tar stream. Source: OCI image specification, layer.md.
+/// A layer of an image: its uncompressed bytes, a tar stream. Source: OCI image specification,
+/// layer.md.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
     /// Length in bytes.
@@ -343,7 +347,8 @@ pub trait Object: Serialize + serde::de::DeserializeOwned {
     /// Version that is written.
     const VERSION: u8 = VERSION;
 
-    /// The body of a version that is read as the one that is written has it. `None`: no such version.
+    /// The body of a version that is read as the one that is written has it. `None`: no such
+    /// version.
     fn body(version: u8, bytes: &[u8]) -> Option<Cow<'_, [u8]>> {
         (version == Self::VERSION).then_some(Cow::Borrowed(bytes))
     }
@@ -360,7 +365,8 @@ pub trait Object: Serialize + serde::de::DeserializeOwned {
 
     /// Reads an object back.
     ///
-    /// Errors: [`ObjectError`] for anything that [`Object::encode`] would not have written; never a panic.
+    /// Errors: [`ObjectError`] for anything that [`Object::encode`] would not have written; never a
+    /// panic.
     fn decode(bytes: &[u8]) -> Result<Self, ObjectError> {
         let parted = bytes.split_first();
         let body = parted.and_then(|(version, body)| Self::body(*version, body));

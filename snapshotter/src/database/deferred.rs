@@ -1,9 +1,10 @@
-//! Commits that do not wait for the disk: the change is in the file when they return, and a flush has begun.
+//! Commits that do not wait for the disk: the change is in the file when they return, and a flush
+//! has begun.
 //!
-//! Who dies with the process loses nothing, as the kernel has it all. Who loses power may lose the last change, never more,
-//! and never finds half of it: nothing further is written before the flush is over, and until then the file still holds the
-//! state before, to which redb goes back if the new one's checksums are wrong (redb's `docs/design.md`, "1-phase + checksum
-//! durable commits").
+//! Who dies with the process loses nothing, as the kernel has it all. Who loses power may lose the
+//! last change, never more, and never finds half of it: nothing further is written before the flush
+//! is over, and until then the file still holds the state before, to which redb goes back if the
+//! new one's checksums are wrong (redb's `docs/design.md`, "1-phase + checksum durable commits").
 
 use std::fmt::Debug;
 use std::io;
@@ -37,7 +38,8 @@ struct State {
 }
 
 impl Flushes {
-    /// Whether the next commit does not wait for the disk. Caller: holds the write transaction that it commits next.
+    /// Whether the next commit does not wait for the disk. Caller: holds the write transaction that
+    /// it commits next.
     pub(crate) fn defer_next(&self, is_deferred: bool) {
         self.state().is_next_deferred = is_deferred;
     }

@@ -1,9 +1,9 @@
 //! Room on the disk for a database's file before it is needed.
 //!
-//! redb takes no change any more once it could not write one, until it is opened again, and its file has holes where nothing
-//! was written yet. So that whoever fills the disk is not the end of it, every byte of the file has its place, and beyond its
-//! end there is room for the next growth: as much again (`grow` of redb's `page_manager.rs`), unless one value takes more than
-//! half of it.
+//! redb takes no change any more once it could not write one, until it is opened again, and its
+//! file has holes where nothing was written yet. So that whoever fills the disk is not the end of
+//! it, every byte of the file has its place, and beyond its end there is room for the next growth:
+//! as much again (`grow` of redb's `page_manager.rs`), unless one value takes more than half of it.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,8 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use redb::StorageBackend;
 use redb::backends::FileBackend;
 
-/// What is kept beyond the end of a file at most, in bytes. A larger database grows by more, and then may fail.
+/// What is kept beyond the end of a file at most, in bytes. A larger database grows by more, and
+/// then may fail.
 const GROWTH_MAX: u64 = 64 << 20;
 
 /// Keeps room for one file. Cheap to clone.
@@ -27,7 +28,8 @@ impl Room {
         Self(Arc::new((file, AtomicU64::new(0))))
     }
 
-    /// Makes sure that the file can grow. Errors: the disk is full, or failed; what is in the file is as it was.
+    /// Makes sure that the file can grow. Errors: the disk is full, or failed; what is in the file
+    /// is as it was.
     pub(crate) fn ensure(&self) -> io::Result<()> {
         let (file, kept) = &*self.0;
         let length = file.metadata()?.len();

@@ -1,21 +1,25 @@
-//! The directory in etcd: each node publishes what it holds under a lease, and lookups ask etcd alone.
+//! The directory in etcd: each node publishes what it holds under a lease, and lookups ask etcd
+//! alone.
 //!
 //! ```text
 //!  /godwit/v1/SITE/subject/SUBJECT/NODE     JSON: the node's snapshots of the subject, newest first
 //!  /godwit/v1/SITE/manifest/sha256:HEX/NODE  empty: the node has the manifest and all that it refers to
 //! ```
 //!
-//! One lease per daemon, renewed every [`RENEWAL`]: entries of a node that dies vanish [`LEASE_TTL`] after its last
-//! renewal. Each renewal, and each change of the store, writes the difference to what was published. When a renewal
-//! fails, nothing is taken to be published any more: the next one that succeeds begins with a new lease and everything.
+//! One lease per daemon, renewed every [`RENEWAL`]: entries of a node that dies vanish
+//! [`LEASE_TTL`] after its last renewal. Each renewal, and each change of the store, writes the
+//! difference to what was published. When a renewal fails, nothing is taken to be published any
+//! more: the next one that succeeds begins with a new lease and everything.
 //!
-//! A lookup is one round of reads, answered by whichever member is asked from what it has. If etcd is away or takes
-//! longer than [`ETCD_MAX`], the neighbours are asked in what is left of [`LOOKUP_MAX`], and until a renewal succeeds
-//! they are asked at once. Keys and values are whatever somebody wrote: counts and sizes are limited, what cannot be
-//! read is skipped, and nodes that are not this node's peers are ignored.
+//! A lookup is one round of reads, answered by whichever member is asked from what it has. If etcd
+//! is away or takes longer than [`ETCD_MAX`], the neighbours are asked in what is left of
+//! [`LOOKUP_MAX`], and until a renewal succeeds they are asked at once. Keys and values are
+//! whatever somebody wrote: counts and sizes are limited, what cannot be read is skipped, and nodes
+//! that are not this node's peers are ignored.
 //!
-//! An age is written as a duration and grows while it lies there. It is written anew when it has doubled, so that what
-//! is read is at least about half the true age, and no two nodes' clocks are compared.
+//! An age is written as a duration and grows while it lies there. It is written anew when it has
+//! doubled, so that what is read is at least about half the true age, and no two nodes' clocks are
+//! compared.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet};

@@ -1,14 +1,15 @@
 //! The directory: which nodes hold a snapshot of a subject, and which hold a manifest.
 //!
-//! A migration asks it once, while its source captures the first round, and then asks nobody for objects but the nodes
-//! that it names, and the source. One trait, two backends: [`neighbours`] asks every configured peer, [`etcd`] asks
-//! etcd, where each node publishes what it holds. A [`Lookup`] collects what is found until its caller has waited long
-//! enough.
+//! A migration asks it once, while its source captures the first round, and then asks nobody for
+//! objects but the nodes that it names, and the source. One trait, two backends: [`neighbours`]
+//! asks every configured peer, [`etcd`] asks etcd, where each node publishes what it holds. A
+//! [`Lookup`] collects what is found until its caller has waited long enough.
 //!
-//! What comes back is advice from strangers. [`Found`] keeps only what answers the question, up to a limit; an entry
-//! that is out of date or a lie costs a refused request, as every object is checked against its digest anyway. Entries
-//! of one subject are ordered by their place in its lineage; ages are durations, each measured on one clock, and
-//! decide between equal places and between different users of a service only.
+//! What comes back is advice from strangers. [`Found`] keeps only what answers the question, up to
+//! a limit; an entry that is out of date or a lie costs a refused request, as every object is
+//! checked against its digest anyway. Entries of one subject are ordered by their place in its
+//! lineage; ages are durations, each measured on one clock, and decide between equal places and
+//! between different users of a service only.
 
 pub mod etcd;
 pub mod neighbours;
@@ -49,7 +50,8 @@ pub type Joined = watch::Receiver<Vec<Arc<Connection>>>;
 pub struct Entry {
     /// The node.
     pub node: String,
-    /// What it is a snapshot of; `None` says only that the node has the manifest and all that it refers to.
+    /// What it is a snapshot of; `None` says only that the node has the manifest and all that it
+    /// refers to.
     pub subject: Option<Subject>,
     /// Place in the subject's lineage; higher is newer.
     pub sequence: u64,
@@ -82,10 +84,12 @@ pub trait Directory: Debug + Send + Sync {
     /// - Cancel: dropping the future leaves what was found so far.
     async fn lookup(&self, query: &Query, neighbours: Joined, found: &Found);
 
-    /// How often [`Self::publish`] must be called for entries to stay; `None` if there is nothing to publish.
+    /// How often [`Self::publish`] must be called for entries to stay; `None` if there is nothing
+    /// to publish.
     fn renewal(&self) -> Option<Duration>;
 
-    /// Makes `held`, and nothing else, known as what this node holds. What cannot be told now is told with a later call.
+    /// Makes `held`, and nothing else, known as what this node holds. What cannot be told now is
+    /// told with a later call.
     async fn publish(&self, held: Vec<Entry>);
 
     /// Makes it known at once that this node is leaving.
@@ -118,8 +122,8 @@ impl Query {
         ServiceRef::of(subject).is_some_and(|service| self.services.contains(&service))
     }
 
-    /// Best first: snapshots of what was asked for before those of other users, the newest of each lineage first, then
-    /// the youngest.
+    /// Best first: snapshots of what was asked for before those of other users, the newest of each
+    /// lineage first, then the youngest.
     fn sort(&self, entries: &mut [Entry]) {
         entries.sort_by_cached_key(|entry| {
             let own = entry.subject.clone().filter(|subject| self.subjects.contains(subject));
@@ -152,7 +156,8 @@ impl Query {
     }
 }
 
-/// What a node holds: its snapshots, and the read-only volumes `contents`, with all manifests by digest too.
+/// What a node holds: its snapshots, and the read-only volumes `contents`, with all manifests by
+/// digest too.
 pub fn held(node: &str, snapshots: Vec<Snapshot>, contents: BTreeSet<Digest>) -> Vec<Entry> {
     let now = unix_ms();
     let manifest = |manifest: Digest| Entry {
@@ -238,7 +243,8 @@ pub struct Lookup {
 }
 
 impl Lookup {
-    /// Begins to look for what `query` asks. One that asks for nothing finds nothing, and asks nobody.
+    /// Begins to look for what `query` asks. One that asks for nothing finds nothing, and asks
+    /// nobody.
     pub fn begin(directory: &Arc<dyn Directory>, query: Query, neighbours: Joined) -> Self {
         let (directory, found) = (directory.clone(), Found::new(query));
         let task = tokio::spawn({

@@ -1,6 +1,7 @@
 //! The directory without a service of its own: every neighbour is asked what it holds, all at once.
 //!
-//! There is nothing to publish and nothing that could be out of date; a lookup costs one request to each neighbour.
+//! There is nothing to publish and nothing that could be out of date; a lookup costs one request to
+//! each neighbour.
 
 use std::time::Duration;
 

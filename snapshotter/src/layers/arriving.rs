@@ -1,8 +1,8 @@
-//! The bytes of a layer in their order, also while its objects still arrive in another: containerd is given the first
-//! bytes long before the last have come.
+//! The bytes of a layer in their order, also while its objects still arrive in another: containerd
+//! is given the first bytes long before the last have come.
 //!
-//! A reader waits for the object that it needs next, until the fetch is over ([`Coming`] dropped), and then ends with an
-//! error if that never came.
+//! A reader waits for the object that it needs next, until the fetch is over ([`Coming`] dropped),
+//! and then ends with an error if that never came.
 
 use std::io;
 use std::sync::Arc;
@@ -35,7 +35,8 @@ impl Drop for Coming {
     }
 }
 
-/// The objects of a fetch as they come: what is not here yet is waited for until the fetch is over. For threads.
+/// The objects of a fetch as they come: what is not here yet is waited for until the fetch is over.
+/// For threads.
 #[derive(Clone)]
 pub(super) struct Arriving {
     store: Store,
@@ -97,7 +98,8 @@ mod tests {
         Ok(all)
     }
 
-    /// Method: the objects of a layer are put into the store one by one, the last first, while it is read.
+    /// Method: the objects of a layer are put into the store one by one, the last first, while it
+    /// is read.
     #[tokio::test]
     async fn a_layer_is_read_while_it_arrives_and_not_beyond_the_end_of_that() {
         let bytes: Vec<u8> = (0..400_000u32).flat_map(|number| number.to_le_bytes()).collect();

@@ -17,8 +17,8 @@ const RATE_OVER: Duration = Duration::from_secs(5);
 /// How often that is looked at.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// What a layer may cost beyond twice its announced size, lists and protocol included: an object is on its way from two
-/// neighbours when the one is late.
+/// What a layer may cost beyond twice its announced size, lists and protocol included: an object is
+/// on its way from two neighbours when the one is late.
 const SIZE_SLACK: u64 = 16 << 20;
 
 /// Ends when the peers are too slow all together, or send more than they announced.

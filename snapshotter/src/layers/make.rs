@@ -1,9 +1,10 @@
 //! Layers that a node has only as blobs of its containerd, made into objects when a neighbour asks.
 //!
-//! The neighbour names the blob and its diff ID. Only a blob that this node's containerd has unpacked, under that very
-//! diff ID, is read; it is decompressed, hashed and cut into chunks, one layer at a time. The answer is a stream, so that
-//! whoever asked knows that somebody works; the work is finished whether he still listens or not, and its result is kept
-//! like a layer that came from elsewhere.
+//! The neighbour names the blob and its diff ID. Only a blob that this node's containerd has
+//! unpacked, under that very diff ID, is read; it is decompressed, hashed and cut into chunks, one
+//! layer at a time. The answer is a stream, so that whoever asked knows that somebody works; the
+//! work is finished whether he still listens or not, and its result is kept like a layer that came
+//! from elsewhere.
 
 use std::io::{self, BufReader, Read};
 use std::path::Path;
@@ -38,7 +39,8 @@ const MAKE_MAX: Duration = Duration::from_secs(300);
 const PROGRESS: Duration = Duration::from_millis(500);
 const PROGRESS_MAX: Duration = Duration::from_secs(2);
 
-/// How long one may do next to nothing ([`Guard`]): others come first, or what is made is being flushed.
+/// How long one may do next to nothing ([`Guard`]): others come first, or what is made is being
+/// flushed.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
 /// Layers that wait to be made, with the one that is.
@@ -60,8 +62,8 @@ impl Default for Making {
 /// A layer that was made: its object and its length in bytes.
 type Made = (Digest, u64);
 
-/// Has neighbours that have the layer's blob make its object. Returns those who did, and the names of those who left a
-/// question without an answer, or make it too slowly.
+/// Has neighbours that have the layer's blob make its object. Returns those who did, and the names
+/// of those who left a question without an answer, or make it too slowly.
 ///
 /// They begin at the same time; once the first is done, the others have as long again.
 pub(super) async fn ask(
@@ -97,7 +99,8 @@ pub(super) async fn ask(
     (made, silent)
 }
 
-/// Errors: why it was not made; nothing where there was no answer in time, or too little was done in one `idle_max`.
+/// Errors: why it was not made; nothing where there was no answer in time, or too little was done
+/// in one `idle_max`.
 async fn ask_one(
     peer: &Connection,
     layer: &FoundLayer,
@@ -241,7 +244,8 @@ impl Read for Pieces {
     }
 }
 
-/// The uncompressed bytes of a layer, by what it begins with: gzip (RFC 1952), zstd (RFC 8878), or a plain tar stream.
+/// The uncompressed bytes of a layer, by what it begins with: gzip (RFC 1952), zstd (RFC 8878), or
+/// a plain tar stream.
 fn plain(mut blob: impl Read + Send + 'static) -> Result<Box<dyn Read + Send>, LayerError> {
     let unreadable = |source: io::Error| on("read", Path::new("layer"))(source);
     let mut begin = Vec::new();

@@ -1,25 +1,28 @@
 //! Layers of images from neighbours.
 //!
-//! While containerd pulls an image, it asks the snapshotter to prepare each layer under the chain ID that the layer leads
-//! to. A snapshotter that can supply the layer itself commits it and answers "already exists"; containerd then does not
-//! download the layer. So:
+//! While containerd pulls an image, it asks the snapshotter to prepare each layer under the chain
+//! ID that the layer leads to. A snapshotter that can supply the layer itself commits it and
+//! answers "already exists"; containerd then does not download the layer. So:
 //!
-//! 1. find out which layer is meant: the image's configuration is here by now, and commits to its diff ID. If nobody has
-//!    anything, containerd goes on as with any snapshotter;
-//! 2. look up in the directory who keeps the layer as an object ([`crate::content::layer`]); if nobody does, or it cannot be
-//!    had of them, have other neighbours make one of the blob that their containerd unpacked ([`make`]);
-//! 3. fetch it from all of them at once, as long as that goes on fast enough ([`guard`]), and at the same time give the
-//!    uncompressed bytes, in their order, to containerd under the diff ID ([`arriving`]), which it checks;
+//! 1. find out which layer is meant: the image's configuration is here by now, and commits to its
+//!    diff ID. If nobody has anything, containerd goes on as with any snapshotter;
+//! 2. look up in the directory who keeps the layer as an object ([`crate::content::layer`]); if
+//!    nobody does, or it cannot be had of them, have other neighbours make one of the blob that
+//!    their containerd unpacked ([`make`]);
+//! 3. fetch it from all of them at once, as long as that goes on fast enough ([`guard`]), and at
+//!    the same time give the uncompressed bytes, in their order, to containerd under the diff ID
+//!    ([`arriving`]), which it checks;
 //! 4. have it unpack them into a snapshot, hashing them again, as it does with layers of its own;
 //! 5. commit the snapshot, and record the object, so that this node can give on the same bytes.
 //!
-//! Once containerd was told that a layer is not there, it begins to download all those above at once, whatever it is told of
-//! them later. So a layer whose blob is here is supplied too if one above is missing.
+//! Once containerd was told that a layer is not there, it begins to download all those above at
+//! once, whatever it is told of them later. So a layer whose blob is here is supplied too if one
+//! above is missing.
 //!
-//! Promise: a snapshot is committed only with the bytes that its chain ID stands for, whoever sent them. Whatever else
-//! happens ends in "not supplied" within [`SUPPLY_MAX`], nothing is left but objects that the sweep takes, and containerd
-//! asks the registry. A neighbour that let us wait, or lied, is not asked for a while; one whose bytes this node failed to
-//! keep is.
+//! Promise: a snapshot is committed only with the bytes that its chain ID stands for, whoever sent
+//! them. Whatever else happens ends in "not supplied" within [`SUPPLY_MAX`], nothing is left but
+//! objects that the sweep takes, and containerd asks the registry. A neighbour that let us wait, or
+//! lied, is not asked for a while; one whose bytes this node failed to keep is.
 
 mod arriving;
 mod guard;
@@ -52,8 +55,8 @@ use offers::{Neighbours, Offer, Way};
 /// Layers that are supplied at once; of further ones containerd asks the registry.
 const SUPPLIES_MAX: usize = 8;
 
-/// How long a layer may take in all. containerd waits for it, and its other snapshots wait for containerd's garbage
-/// collection if that wants to begin meanwhile.
+/// How long a layer may take in all. containerd waits for it, and its other snapshots wait for
+/// containerd's garbage collection if that wants to begin meanwhile.
 const SUPPLY_MAX: Duration = Duration::from_secs(540);
 
 /// How long what arrives is protected.
@@ -65,8 +68,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Largest layer, uncompressed.
 pub const LAYER_BYTES_MAX: u64 = 64 << 30;
 
-/// Different objects that are tried for one layer of those that are kept, and as many of those that are made: all honest
-/// nodes have the same.
+/// Different objects that are tried for one layer of those that are kept, and as many of those that
+/// are made: all honest nodes have the same.
 const OFFERS_MAX: usize = 2;
 
 /// Pieces of a layer that wait for their reader.
@@ -123,7 +126,8 @@ impl LayerError {
         is_bad || is_other || matches!(self.content(), Some(ContentError::Object { .. }))
     }
 
-    /// Whether what this node keeps of the layer is of no use: it is a lie, or the disk lost something of it.
+    /// Whether what this node keeps of the layer is of no use: it is a lie, or the disk lost
+    /// something of it.
     fn is_damage(&self) -> bool {
         use ContentError::{Missing, Store};
         let is_lost = |error| matches!(error, &Missing(_) | &Store(StoreError::Corrupt { .. }));
@@ -195,8 +199,9 @@ impl Wanted {
         })
     }
 
-    /// A committed layer that has lost its directory: containerd's names are those of its keys, with the chain ID for a key.
-    /// The key it is unpacked under is another each time, and containerd removes one that an attempt cut short has left.
+    /// A committed layer that has lost its directory: containerd's names are those of its keys,
+    /// with the chain ID for a key. The key it is unpacked under is another each time, and
+    /// containerd removes one that an attempt cut short has left.
     fn again(lost: snapshots::Info) -> Option<Self> {
         let snapshots::Info { name, parent, labels, .. } = lost;
         let (namespace, number_and_key) = name.split_once('/')?;
@@ -227,7 +232,8 @@ struct Inner {
 }
 
 impl Layers {
-    /// For this node and its snapshots. Caller: is on the runtime that is to do the work, whoever asks for it.
+    /// For this node and its snapshots. Caller: is on the runtime that is to do the work, whoever
+    /// asks for it.
     pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
         let runtime = tokio::runtime::Handle::current();
         let (turns, busy) = (Semaphore::new(SUPPLIES_MAX), std::sync::Mutex::default());
@@ -260,7 +266,8 @@ impl Layers {
         supplied.await.unwrap_or(false)
     }
 
-    /// Has the layers that lost their directories unpacked again, as far as they can be had without their registry.
+    /// Has the layers that lost their directories unpacked again, as far as they can be had without
+    /// their registry.
     pub async fn put_back(&self) -> Result<(), SnapshotError> {
         let snapshots = self.0.snapshots.clone();
         let lost = tokio::task::spawn_blocking(move || snapshots.lost()).await;
@@ -335,7 +342,8 @@ impl Inner {
         })
     }
 
-    /// Whether the layer is committed already, for another namespace: containerd takes it by its label and parent.
+    /// Whether the layer is committed already, for another namespace: containerd takes it by its
+    /// label and parent.
     async fn is_committed(&self, wanted: &Wanted) -> Result<bool, LayerError> {
         let (chain_id, parent) = (wanted.chain_id, wanted.parent.clone());
         self.blocking(move |all| {
@@ -349,7 +357,8 @@ impl Inner {
         .await
     }
 
-    /// Supplies a layer whose blob is in `namespace`, unless containerd has nothing to download for this image.
+    /// Supplies a layer whose blob is in `namespace`, unless containerd has nothing to download for
+    /// this image.
     async fn supply_blob(
         &self,
         wanted: &Wanted,
@@ -413,7 +422,8 @@ impl Inner {
         let (brought, blob) = match select(fetch, write).await {
             Either::Left((brought, write)) => {
                 drop(coming);
-                // Ends soon, and leaves nothing half written. That something is missing is then no lie.
+                // Ends soon, and leaves nothing half written. That something is missing is then no
+                // lie.
                 let written = write.await;
                 (brought?, written?)
             }
@@ -447,10 +457,11 @@ impl Inner {
         self.unpack(held.client(), wanted, here, layer.diff_id).await
     }
 
-    /// Gives containerd the bytes of the object `root`, of which there are `offered`, under their diff ID.
+    /// Gives containerd the bytes of the object `root`, of which there are `offered`, under their
+    /// diff ID.
     ///
-    /// It drops its copy once the lease of `containerd` is gone. Letting go of that is not waited for: its garbage
-    /// collection waits for the call that this answers.
+    /// It drops its copy once the lease of `containerd` is gone. Letting go of that is not waited
+    /// for: its garbage collection waits for the call that this answers.
     async fn write(
         &self,
         containerd: &Client,
@@ -476,7 +487,8 @@ impl Inner {
         Ok(Descriptor { media_type: MEDIA_TYPE.to_owned(), digest, size_bytes: offered })
     }
 
-    /// Has the layer `blob` of `namespace` unpacked into a snapshot, and commits that. Errors: nothing is left.
+    /// Has the layer `blob` of `namespace` unpacked into a snapshot, and commits that. Errors:
+    /// nothing is left.
     async fn unpack(
         &self,
         containerd: &Client,

@@ -1,4 +1,5 @@
-//! Where the mirror has its answers from: containerd's content store and images of this node, else the neighbours'.
+//! Where the mirror has its answers from: containerd's content store and images of this node, else
+//! the neighbours'.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -52,8 +53,8 @@ async fn here(node: &Arc<Node>, digest: Digest) -> Result<Option<Found>, ClientE
 
 /// A blob from the neighbours that say they have it.
 ///
-/// It is on this node's disk, and right, before anything is passed on: containerd keeps what it got of a blob and goes on
-/// behind it, so that a wrong byte would spoil every later pull too.
+/// It is on this node's disk, and right, before anything is passed on: containerd keeps what it got
+/// of a blob and goes on behind it, so that a wrong byte would spoil every later pull too.
 async fn elsewhere(node: &Arc<Node>, digest: Digest, most: u64) -> Option<Found> {
     let connections = neighbours(node).await;
     let (holders, silent) = blobs::holders(connections, "", digest).await;
@@ -79,7 +80,8 @@ async fn neighbours(node: &Arc<Node>) -> Vec<Arc<Connection>> {
     connections
 }
 
-/// How long a blob of this node is, or as most of the neighbours say who have it; `None` if nobody has it.
+/// How long a blob of this node is, or as most of the neighbours say who have it; `None` if nobody
+/// has it.
 pub(super) async fn size(node: &Arc<Node>, digest: Digest) -> Option<u64> {
     match node.containerd.find_blob(digest).await {
         Ok(Some(found)) => return Some(found.size_bytes),
@@ -128,7 +130,8 @@ fn media_type(bytes: &[u8]) -> Option<String> {
     manifest.media_type.or(implied)
 }
 
-/// What an image's name stands for here, in whichever namespace; else what most of the neighbours say that it does.
+/// What an image's name stands for here, in whichever namespace; else what most of the neighbours
+/// say that it does.
 pub(super) async fn tag(node: &Arc<Node>, name: &str, tags: Tags) -> Option<Digest> {
     match node.containerd.find_image(name).await {
         Ok(Some(target)) => return Some(target),

@@ -1,5 +1,6 @@
-//! A read-only registry on this node's loopback address, for containerd's `hosts.toml`: whatever pulls an image asks here
-//! first, with any snapshotter, and also when the image's own registry is away.
+//! A read-only registry on this node's loopback address, for containerd's `hosts.toml`: whatever
+//! pulls an image asks here first, with any snapshotter, and also when the image's own registry is
+//! away.
 //!
 //! ```text
 //! GET|HEAD /v2/                            200: this is a registry
@@ -8,12 +9,13 @@
 //! GET|HEAD /v2/NAME/manifests/TAG?ns=HOST  what containerd calls HOST/NAME:TAG, here or ([`Tags`]) at neighbours
 //! ```
 //!
-//! What is not to be had is 404, and the client goes on to the next host. A name plays no part in what a digest stands
-//! for, as with every registry that is asked by digest.
+//! What is not to be had is 404, and the client goes on to the next host. A name plays no part in
+//! what a digest stands for, as with every registry that is asked by digest.
 //!
-//! Promise: an answer that ends well has the bytes that were asked for. What comes from neighbours is checked before
-//! anything is passed on. What lies here is hashed on its way, and its last piece held back until all are known to be right;
-//! else the connection breaks. Source: OCI distribution specification; containerd's docs/hosts.md ("ns").
+//! Promise: an answer that ends well has the bytes that were asked for. What comes from neighbours
+//! is checked before anything is passed on. What lies here is hashed on its way, and its last piece
+//! held back until all are known to be right; else the connection breaks. Source: OCI distribution
+//! specification; containerd's docs/hosts.md ("ns").
 
 mod find;
 mod spool;
@@ -217,8 +219,8 @@ fn refusal(status: StatusCode, code: &str, message: &str) -> Response<Body> {
     response
 }
 
-/// The same pieces, each behind the next one, and an error instead of the last if they are not what `digest` names: what
-/// lies on a disk may have changed there.
+/// The same pieces, each behind the next one, and an error instead of the last if they are not what
+/// `digest` names: what lies on a disk may have changed there.
 fn verified(
     pieces: impl Stream<Item = io::Result<Bytes>> + Send + Unpin,
     digest: Digest,

@@ -2,11 +2,12 @@
 //!
 //! 1. ask one who has it, from its beginning;
 //! 2. where one breaks off or ends early, the next one goes on;
-//! 3. hash what has come. If it is something else and came from one alone, he lied: he is passed over, and the others are
-//!    asked from the beginning. If it came from several, nobody knows which: the last of them is asked for all of it, alone.
+//! 3. hash what has come. If it is something else and came from one alone, he lied: he is passed
+//!    over, and the others are asked from the beginning. If it came from several, nobody knows
+//!    which: the last of them is asked for all of it, alone.
 //!
-//! Promise: whoever lies or breaks off costs time, and never the blob while somebody has it and sends it well: with every
-//! turn one of those asked is done with.
+//! Promise: whoever lies or breaks off costs time, and never the blob while somebody has it and
+//! sends it well: with every turn one of those asked is done with.
 
 use std::io;
 use std::path::Path;
@@ -53,8 +54,9 @@ enum SpoolError {
     Length,
 }
 
-/// Brings the blob from `holders`, the last of them first, into a file without a name below `dir`, and returns that with its
-/// length. `None`: nobody sent it well. Whoever is to blame for that goes to `shunned`.
+/// Brings the blob from `holders`, the last of them first, into a file without a name below `dir`,
+/// and returns that with its length. `None`: nobody sent it well. Whoever is to blame for that goes
+/// to `shunned`.
 ///
 /// Errors: this node's disk. `fits` says whether there is room for so many bytes.
 pub(super) async fn bring(
@@ -173,7 +175,8 @@ mod tests {
     use super::*;
     use crate::peer::tests::{Sends, sending};
 
-    /// What `script` brings of `blob`, the last one asked first, and who is passed over for it as silent and as a liar.
+    /// What `script` brings of `blob`, the last one asked first, and who is passed over for it as
+    /// silent and as a liar.
     async fn brought(
         blob: &[u8],
         script: Vec<(&str, Sends)>,
@@ -243,7 +246,8 @@ mod tests {
         }
     }
 
-    /// Method: wrong bytes, or a wrong length, and then nothing more. The one who goes on behind them is not to blame.
+    /// Method: wrong bytes, or a wrong length, and then nothing more. The one who goes on behind
+    /// them is not to blame.
     #[tokio::test]
     async fn whoever_goes_on_behind_a_lie_is_asked_for_all_of_it_and_not_taken_for_the_liar() {
         let blob = blob();

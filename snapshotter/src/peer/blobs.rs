@@ -31,8 +31,8 @@ pub struct Demand {
 /// Pieces of a blob, not checked, each with the size of the whole.
 pub type Pieces = BoxStream<'static, io::Result<(Bytes, u64)>>;
 
-/// Those of `peers` that say they have a blob in `namespace`, or in any if that is empty; and the names of those that
-/// left the question without an answer.
+/// Those of `peers` that say they have a blob in `namespace`, or in any if that is empty; and the
+/// names of those that left the question without an answer.
 pub async fn holders(
     peers: Vec<Arc<Connection>>,
     namespace: &str,
@@ -69,7 +69,8 @@ pub async fn locate(
     futures::future::join_all(asks).await
 }
 
-/// Begins to read a blob from `offset` on. Errors: at once when the peer refuses or is silent; later in the stream.
+/// Begins to read a blob from `offset` on. Errors: at once when the peer refuses or is silent;
+/// later in the stream.
 pub async fn open(
     peer: &Connection,
     namespace: &str,

@@ -1,7 +1,7 @@
 //! What is known of the way to each peer: measured by migrations, kept across restarts.
 //!
-//! Measurements only: a file that is lost or damaged costs the next migration some waiting, so it is begun anew then.
-//! It is replaced as a whole (docs/formats.md, "Directories").
+//! Measurements only: a file that is lost or damaged costs the next migration some waiting, so it
+//! is begun anew then. It is replaced as a whole (docs/formats.md, "Directories").
 
 use std::collections::BTreeMap;
 use std::fs;

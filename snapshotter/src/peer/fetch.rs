@@ -1,19 +1,21 @@
 //! Bringing what is missing from whoever has it.
 //!
-//! Versions are fetched level by level from their roots, all together: objects that the store lacks are asked for, and
-//! what arrives tells the next level. Within a level ([`super::queue`]):
+//! Versions are fetched level by level from their roots, all together: objects that the store lacks
+//! are asked for, and what arrives tells the next level. Within a level ([`super::queue`]):
 //!
-//! - Every neighbour takes batches from one shared queue, each as fast as it can; what one lacks, fails to
-//!   deliver in time or delivers wrongly goes back and is asked elsewhere.
-//! - The source is asked for what every neighbour that still answers has been asked for in vain, and helps
-//!   where the neighbours are slower than it is. Content that no node is the source of comes from neighbours alone.
+//! - Every neighbour takes batches from one shared queue, each as fast as it can; what one lacks,
+//!   fails to deliver in time or delivers wrongly goes back and is asked elsewhere.
+//! - The source is asked for what every neighbour that still answers has been asked for in vain,
+//!   and helps where the neighbours are slower than it is. Content that no node is the source of
+//!   comes from neighbours alone.
 //!
-//! So a byte comes from the source only if nobody else has it or brings it as fast, a dead neighbour costs one grace,
-//! and a lying one nothing but its own bytes: each object is checked against its digest before it is kept. What was
-//! learnt of a peer ([`Standings`]) holds for the whole migration; whoever failed once is not asked again.
+//! So a byte comes from the source only if nobody else has it or brings it as fast, a dead
+//! neighbour costs one grace, and a lying one nothing but its own bytes: each object is checked
+//! against its digest before it is kept. What was learnt of a peer ([`Standings`]) holds for the
+//! whole migration; whoever failed once is not asked again.
 //!
-//! On failure everything that arrived stays in the store, durable up to the last [`SYNC_INTERVAL`]; fetching again goes
-//! on from there.
+//! On failure everything that arrived stays in the store, durable up to the last [`SYNC_INTERVAL`];
+//! fetching again goes on from there.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -168,10 +170,11 @@ pub enum Depth {
     Lists,
 }
 
-/// Fetches everything that `roots` refer to and the store lacks. Returns what it brought, root by root; what several
-/// roots refer to counts for the first.
+/// Fetches everything that `roots` refer to and the store lacks. Returns what it brought, root by
+/// root; what several roots refer to counts for the first.
 ///
-/// - The objects are visible in the store afterwards, protected by `lease` until something refers to them.
+/// - The objects are visible in the store afterwards, protected by `lease` until something refers
+///   to them.
 /// - Errors: [`FetchError`]; calling again goes on where it stopped.
 /// - Cancel: dropping the future leaves what arrived in the store.
 pub async fn fetch(
@@ -219,7 +222,8 @@ pub async fn fetch_within(
 
 type Items = Vec<(Kind, Digest, usize)>;
 
-/// What the store lacks of a level, in the level's order, which is about the one in which a peer has it on its disk.
+/// What the store lacks of a level, in the level's order, which is about the one in which a peer
+/// has it on its disk.
 fn missing(store: &Store, level: &Items) -> Result<Vec<(Digest, usize)>, FetchError> {
     let mut roots = HashMap::new();
     let digests = level.iter().filter_map(|(_, digest, root)| match roots.entry(*digest) {
@@ -340,7 +344,8 @@ async fn fetch_level(
         tokio::select! {
             done = workers.join_next() => match done {
                 None => break,
-                // A worker that panicked has taken its batch along; leaving stops the others, who may wait for it.
+                // A worker that panicked has taken its batch along; leaving stops the others, who
+                // may wait for it.
                 Some(Err(_)) => return Err(FetchError::Interrupted),
                 Some(Ok(())) => {}
             },
@@ -396,7 +401,8 @@ impl Worker {
                 }
             }
             if unanswered.len() == before {
-                // An honest answer may end with an empty message; one that goes on with them never ends.
+                // An honest answer may end with an empty message; one that goes on with them never
+                // ends.
                 let done = unanswered.is_empty();
                 return if done { Ok(()) } else { Err(failed("it sent a message of nothing")) };
             }
@@ -420,7 +426,8 @@ impl Worker {
             && u128::from(bytes) * 1000 < u128::from(SLOWEST_BYTES_PER_SECOND) * elapsed.as_millis()
     }
 
-    /// Waits for a peer's answer, but not too long, and not when another worker has given the peer up.
+    /// Waits for a peer's answer, but not too long, and not when another worker has given the peer
+    /// up.
     async fn patiently<T>(
         &self,
         answer: impl Future<Output = Result<T, tonic::Status>>,
@@ -434,7 +441,8 @@ impl Worker {
         }
     }
 
-    /// Keeps the objects of a message that came after `wait`, and takes them out of `unanswered`. Returns their bytes.
+    /// Keeps the objects of a message that came after `wait`, and takes them out of `unanswered`.
+    /// Returns their bytes.
     async fn keep(
         &self,
         flight: u64,

@@ -1,8 +1,9 @@
 //! What daemons ask each other: gRPC over TCP, one connection per peer and purpose.
 //!
-//! [`Connection::open`] says hello, agrees on a version and counts every byte that crosses the socket, so that a
-//! report can name what came from whom. [`fetch`] brings objects from several peers at once; [`server`] answers them.
-//! Every call has a deadline, and a peer that went silent is noticed by HTTP/2 pings within [`SILENCE_MAX`].
+//! [`Connection::open`] says hello, agrees on a version and counts every byte that crosses the
+//! socket, so that a report can name what came from whom. [`fetch`] brings objects from several
+//! peers at once; [`server`] answers them. Every call has a deadline, and a peer that went silent
+//! is noticed by HTTP/2 pings within [`SILENCE_MAX`].
 
 pub mod blobs;
 pub mod channel;

@@ -1,7 +1,8 @@
 //! How fast a peer is, as far as this node has seen: what decides whether it is waited for.
 //!
-//! Pure: every call is told the time. A pace is kept per peer and migration ([`super::fetch::Standings`]), and begins with
-//! what earlier migrations measured ([`super::channel`]).
+//! Pure: every call is told the time. A pace is kept per peer and migration
+//! ([`super::fetch::Standings`]), and begins with what earlier migrations measured
+//! ([`super::channel`]).
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -9,7 +10,8 @@ use std::time::{Duration, Instant};
 /// Waits that are remembered of one peer.
 const WAITS_MAX: usize = 64;
 
-/// A peer that has been busy for less than this has no rate of its own yet: a burst says little of a link.
+/// A peer that has been busy for less than this has no rate of its own yet: a burst says little of
+/// a link.
 const MEASURED_MIN: Duration = Duration::from_millis(100);
 
 /// What was seen of one peer.
@@ -67,7 +69,8 @@ impl Pace {
             + self.busy_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
-    /// Bytes per second while requests were on their way, or of earlier migrations; `None` if neither is known.
+    /// Bytes per second while requests were on their way, or of earlier migrations; `None` if
+    /// neither is known.
     pub(super) fn rate(&self, now: Instant) -> Option<f64> {
         let busy = self.busy(now);
         if busy < MEASURED_MIN {
@@ -83,8 +86,8 @@ impl Pace {
         (self.bytes >= bytes_min).then(|| self.rate(now)).flatten()
     }
 
-    /// How long its next message may take before it is overtaken: twice the 95th percentile of its own
-    /// history, at least `grace`; nothing for one that was waited for in vain.
+    /// How long its next message may take before it is overtaken: twice the 95th percentile of its
+    /// own history, at least `grace`; nothing for one that was waited for in vain.
     pub(super) fn hedge_delay(&self, grace: Duration) -> Duration {
         if !self.silent.is_zero() {
             return Duration::ZERO;

@@ -1,7 +1,7 @@
 //! Which object is asked of whom, and when somebody else is asked as well.
 //!
-//! The queue of one level. Pure: the workers of [`super::fetch`] tell it the time and what came, so that every order of
-//! answers can be tried without a network.
+//! The queue of one level. Pure: the workers of [`super::fetch`] tell it the time and what came, so
+//! that every order of answers can be tried without a network.
 //!
 //! ```text
 //! open --take--> neighbour --finish--> here, open again, or rest when no neighbour is left to ask
@@ -10,12 +10,13 @@
 //!
 //! Two rules keep cooperation from ever costing more than it brings:
 //!
-//! - **Helping.** The source takes from the back of what neighbours still have to be asked for, as soon as they
-//!   would take longer for it than the source alone for the whole level. So a slow, lying or empty neighbour leaves
-//!   the source idle for no longer than the grace that every neighbour has.
-//! - **Overtaking.** What is on its way from a neighbour that has been silent for longer than its own history
-//!   makes likely is asked of another neighbour, or else of the source, as well. Whichever answer comes first
-//!   counts; an object is on its way twice at most.
+//! - **Helping.** The source takes from the back of what neighbours still have to be asked for, as
+//!   soon as they would take longer for it than the source alone for the whole level. So a slow,
+//!   lying or empty neighbour leaves the source idle for no longer than the grace that every
+//!   neighbour has.
+//! - **Overtaking.** What is on its way from a neighbour that has been silent for longer than its
+//!   own history makes likely is asked of another neighbour, or else of the source, as well.
+//!   Whichever answer comes first counts; an object is on its way twice at most.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -25,20 +26,23 @@ use godwit_protos::Digest;
 use super::fetch::{Brought, FetchError, Patience};
 use super::pace::Pace;
 
-/// Objects per request, at most; with pages of 4 KiB half a megabyte, with chunks of files some 10 MiB ...
+/// Objects per request, at most; with pages of 4 KiB half a megabyte, with chunks of files some 10
+/// MiB ...
 pub(super) const BATCH_OBJECTS: usize = 128;
 
 /// ... and at least, unless fewer are left.
 const BATCH_OBJECTS_MIN: usize = 8;
 
-/// About how long one request may keep a peer busy whose pace is known: what others wait for at the end of a level.
+/// About how long one request may keep a peer busy whose pace is known: what others wait for at the
+/// end of a level.
 const BATCH_TIME: Duration = Duration::from_millis(250);
 
-/// How much longer than from the source alone a level may take before the source helps: the promise of cooperation is
-/// never to cost more than this, and the grace.
+/// How much longer than from the source alone a level may take before the source helps: the promise
+/// of cooperation is never to cost more than this, and the grace.
 const COST_MAX: f64 = 1.05;
 
-/// Bytes per second of a source that nobody has measured, 100 Mbit/s: neighbours that are faster are left alone.
+/// Bytes per second of a source that nobody has measured, 100 Mbit/s: neighbours that are faster
+/// are left alone.
 const RATE_UNKNOWN: f64 = 12.5e6;
 
 /// Objects to ask for, each with the set of neighbours that were asked in vain.
@@ -49,7 +53,8 @@ pub(super) type Batch = Vec<(Digest, u64)>;
 pub(super) enum Ending {
     /// With a word on every object.
     Answered,
-    /// Nobody waits for it any more, which says nothing against the peer but that it may have been late.
+    /// Nobody waits for it any more, which says nothing against the peer but that it may have been
+    /// late.
     GivenUp,
     /// The peer is not to be asked again, and why.
     Failed(String),
@@ -96,7 +101,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// A queue for `missing` objects, each with its root; `paces` are the neighbours' and then the source's.
+    /// A queue for `missing` objects, each with its root; `paces` are the neighbours' and then the
+    /// source's.
     pub(super) fn new(
         missing: &[(Digest, usize)],
         alive: u64,
@@ -135,7 +141,8 @@ impl Queue {
         self.alive & 1 << index != 0
     }
 
-    /// The next batch for a peer, and the number of its flight. `None` if there is nothing for it now.
+    /// The next batch for a peer, and the number of its flight. `None` if there is nothing for it
+    /// now.
     pub(super) fn take(&mut self, neighbour: Option<usize>, now: Instant) -> Option<(u64, Batch)> {
         if self.is_over(neighbour) {
             return None;
@@ -205,8 +212,8 @@ impl Queue {
         batch
     }
 
-    /// Whether neighbours would take longer for what is left than the source alone would have for the whole level. One
-    /// that has not had its grace yet is not judged.
+    /// Whether neighbours would take longer for what is left than the source alone would have for
+    /// the whole level. One that has not had its grace yet is not judged.
     fn may_help(&self, now: Instant) -> bool {
         let mut together = 0.0;
         for index in (0..self.paces.len() - 1).filter(|index| self.is_alive(*index)) {
@@ -248,7 +255,8 @@ impl Queue {
         objects * mean.max(1.0)
     }
 
-    /// How many objects a neighbour is asked for at once: as many as it sends within [`BATCH_TIME`].
+    /// How many objects a neighbour is asked for at once: as many as it sends within
+    /// [`BATCH_TIME`].
     fn batch_objects(&self, index: usize, now: Instant) -> usize {
         let Some(rate) = self.paces[index].rate(now) else { return BATCH_OBJECTS };
         let fits = |objects: &usize| self.bytes_of(*objects) <= rate * BATCH_TIME.as_secs_f64();
@@ -285,7 +293,8 @@ impl Queue {
         batch
     }
 
-    /// Whether a flight of neighbour `late` is to be overtaken by `by`, which has nothing better to do.
+    /// Whether a flight of neighbour `late` is to be overtaken by `by`, which has nothing better to
+    /// do.
     fn is_late(&self, flight: &Flight, late: usize, by: Option<usize>, now: Instant) -> bool {
         let (pace, grace) = (&self.paces[late], self.patience.grace);
         let mut delay = pace.hedge_delay(grace);
@@ -363,7 +372,8 @@ impl Queue {
         self.sort_out();
     }
 
-    /// One of two that were asked for an object did not bring it: should the other not either, it is not asked again.
+    /// One of two that were asked for an object did not bring it: should the other not either, it
+    /// is not asked again.
     fn still_on_its_way(&mut self, digest: &Digest, bit: u64) {
         for flight in self.flights.values_mut() {
             for (_, asked) in flight.batch.iter_mut().filter(|(one, _)| one == digest) {
@@ -380,7 +390,8 @@ impl Queue {
         }
     }
 
-    /// Whether this peer is not to be asked any more, whatever is left: also that everything has come.
+    /// Whether this peer is not to be asked any more, whatever is left: also that everything has
+    /// come.
     pub(super) fn has_given_up(&self, neighbour: Option<usize>) -> bool {
         let gone = match neighbour {
             Some(index) => !self.is_alive(index),
@@ -501,7 +512,8 @@ mod tests {
         assert!(next.take(None, begun + 62 * MS).is_some(), "nothing is waited for");
     }
 
-    /// Method: each sends 12.5 MB/s in all, more or less, to its two workers in turn, message by message of 512 KiB.
+    /// Method: each sends 12.5 MB/s in all, more or less, to its two workers in turn, message by
+    /// message of 512 KiB.
     #[test]
     fn equals_without_a_source_share_a_level_and_send_little_twice() {
         const OBJECT: u64 = 75 << 10;
@@ -593,7 +605,8 @@ mod tests {
                 Doing::Asking(flight, batch) => {
                     let taken = batch.len();
                     let arrives = [taken, taken / 2, taken / 2, 0][usize::from(outcome % 4)];
-                    // What the source neither sends nor fails to send is nowhere, which ends everything at once.
+                    // What the source neither sends nor fails to send is nowhere, which ends
+                    // everything at once.
                     let fails = outcome % 4 >= 2 || (peer.is_none() && arrives < taken);
                     let objects: Vec<_> =
                         batch[..arrives].iter().map(|(digest, _)| (*digest, 1)).collect();
@@ -609,7 +622,8 @@ mod tests {
     }
 
     proptest! {
-        /// Method: workers without a network take, deliver, lack and fail in any order; after that all deliver.
+        /// Method: workers without a network take, deliver, lack and fail in any order; after that
+        /// all deliver.
         #[test]
         fn in_any_order_of_answers_nothing_is_lost_and_nobody_waits_for_ever(
             neighbours in 0usize..4,

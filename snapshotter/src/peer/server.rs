@@ -1,7 +1,7 @@
 //! Answering peers.
 //!
-//! Every request meets a limit before it meets memory, and every answer is a stream whose flow control holds back
-//! a fast reader of a slow disk, and a slow reader of a fast one.
+//! Every request meets a limit before it meets memory, and every answer is a stream whose flow
+//! control holds back a fast reader of a slow disk, and a slow reader of a fast one.
 
 use std::pin::Pin;
 use std::sync::Arc;

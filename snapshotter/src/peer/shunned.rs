@@ -1,5 +1,5 @@
-//! Neighbours that are passed over for a while when an image is brought, so that one who does not answer is waited for
-//! once and not for every layer.
+//! Neighbours that are passed over for a while when an image is brought, so that one who does not
+//! answer is waited for once and not for every layer.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

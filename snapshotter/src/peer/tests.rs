@@ -1,7 +1,9 @@
-//! Fetching from scripted peers: real connections to servers that serve, lack, lie, stall or hang up.
+//! Fetching from scripted peers: real connections to servers that serve, lack, lie, stall or hang
+//! up.
 //!
-//! Each test makes some content (a memory image with its file tree: every kind of object, five levels), lets
-//! scripted nodes serve parts of it, and looks at what arrived, from whom, and who was asked how often.
+//! Each test makes some content (a memory image with its file tree: every kind of object, five
+//! levels), lets scripted nodes serve parts of it, and looks at what arrived, from whom, and who
+//! was asked how often.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -45,7 +47,8 @@ const REQUESTS_AT_ONCE: usize = 2;
 /// Levels of [`Content`].
 const LEVELS: usize = 5;
 
-/// What a peer does when it is asked for objects. Those that fail send one good object first where that says more.
+/// What a peer does when it is asked for objects. Those that fail send one good object first where
+/// that says more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Script {
     Honest,
@@ -403,15 +406,16 @@ async fn connect(node: Scripted) -> (Arc<Scripted>, Arc<Connection>) {
     (node, Arc::new(connection))
 }
 
-/// Starts a node that has no objects and answers every lookup so, or not at all, and connects to it.
+/// Starts a node that has no objects and answers every lookup so, or not at all, and connects to
+/// it.
 pub(crate) async fn locating(name: &str, located: Option<LocateResponse>) -> Arc<Connection> {
     let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
     let (greeting, script) = (Greeting::Welcomes, Script::Honest);
     connect(Scripted { name, greeting, script, objects, asked, located, sends: None }).await.1
 }
 
-/// Starts a node that says it has the blob and begins to make a layer of it, whose object is of `root`, and goes on by
-/// `script`; and connects to it.
+/// Starts a node that says it has the blob and begins to make a layer of it, whose object is of
+/// `root`, and goes on by `script`; and connects to it.
 pub(crate) async fn making(name: &str, blob: Digest, script: Script) -> Arc<Connection> {
     let (name, asked, objects) = (name.to_owned(), Mutex::default(), HashMap::new());
     let blobs = vec![blob.to_string()];
@@ -520,7 +524,8 @@ impl Destination {
         Ok(done.expect("a fetch ends whatever the peers do")?.remove(0))
     }
 
-    /// What has arrived, after a look that it is part of `content`, byte for byte, and nothing else.
+    /// What has arrived, after a look that it is part of `content`, byte for byte, and nothing
+    /// else.
     fn arrived(&self, content: &Content) -> HashSet<Digest> {
         // Counted first: a fetch that was dropped may still be storing its last message.
         let count = self.store.usage().unwrap().objects;
@@ -646,7 +651,8 @@ async fn a_dead_neighbour_costs_one_patience_in_all_levels_together() {
     }
 }
 
-/// Method: each message comes in good time for the next, but a batch would take longer than [`LIMIT`].
+/// Method: each message comes in good time for the next, but a batch would take longer than
+/// [`LIMIT`].
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_neighbour_that_only_trickles_is_overtaken() {
     let content = Content::new();
@@ -692,7 +698,8 @@ async fn a_neighbour_that_dies_midway_keeps_what_it_brought() {
     assert_eq!(total(&brought), content.objects.len() as u64);
 }
 
-/// Method: a neighbour that lives on but lacks half, so that its workers must not wait for the source's.
+/// Method: a neighbour that lives on but lacks half, so that its workers must not wait for the
+/// source's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_the_source_fails_the_error_counts_what_is_missing_and_the_rest_stays() {
     let content = Content::new();
@@ -824,7 +831,8 @@ async fn without_a_source_what_the_neighbours_do_not_bring_is_nowhere() {
     assert!(matches!(failed, FetchError::Nowhere(_)), "{failed}");
 }
 
-/// Method: a file that holds the very bytes of a directory, so that one digest is of two kinds in one level.
+/// Method: a file that holds the very bytes of a directory, so that one digest is of two kinds in
+/// one level.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_with_the_bytes_of_a_directory_hides_no_files() {
     let mut sink = Objects::default();

@@ -1,25 +1,28 @@
 //! Whom a destination asks for a subject, and what that is expected to bring.
 //!
 //! The model. Of a subject written at a set rate, a snapshot of some age leaves a difference
-//! ([`predict::changed`](changed)), which the source must send; what it has besides, a fresher snapshot has too, since
-//! pages that have stayed the same since long ago have stayed the same since. So, freshest first, everything that is
-//! missing is a row of nested parts, and by an instant T all of it can be here if
+//! ([`predict::changed`](changed)), which the source must send; what it has besides, a fresher
+//! snapshot has too, since pages that have stayed the same since long ago have stayed the same
+//! since. So, freshest first, everything that is missing is a row of nested parts, and by an
+//! instant T all of it can be here if
 //!
 //! ```text
 //! for every k:  what the k freshest and the source have and nobody else  <=  what they send until T
 //!               all that is missing                                      <=  what the destination takes in until T
 //! ```
 //!
-//! A node sends from the moment it has been asked ([`ROUND_TRIPS`]), at half its measured rate ([`RELIED_ON`]) divided
-//! among the tasks that run there. The earliest such T is [`end`]; it never decreases when a rate falls or an age, a load or a way grows, so
-//! a worse candidate never ranks above a better one. What the container writes until T follows from the source after
-//! it and grows with T, so the earliest T is also the earliest end of the whole.
+//! A node sends from the moment it has been asked ([`ROUND_TRIPS`]), at half its measured rate
+//! ([`RELIED_ON`]) divided among the tasks that run there. The earliest such T is [`end`]; it never
+//! decreases when a rate falls or an age, a load or a way grows, so a worse candidate never ranks
+//! above a better one. What the container writes until T follows from the source after it and grows
+//! with T, so the earliest T is also the earliest end of the whole.
 //!
-//! Candidates are ranked by the time that each would save alone, and taken in that order while another one makes the end
-//! earlier than those taken before it by [`GAIN_MIN`]. Nobody is asked in vain: a question to a node that
-//! adds nothing costs that node something. Should the measurements be wrong, the source helps all the same
-//! (`peer::queue`); the choice only says who is asked first. Of a subject whose write rate nobody measured nobody knows
-//! what a snapshot has that a fresher one lacks: then whoever is of use is asked.
+//! Candidates are ranked by the time that each would save alone, and taken in that order while
+//! another one makes the end earlier than those taken before it by [`GAIN_MIN`]. Nobody is asked in
+//! vain: a question to a node that adds nothing costs that node something. Should the measurements
+//! be wrong, the source helps all the same (`peer::queue`); the choice only says who is asked
+//! first. Of a subject whose write rate nobody measured nobody knows what a snapshot has that a
+//! fresher one lacks: then whoever is of use is asked.
 
 use std::fmt;
 use std::time::Duration;
@@ -29,17 +32,21 @@ use crate::migrate::predict::{RATE_UNKNOWN, changed};
 /// Most neighbours that are asked for one subject.
 pub const CHOSEN_MAX: usize = 8;
 
-/// Another neighbour must make the end earlier by this share of it: less is within the noise of any measurement.
+/// Another neighbour must make the end earlier by this share of it: less is within the noise of any
+/// measurement.
 pub const GAIN_MIN: f64 = 0.01;
 
-/// Share of a measured rate that is relied on. What was measured then need not hold now: equal runs differ by 30%, and
-/// other traffic comes and goes. Relying on less asks more nodes, so that no single one decides how long it takes.
+/// Share of a measured rate that is relied on. What was measured then need not hold now: equal runs
+/// differ by 30%, and other traffic comes and goes. Relying on less asks more nodes, so that no
+/// single one decides how long it takes.
 pub const RELIED_ON: f64 = 0.5;
 
-/// Round trips before the first content of a node arrives: what it has, and the lists above the content.
+/// Round trips before the first content of a node arrives: what it has, and the lists above the
+/// content.
 const ROUND_TRIPS: u32 = 3;
 
-/// Bytes that are on their way from one node at once: what a node that was never measured can bring per round trip.
+/// Bytes that are on their way from one node at once: what a node that was never measured can bring
+/// per round trip.
 const WINDOW_BYTES: f64 = 1_048_576.0;
 
 /// A subject that was never measured is taken to be written over once in this time.
@@ -66,7 +73,8 @@ pub struct Candidate {
     pub node: String,
     /// How many snapshots of the subject are known to be newer than its newest.
     pub lag: u64,
-    /// How old its newest is. Snapshots of more lag are taken to be at least as old as those of less, whatever clocks say.
+    /// How old its newest is. Snapshots of more lag are taken to be at least as old as those of
+    /// less, whatever clocks say.
     pub age: Duration,
     /// Bytes per second that earlier migrations measured.
     pub rate: Option<f64>,
@@ -94,7 +102,8 @@ pub enum Reason {
     Sooner,
     /// Not asked: its snapshot is so old, or it is so slow, that the source alone is as soon.
     NoUse,
-    /// Asked: how fast the subject is written was never measured, so how much others leave to it cannot be told.
+    /// Asked: how fast the subject is written was never measured, so how much others leave to it
+    /// cannot be told.
     Unmeasured,
     /// Not asked: those that are asked bring as much as soon.
     NotNeeded,
@@ -188,7 +197,8 @@ pub fn choose(
         let ((a, x), (b, y)) =
             ((&candidates[*one], &channels[*one]), (&candidates[*other], &channels[*other]));
         (rank(saved[*other]).cmp(&rank(saved[*one])))
-            // As good in the end, give or take noise: the fresher, which leaves the source less, faster, nearer, idler.
+            // As good in the end, give or take noise: the fresher, which leaves the source less,
+            // faster, nearer, idler.
             .then(ages[*one].cmp(&ages[*other]))
             .then(y.rate.total_cmp(&x.rate))
             .then(a.round_trip.cmp(&b.round_trip))
@@ -233,16 +243,16 @@ fn at_least_zero(value: f64) -> f64 {
     value.max(0.0)
 }
 
-/// Bytes per second to rely on: divided among the tasks that run, and never more than a window per round trip of a node
-/// that was never measured.
+/// Bytes per second to rely on: divided among the tasks that run, and never more than a window per
+/// round trip of a node that was never measured.
 fn rate(measured: Option<f64>, round_trip: Duration, load: f64) -> f64 {
     let by_window = WINDOW_BYTES / round_trip.as_secs_f64().max(1e-6);
     let rate = at_least_zero(measured.unwrap_or(RATE_UNKNOWN.min(by_window)));
     RELIED_ON * rate / at_least_zero(load).max(1.0)
 }
 
-/// Ages that agree with the lineage: one snapshot has one age, the least that anybody tells, and older ones are not
-/// younger.
+/// Ages that agree with the lineage: one snapshot has one age, the least that anybody tells, and
+/// older ones are not younger.
 fn ages(candidates: &[Candidate]) -> Vec<Duration> {
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by_key(|index| (candidates[*index].lag, candidates[*index].age));
@@ -258,8 +268,8 @@ fn ages(candidates: &[Candidate]) -> Vec<Duration> {
     ages
 }
 
-/// The earliest whole microsecond by which everything can be here. Searched for, not computed: so rounding never turns a
-/// worse candidate into a better one.
+/// The earliest whole microsecond by which everything can be here. Searched for, not computed: so
+/// rounding never turns a worse candidate into a better one.
 fn end(source: &Channel, mut chosen: Vec<Channel>, ingest: f64) -> Duration {
     chosen.sort_by(|one, other| other.held.total_cmp(&one.held));
     let suffices = |end: Duration| {
@@ -284,7 +294,8 @@ fn end(source: &Channel, mut chosen: Vec<Channel>, ingest: f64) -> Duration {
     Duration::from_micros(late)
 }
 
-/// What each brings until `end`: part by part, the one that most have first, in proportion to what each can still send.
+/// What each brings until `end`: part by part, the one that most have first, in proportion to what
+/// each can still send.
 fn shares(chosen: &[usize], channels: &[Channel], end: Duration) -> Vec<f64> {
     let mut by_held = chosen.to_vec();
     by_held.sort_by(|one, other| channels[*other].held.total_cmp(&channels[*one].held));
@@ -321,7 +332,8 @@ mod tests {
         Source { rate: Some(10.0 * MIB / RELIED_ON), round_trip: Duration::ZERO, load: 0.0 };
     const INGEST: f64 = 1000.0 * MIB;
 
-    /// A neighbour relied on for `mib_per_s` whose snapshot is `age` seconds old and the newest but `lag`.
+    /// A neighbour relied on for `mib_per_s` whose snapshot is `age` seconds old and the newest but
+    /// `lag`.
     fn candidate(node: &str, lag: u64, age: u64, mib_per_s: f64) -> Candidate {
         Candidate {
             node: node.to_owned(),
@@ -336,7 +348,8 @@ mod tests {
         choices.iter().map(|choice| (choice.node.as_str(), choice.reason)).collect()
     }
 
-    /// Method: figures by hand; the source needs 10 s alone, and with the first 0.95 s for what it must send.
+    /// Method: figures by hand; the source needs 10 s alone, and with the first 0.95 s for what it
+    /// must send.
     #[test]
     fn freshness_and_rate_both_count() {
         // At 0.1 MiB/s, after 1000 s 63 of 100 MiB differ, after 100 s 9.5, after 10 s 1.

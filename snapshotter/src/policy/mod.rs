@@ -6,15 +6,16 @@
 //!  choose ◄── whom a destination asks ◄───────── retain ◄─┘   what is given up, in which order
 //! ```
 //!
-//! Every function here is pure: it is told ages, rates and loads, and returns a decision with its reason. There is no
-//! clock, no I/O and no randomness but a seed that the caller gives. So the daemon and the simulation of large sites run
-//! the same code, and every order of events can be tried in tests.
+//! Every function here is pure: it is told ages, rates and loads, and returns a decision with its
+//! reason. There is no clock, no I/O and no randomness but a seed that the caller gives. So the
+//! daemon and the simulation of large sites run the same code, and every order of events can be
+//! tried in tests.
 //!
-//! Foreign clocks are never trusted alone: what is newer is a question of lineage ([`choose::Candidate::lag`]), and ages
-//! only fill in how much newer.
+//! Foreign clocks are never trusted alone: what is newer is a question of lineage
+//! ([`choose::Candidate::lag`]), and ages only fill in how much newer.
 //!
-//! Read next: docs/adr/0008-whoever-brings-the-end-nearer-is-asked.md for the choosing rule, docs/evaluation.md for what
-//! these rules are worth on large sites.
+//! Read next: docs/adr/0008-whoever-brings-the-end-nearer-is-asked.md for the choosing rule,
+//! docs/evaluation.md for what these rules are worth on large sites.
 
 pub mod choose;
 pub mod place;

@@ -1,13 +1,15 @@
 //! On which neighbours a copy of a snapshot is put.
 //!
-//! The nearest ones: a destination near this node is near them too. A copy goes as a difference where an earlier
-//! snapshot lies already, so such a neighbour counts as half as far away; without that, two that are about as near would
-//! take turns with every hello, and each turn would cost a whole copy. When the neighbourhood changes by more than that,
-//! the placement follows by itself, since it is made anew for every snapshot.
+//! The nearest ones: a destination near this node is near them too. A copy goes as a difference
+//! where an earlier snapshot lies already, so such a neighbour counts as half as far away; without
+//! that, two that are about as near would take turns with every hello, and each turn would cost a
+//! whole copy. When the neighbourhood changes by more than that, the placement follows by itself,
+//! since it is made anew for every snapshot.
 
 use std::collections::BTreeMap;
 
-/// How much farther another neighbour may be than one that has an earlier snapshot, and the latter still be chosen.
+/// How much farther another neighbour may be than one that has an earlier snapshot, and the latter
+/// still be chosen.
 const MOVE_FACTOR: f64 = 2.0;
 
 /// A node that could hold a copy.
@@ -29,10 +31,11 @@ pub struct Neighbour {
     pub has_earlier: bool,
 }
 
-/// Names of the at most `count` neighbours that are to have a copy of `bytes`, the first choice first.
+/// Names of the at most `count` neighbours that are to have a copy of `bytes`, the first choice
+/// first.
 ///
-/// Only those that answer, have room, bear every label of `labels` and are not named in `except`. Nearest first, by round
-/// trip, then by throughput, then by name.
+/// Only those that answer, have room, bear every label of `labels` and are not named in `except`.
+/// Nearest first, by round trip, then by throughput, then by name.
 pub fn place(
     count: usize,
     bytes: u64,

@@ -1,12 +1,15 @@
 //! Which snapshots a node gives up.
 //!
-//! 1. Of a subject that was removed, everything, after a set time: what a container left must not outlive it for ever.
+//! 1. Of a subject that was removed, everything, after a set time: what a container left must not
+//!    outlive it for ever.
 //! 2. Of every subject, what is neither among its newest few nor young.
-//! 3. While more is stored than the budget allows, the least useful first: what is left of removed subjects, then older
-//!    snapshots, and last the newest of each subject, since that is what a migration asks for.
+//! 3. While more is stored than the budget allows, the least useful first: what is left of removed
+//!    subjects, then older snapshots, and last the newest of each subject, since that is what a
+//!    migration asks for.
 //!
-//! Pinned and leased snapshots are never given up; they count among the newest of their subject all the same. What cannot
-//! be known keeps a snapshot: a subject that is gone since nobody knows when is not expired.
+//! Pinned and leased snapshots are never given up; they count among the newest of their subject all
+//! the same. What cannot be known keeps a snapshot: a subject that is gone since nobody knows when
+//! is not expired.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BTreeMap;
@@ -14,7 +17,8 @@ use std::time::Duration;
 
 use crate::store::SnapshotId;
 
-/// A snapshot is expected to be wanted again after about as long as it has rested, and after this long at least.
+/// A snapshot is expected to be wanted again after about as long as it has rested, and after this
+/// long at least.
 const REST_MIN: Duration = Duration::from_secs(60);
 
 /// A snapshot as this node has it.
@@ -77,8 +81,9 @@ pub struct Removal {
 
 /// What to give up of `kept`, in this order, when `total_bytes` are stored in all.
 ///
-/// Snapshots share chunks, so removing two may free more than `bytes_freed` of both: the list may be longer than needed.
-/// Who wants to give up no more than needed applies it from the front and measures in between.
+/// Snapshots share chunks, so removing two may free more than `bytes_freed` of both: the list may
+/// be longer than needed. Who wants to give up no more than needed applies it from the front and
+/// measures in between.
 pub fn retain(kept: &[Kept], rules: &Rules, total_bytes: u64) -> Vec<Removal> {
     let ranks = ranks(kept);
     let mut stays: Vec<(&Kept, usize)> = Vec::new();
@@ -130,7 +135,8 @@ fn ranks(kept: &[Kept]) -> Vec<usize> {
     ranks
 }
 
-/// What is given up first compares as less: by kind, then by expected uses per byte, then by age and name.
+/// What is given up first compares as less: by kind, then by expected uses per byte, then by age
+/// and name.
 fn less_useful_first(one: (&Kept, usize), other: (&Kept, usize)) -> Ordering {
     let kind = |(one, rank): (&Kept, usize)| match (one.subject_exists, rank) {
         (false, _) => 0,
@@ -144,8 +150,8 @@ fn less_useful_first(one: (&Kept, usize), other: (&Kept, usize)) -> Ordering {
         .then(one.0.id.cmp(&other.0.id))
 }
 
-/// Uses per second and byte: one in the time that it has rested, half as many for each newer one of its subject. One
-/// that frees nothing is as useful as can be, since it costs nothing.
+/// Uses per second and byte: one in the time that it has rested, half as many for each newer one of
+/// its subject. One that frees nothing is as useful as can be, since it costs nothing.
 fn usefulness((one, rank): (&Kept, usize)) -> f64 {
     let rest = one.last_used.unwrap_or(one.age).min(one.age).max(REST_MIN);
     let halvings = i32::try_from(rank.min(64)).unwrap_or(64);

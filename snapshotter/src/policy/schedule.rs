@@ -1,8 +1,9 @@
 //! When a subject is captured next.
 //!
-//! A base is worth as much as it resembles the state that a migration will want. So the period follows the write rate:
-//! the next capture is due when the expected difference to the last one ([`predict::changed`](changed)) reaches a set size.
-//! Three things hold it back: a smallest period, a [`Budget`] of processor and disk, and the node's load ([`may_run`]).
+//! A base is worth as much as it resembles the state that a migration will want. So the period
+//! follows the write rate: the next capture is due when the expected difference to the last one
+//! ([`predict::changed`](changed)) reaches a set size. Three things hold it back: a smallest
+//! period, a [`Budget`] of processor and disk, and the node's load ([`may_run`]).
 
 use std::time::Duration;
 
@@ -45,8 +46,9 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Captures between every `min` and every `max`, when about `target_bytes` have changed; each period is longer by
-    /// a share of itself below `jitter`, so that subjects that began together do not stay together.
+    /// Captures between every `min` and every `max`, when about `target_bytes` have changed; each
+    /// period is longer by a share of itself below `jitter`, so that subjects that began together
+    /// do not stay together.
     pub fn new(
         min: Duration,
         max: Duration,
@@ -70,8 +72,9 @@ impl Schedule {
 
     /// How long after one capture the next is due.
     ///
-    /// A subject whose write rate nobody has measured is captured again after `min`: two captures tell the rate. The
-    /// jitter comes after the bounds, or subjects at a bound would all keep step.
+    /// A subject whose write rate nobody has measured is captured again after `min`: two captures
+    /// tell the rate. The jitter comes after the bounds, or subjects at a bound would all keep
+    /// step.
     ///
     /// - Units: `write_rate` in bytes per second; what overwrites a byte again counts again.
     /// - `seed`: the same for the same capture, for example of [`seed`].
@@ -113,8 +116,8 @@ impl Budget {
         Ok(Self { cpu_share, disk_bytes_per_s })
     }
 
-    /// The earliest start of the next capture of any subject, counted from the start of one that took `busy` and wrote
-    /// `bytes`: then the average over that time stays within the budget.
+    /// The earliest start of the next capture of any subject, counted from the start of one that
+    /// took `busy` and wrote `bytes`: then the average over that time stays within the budget.
     pub fn next_start(&self, busy: Duration, bytes: u64) -> Duration {
         let by_cpu = busy.as_secs_f64() / self.cpu_share;
         let by_disk = bytes as f64 / self.disk_bytes_per_s as f64;
@@ -122,8 +125,8 @@ impl Budget {
     }
 }
 
-/// Whether a node of this load may capture anything now. Runnable tasks per processor, as peers are told too; a load
-/// that is not known is too high.
+/// Whether a node of this load may capture anything now. Runnable tasks per processor, as peers are
+/// told too; a load that is not known is too high.
 pub fn may_run(load: f64, load_max: f64) -> bool {
     load <= load_max
 }
@@ -215,7 +218,8 @@ mod tests {
     }
 
     proptest! {
-        /// Method: periods between the bounds; the model that migrations are planned with says how much has changed.
+        /// Method: periods between the bounds; the model that migrations are planned with says how
+        /// much has changed.
         #[test]
         fn a_period_ends_when_the_target_has_changed(size in 17 * MIB..4096 * MIB, rate in 1e3f64..1e7) {
             let period = schedule(0.0).period(size, Some(rate), 0);

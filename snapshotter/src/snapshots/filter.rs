@@ -9,8 +9,8 @@
 //! quoted    := a Go string literal in double quotes
 //! ```
 //!
-//! Space may stand before a field, an operator or a value, and nowhere else, as containerd has it. A
-//! list of filters matches what any of them matches; an empty list and an empty filter match
+//! Space may stand before a field, an operator or a value, and nowhere else, as containerd has it.
+//! A list of filters matches what any of them matches; an empty list and an empty filter match
 //! everything. The third operator of the grammar, `~=` (a regular expression), is refused:
 //! containerd sends none to a proxy.
 

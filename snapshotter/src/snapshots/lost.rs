@@ -15,15 +15,18 @@ impl Snapshots {
         Ok(lost.into_iter().map(|(name, row)| row.into_info(&name)).collect())
     }
 
-    /// Makes what the active snapshot `key` holds the committed one `name` again, whose directory is missing; `key` is gone.
+    /// Makes what the active snapshot `key` holds the committed one `name` again, whose directory
+    /// is missing; `key` is gone.
     ///
-    /// 1. write the files out, 2. rename the directory, 3. flush that, 4. commit the database without `key`.
+    /// 1. write the files out, 2. rename the directory, 3. flush that, 4. commit the database
+    ///    without `key`.
     ///
-    /// On open: before step 3 `name` is missing still, or not any more; `key` is there, and after step 2 it is made anew,
-    /// empty. containerd does not know it and has it removed.
+    /// On open: before step 3 `name` is missing still, or not any more; `key` is there, and after
+    /// step 2 it is made anew, empty. containerd does not know it and has it removed.
     ///
-    /// Caller: nothing writes to it any more, and it is what `name` was. Errors: [`SnapshotError::NotFound`] for either;
-    /// [`SnapshotError::AlreadyExists`] if `name` is whole, or not committed; [`SnapshotError::NotActive`]; and the disk's.
+    /// Caller: nothing writes to it any more, and it is what `name` was. Errors:
+    /// [`SnapshotError::NotFound`] for either; [`SnapshotError::AlreadyExists`] if `name` is whole,
+    /// or not committed; [`SnapshotError::NotActive`]; and the disk's.
     pub fn put_back(&self, name: &str, key: &str) -> Result<(), SnapshotError> {
         let from = self.metadata.get(key)?;
         if from.kind != Kind::Active {

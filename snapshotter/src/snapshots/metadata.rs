@@ -7,12 +7,13 @@
 //! | `children` | parent's name, child's key or name | nothing |
 //!
 //! All writing goes through one [`Change`] at a time: redb has one writer, and a second waits. A
-//! change that is dropped leaves no trace; one that is committed waits for the one before to be on disk, not for itself.
-//! The rules of containerd's contract that concern metadata alone (what may be a parent, what may
-//! be removed) are checked here, inside the change.
+//! change that is dropped leaves no trace; one that is committed waits for the one before to be on
+//! disk, not for itself. The rules of containerd's contract that concern metadata alone (what may
+//! be a parent, what may be removed) are checked here, inside the change.
 //!
-//! It is made whole or not at all ([`crate::database`]). On open: a damaged one, one of another format, and a missing one
-//! beside snapshots that exist are errors and nothing is touched: the directories hold containers' data.
+//! It is made whole or not at all ([`crate::database`]). On open: a damaged one, one of another
+//! format, and a missing one beside snapshots that exist are errors and nothing is touched: the
+//! directories hold containers' data.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -112,13 +113,15 @@ fn decode(name: &str, bytes: &[u8]) -> Result<Row, SnapshotError> {
 }
 
 impl Metadata {
-    /// Opens the database of the snapshots whose directories are in `trees` at `path`, or makes one if `may_create`.
+    /// Opens the database of the snapshots whose directories are in `trees` at `path`, or makes one
+    /// if `may_create`.
     pub(super) fn open(path: &Path, trees: &Path, may_create: bool) -> Result<Self, OpenError> {
         let io_error = |source| OpenError::Io { path: path.to_owned(), source };
         if !may_create && !fs::exists(path).map_err(io_error)? {
             return Err(OpenError::MetadataMissing(path.to_owned()));
         }
-        // Without a journal a renamed directory may be on disk under both names, and the old one is deleted on open.
+        // Without a journal a renamed directory may be on disk under both names, and the old one is
+        // deleted on open.
         let spares = trees.join(SPARES);
         let opened = database::open_deferring(path, trees, spares, Database::builder(), Self::fill);
         let (db, flushes, room) = opened.map_err(|error| Self::damaged(path, error))?;
@@ -347,7 +350,8 @@ impl Change<'_> {
         Ok(row)
     }
 
-    /// Takes `key` out and returns its number. Errors: [`SnapshotError::NotFound`]; [`SnapshotError::HasChildren`].
+    /// Takes `key` out and returns its number. Errors: [`SnapshotError::NotFound`];
+    /// [`SnapshotError::HasChildren`].
     pub(super) fn remove(&self, key: &str) -> Result<u64, SnapshotError> {
         let row = self.get(key)?.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
         if self.has_children(key)? {
@@ -418,8 +422,8 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Everybody sees the change when this returns, and a kill does not undo it; to the disk it is on its way
-    /// ([`Flushes`]). Caller: the trees of what was added have their names.
+    /// Everybody sees the change when this returns, and a kill does not undo it; to the disk it is
+    /// on its way ([`Flushes`]). Caller: the trees of what was added have their names.
     pub(super) fn commit(self) -> Result<(), SnapshotError> {
         if self.has_tree.get() {
             self.flushes.also_first();

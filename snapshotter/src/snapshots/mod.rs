@@ -8,22 +8,22 @@
 //! ```
 //!
 //! Each has a number, which is never used twice, and a directory of that number: `fs/<number>/fs`
-//! holds what it adds to its parents, `fs/<number>/work` is overlayfs's own. Directories are made in advance ([`spare`]).
-//! The names, the kinds and the chain are in a database ([`metadata`]). What is mounted ([`Snapshots::mounts`]) is
-//! either a bind mount, where there is one tree only, or an overlay of the whole chain; containerd
-//! mounts it, we never do.
+//! holds what it adds to its parents, `fs/<number>/work` is overlayfs's own. Directories are made
+//! in advance ([`spare`]). The names, the kinds and the chain are in a database ([`metadata`]).
+//! What is mounted ([`Snapshots::mounts`]) is either a bind mount, where there is one tree only, or
+//! an overlay of the whole chain; containerd mounts it, we never do.
 //!
 //! Promises: what the database names has a directory, whenever the machine stops; a committed layer
 //! is on disk before the database calls it committed, and that before containerd is told; what else
-//! was answered survives the daemon's death, and a power cut unless it was the last change, which is
-//! on its way to the disk then; nothing is deleted that the database on disk names; two daemons never
-//! work on one state; a damaged database is an error that leaves everything as it is. On open, in
-//! this order:
+//! was answered survives the daemon's death, and a power cut unless it was the last change, which
+//! is on its way to the disk then; nothing is deleted that the database on disk names; two daemons
+//! never work on one state; a damaged database is an error that leaves everything as it is. On
+//! open, in this order:
 //!
 //! 1. take the lock, or fail;
 //! 2. open the database and check it, or fail;
-//! 3. delete what the database does not name under `fs/`: prepares and removals that did not finish, and what was made in
-//!    advance;
+//! 3. delete what the database does not name under `fs/`: prepares and removals that did not
+//!    finish, and what was made in advance;
 //! 4. make anew what the directories of active snapshots lack: prepares that the file system had
 //!    not written yet.
 //!
@@ -86,7 +86,8 @@ const MAPPINGS: [&str; 2] =
 /// Where directories are made in advance, under `fs/`.
 const SPARES: &str = ".spare";
 
-/// How long opening waits for the lock: a daemon that was killed while it flushed has it until the disk has answered.
+/// How long opening waits for the lock: a daemon that was killed while it flushed has it until the
+/// disk has answered.
 const LOCK_WAIT: Duration = Duration::from_secs(3);
 
 /// What a snapshot is to containerd.
@@ -198,12 +199,13 @@ impl Snapshots {
         self.add(Kind::View, key, parent, labels)
     }
 
-    /// 1. rename a spare directory to `<number>`, 2. commit the database. All inside one change, so that `cleanup` cannot
-    ///    see it half done.
+    /// 1. rename a spare directory to `<number>`, 2. commit the database. All inside one change, so
+    ///    that `cleanup` cannot see it half done.
     ///
-    /// On open: without step 2 the database does not name the directory, and it is deleted. What is renamed is on disk, and
-    /// its name is flushed before the database; if a stopped machine had written the database only, the directory is made
-    /// anew, since nothing in it can have been synced.
+    /// On open: without step 2 the database does not name the directory, and it is deleted. What is
+    /// renamed is on disk, and its name is flushed before the database; if a stopped machine had
+    /// written the database only, the directory is made anew, since nothing in it can have been
+    /// synced.
     fn add(
         &self,
         kind: Kind,
@@ -357,8 +359,8 @@ impl Snapshots {
         if row.kind == Kind::Active { measure(&self.upper(row.number)) } else { Ok(row.usage) }
     }
 
-    /// Removes `key`: it is gone when this returns; its directory goes at the next `cleanup`, which containerd asks for
-    /// once it has removed what it had to.
+    /// Removes `key`: it is gone when this returns; its directory goes at the next `cleanup`, which
+    /// containerd asks for once it has removed what it had to.
     ///
     /// 1. commit the database without it. On open: the directory is deleted.
     ///
@@ -384,7 +386,8 @@ impl Snapshots {
     /// Deletes the directories that the database does not name. What cannot be deleted is left and
     /// reported; its number is not used again.
     ///
-    /// 1. find them, 2. commit the database, so that no removal can be undone, 3. delete one after the other.
+    /// 1. find them, 2. commit the database, so that no removal can be undone, 3. delete one after
+    ///    the other.
     ///
     /// On open: all of it is done again.
     pub fn cleanup(&self) -> Result<(), SnapshotError> {
@@ -402,7 +405,8 @@ impl Snapshots {
         Ok(())
     }
 
-    /// How many snapshots there are, and what is wrong with them, each in words that say what to do. Changes nothing.
+    /// How many snapshots there are, and what is wrong with them, each in words that say what to
+    /// do. Changes nothing.
     pub fn check(&self) -> Result<(u64, Vec<String>), SnapshotError> {
         // Inside a change no snapshot is half added.
         let change = self.metadata.begin()?;
@@ -451,7 +455,8 @@ impl Snapshots {
         self.cleanup()
     }
 
-    /// Whether a prepare, a removal or another small change would wait: for a change that is under way, or for the disk.
+    /// Whether a prepare, a removal or another small change would wait: for a change that is under
+    /// way, or for the disk.
     fn is_busy(&self) -> bool {
         self.metadata.is_busy() || self.spares.is_empty()
     }
@@ -468,8 +473,9 @@ impl Snapshots {
         Ok(found.into_iter().filter(is_orphan).map(|name| self.trees.join(name)).collect())
     }
 
-    /// That of a committed snapshot cannot be made anew: its layer is lost, and with it the owner of what lies directly
-    /// above. What cannot be made is told, and does not keep the others from being served.
+    /// That of a committed snapshot cannot be made anew: its layer is lost, and with it the owner
+    /// of what lies directly above. What cannot be made is told, and does not keep the others from
+    /// being served.
     fn make_missing_trees(&self) -> Result<(), SnapshotError> {
         let mut has_placed = false;
         for (name, row) in self.metadata.all()? {
@@ -522,9 +528,9 @@ impl Snapshots {
 
 /// Owner and group that labels of an id mapping give the root of the container.
 ///
-/// The labels are those by which containerd's client asks for it: `CONTAINER:HOST:SIZE`, or several of them parted by
-/// commas, as user_namespaces(7) has them. Errors: [`SnapshotError::IdMapping`] if one cannot be read, maps no root, or
-/// stands alone.
+/// The labels are those by which containerd's client asks for it: `CONTAINER:HOST:SIZE`, or several
+/// of them parted by commas, as user_namespaces(7) has them. Errors: [`SnapshotError::IdMapping`]
+/// if one cannot be read, maps no root, or stands alone.
 fn mapped_root(labels: &BTreeMap<String, String>) -> Result<Option<(u32, u32)>, SnapshotError> {
     let [Some(uids), Some(gids)] = MAPPINGS.map(|key| labels.get(key)) else {
         let alone = MAPPINGS.iter().find_map(|key| labels.get(*key));

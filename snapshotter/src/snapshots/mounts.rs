@@ -46,8 +46,8 @@ pub(super) fn overlay_options() -> Vec<String> {
     overlay_options_for(has_index, &fs::read_to_string("/proc/self/uid_map").unwrap_or_default())
 }
 
-/// Options of every overlay, by whether the kernel knows `index`, and the process's `uid_map`. docs/snapshotter.md says
-/// why these and no others.
+/// Options of every overlay, by whether the kernel knows `index`, and the process's `uid_map`.
+/// docs/snapshotter.md says why these and no others.
 fn overlay_options_for(has_index: bool, ids: &str) -> Vec<String> {
     // The first user namespace maps all ids to themselves (user_namespaces(7)).
     let in_user_namespace = !ids.is_empty() && !ids.split_whitespace().eq(["0", "0", "4294967295"]);

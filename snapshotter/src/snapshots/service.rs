@@ -1,10 +1,10 @@
 //! The gRPC side of [`Snapshots`]: containerd's snapshots service, which a proxy plugin of type
 //! "snapshot" calls.
 //!
-//! It has a thread of its own ([`serve`]), on which what waits for nobody is answered; the rest is on others. A call whose
-//! caller has gone away still ends.
-//! The request's `snapshotter` field is containerd's name for us and is ignored. SnapshotError codes are what containerd's
-//! callers act on: the unpacker, for one, takes `ALREADY_EXISTS` for "somebody else was faster".
+//! It has a thread of its own ([`serve`]), on which what waits for nobody is answered; the rest is
+//! on others. A call whose caller has gone away still ends. The request's `snapshotter` field is
+//! containerd's name for us and is ignored. SnapshotError codes are what containerd's callers act
+//! on: the unpacker, for one, takes `ALREADY_EXISTS` for "somebody else was faster".
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error as _;
@@ -46,8 +46,9 @@ pub struct Service {
     pub(super) layers: Option<Layers>,
 }
 
-/// Serves `listener`, the socket that containerd's `proxy_plugins` names, on a thread of its own until `stop`. With
-/// `layers` it is a remote snapshotter: it supplies layers that can be had without their registry.
+/// Serves `listener`, the socket that containerd's `proxy_plugins` names, on a thread of its own
+/// until `stop`. With `layers` it is a remote snapshotter: it supplies layers that can be had
+/// without their registry.
 ///
 /// Errors: the system's, when the thread cannot be started, and then the server's.
 pub fn serve(
@@ -75,8 +76,8 @@ pub fn serve(
 }
 
 impl Service {
-    /// Answers in place what waits for nobody: a way to another thread and back would take as long again. Caller: has no
-    /// more to do on its thread than this.
+    /// Answers in place what waits for nobody: a way to another thread and back would take as long
+    /// again. Caller: has no more to do on its thread than this.
     fn at_once<T>(
         &self,
         call: &'static str,
@@ -98,7 +99,8 @@ impl Service {
         self.at_once(call, work)
     }
 
-    /// Adds a snapshot in place, but apart where labels give its root directory an owner, which is flushed.
+    /// Adds a snapshot in place, but apart where labels give its root directory an owner, which is
+    /// flushed.
     async fn add(
         &self,
         call: &'static str,

@@ -1,10 +1,12 @@
 //! Directories for snapshots to come, made in advance and on disk before they are wanted.
 //!
-//! Making one takes ext4 0.15 ms, and without a journal, when many files were deleted in the minutes before, 1 ms; renaming
-//! one takes 0.03 ms. They wait under `fs/.spare`, where a thread makes more: when nobody has wanted one for a moment, or
-//! when few are left. What is there when the snapshots are opened belongs to none and is deleted.
+//! Making one takes ext4 0.15 ms, and without a journal, when many files were deleted in the
+//! minutes before, 1 ms; renaming one takes 0.03 ms. They wait under `fs/.spare`, where a thread
+//! makes more: when nobody has wanted one for a moment, or when few are left. What is there when
+//! the snapshots are opened belongs to none and is deleted.
 //!
-//! Where a file system puts a directory is decided when it is made, and here it is asked to give each a place of its own.
+//! Where a file system puts a directory is decided when it is made, and here it is asked to give
+//! each a place of its own.
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File};
@@ -54,7 +56,8 @@ struct State {
 }
 
 impl Spares {
-    /// Makes them in `dir`. Caller: has the lock of the snapshots. Errors: no thread can be started.
+    /// Makes them in `dir`. Caller: has the lock of the snapshots. Errors: no thread can be
+    /// started.
     pub(super) fn open(dir: PathBuf) -> io::Result<Self> {
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -75,8 +78,8 @@ impl Spares {
         self.shared.state().ready.is_empty()
     }
 
-    /// Makes `path`, which is not there, a snapshot's directory with `fs`, root's, and `work`. All of it is on disk, but
-    /// its name.
+    /// Makes `path`, which is not there, a snapshot's directory with `fs`, root's, and `work`. All
+    /// of it is on disk, but its name.
     pub(super) fn take(&self, path: &Path) -> io::Result<()> {
         loop {
             let mut state = self.shared.state();

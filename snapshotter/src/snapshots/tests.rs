@@ -504,7 +504,8 @@ fn few_files_are_written_out_one_by_one_and_many_or_those_of_other_kinds_at_once
     }
 }
 
-/// Method: all that an unpacker may do to a layer's own directory, also what leaves no entry, or the value from before.
+/// Method: all that an unpacker may do to a layer's own directory, also what leaves no entry, or
+/// the value from before.
 #[test]
 fn a_directory_is_untouched_only_if_nothing_was_done_to_it() {
     let (dir, snapshots) = fixture();
@@ -581,7 +582,8 @@ fn a_cleanup_that_stops_is_done_again_on_open() {
     assert_eq!(trees(dir.path()), ["1"]);
 }
 
-/// Method: somebody else's change takes a second. The calls have one thread, as they have in the daemon.
+/// Method: somebody else's change takes a second. The calls have one thread, as they have in the
+/// daemon.
 #[tokio::test]
 async fn who_only_asks_does_not_wait_behind_a_change_that_waits() {
     let (_dir, snapshots) = fixture();

@@ -41,9 +41,10 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode))
 }
 
-/// Whether a directory is as it was when a snapshot that was prepared `since` got it: made in advance, and on disk
-/// ([`super::spare`]). Whatever is done to a directory gives it a new time of change, which is later than `since`; or
-/// another one, if somebody sets the clock. Where the umask takes something from its mode, none counts as untouched.
+/// Whether a directory is as it was when a snapshot that was prepared `since` got it: made in
+/// advance, and on disk ([`super::spare`]). Whatever is done to a directory gives it a new time of
+/// change, which is later than `since`; or another one, if somebody sets the clock. Where the umask
+/// takes something from its mode, none counts as untouched.
 pub(super) fn is_untouched(upper: &Path, since: SystemTime) -> io::Result<bool> {
     let found = fs::symlink_metadata(upper)?;
     let made = found.created()?;
@@ -56,8 +57,9 @@ pub(super) fn time(secs: impl TryInto<u64>, nanos: impl TryInto<u32>) -> SystemT
     since_epoch.map_or(UNIX_EPOCH, |(secs, nanos)| UNIX_EPOCH + Duration::new(secs, nanos))
 }
 
-/// Puts what lies in `upper`, of a snapshot that was prepared `since`, on disk, and measures it. A few files and directories
-/// by themselves: syncfs(2) waits for all that every container has written to the file system.
+/// Puts what lies in `upper`, of a snapshot that was prepared `since`, on disk, and measures it. A
+/// few files and directories by themselves: syncfs(2) waits for all that every container has
+/// written to the file system.
 pub(super) fn write_out(upper: &Path, since: SystemTime) -> Result<Usage, SnapshotError> {
     let failed = |source| SnapshotError::Io { what: "sync", path: upper.to_owned(), source };
     if let Some(few) = few_inodes(upper).map_err(failed)? {
@@ -76,8 +78,9 @@ pub(super) fn write_out(upper: &Path, since: SystemTime) -> Result<Usage, Snapsh
     })
 }
 
-/// All that lies in `upper`, with itself, unless there is more than can be synced one by one, or something that cannot be:
-/// a symbolic link or a whiteout has no descriptor to fsync, and without a journal its directory's fsync does not write it.
+/// All that lies in `upper`, with itself, unless there is more than can be synced one by one, or
+/// something that cannot be: a symbolic link or a whiteout has no descriptor to fsync, and without
+/// a journal its directory's fsync does not write it.
 pub(super) fn few_inodes(upper: &Path) -> io::Result<Option<Vec<PathBuf>>> {
     let (mut found, mut pending) = (Vec::new(), vec![upper.to_owned()]);
     while let Some(path) = pending.pop() {

@@ -1,9 +1,11 @@
-//! Layers are written to disk while containerd unpacks them, so that a commit waits for the rest only.
+//! Layers are written to disk while containerd unpacks them, so that a commit waits for the rest
+//! only.
 //!
-//! By itself the kernel begins to write when a file has been dirty for half a minute, or when a tenth of memory is
-//! (`dirty_expire_centisecs` and `dirty_background_ratio` in Documentation/admin-guide/sysctl/vm.rst). So a thread for each
-//! layer goes through its tree again and again and has the kernel begin with what is new. That is advice: nothing
-//! depends on it, and what cannot be read is passed over.
+//! By itself the kernel begins to write when a file has been dirty for half a minute, or when a
+//! tenth of memory is (`dirty_expire_centisecs` and `dirty_background_ratio` in
+//! Documentation/admin-guide/sysctl/vm.rst). So a thread for each layer goes through its tree again
+//! and again and has the kernel begin with what is new. That is advice: nothing depends on it, and
+//! what cannot be read is passed over.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -26,26 +28,29 @@ use rustix::io::Errno;
 use super::tree::{TICK, time};
 use crate::sys::begin_writing;
 
-/// Layers that are followed at a time: as many as containerd unpacks at once, and a few that nobody will finish.
+/// Layers that are followed at a time: as many as containerd unpacks at once, and a few that nobody
+/// will finish.
 const FOLLOWED_MAX: usize = 8;
 
-/// What the paths of a layer's directories may take, in bytes: some hundred thousand of usual ones. What is beyond is left to
-/// the commit.
+/// What the paths of a layer's directories may take, in bytes: some hundred thousand of usual ones.
+/// What is beyond is left to the commit.
 const PATHS_BYTES_MAX: usize = 16 << 20;
 
-/// How long a thread rests before it looks again: three times as long as it took, within these; longer each time that there
-/// was nothing.
+/// How long a thread rests before it looks again: three times as long as it took, within these;
+/// longer each time that there was nothing.
 const REST: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// The layers that are being unpacked, by their snapshots' numbers. A thread ends when its sender is dropped.
+/// The layers that are being unpacked, by their snapshots' numbers. A thread ends when its sender
+/// is dropped.
 #[derive(Debug, Default)]
 pub(super) struct Writeback {
     followed: Mutex<HashMap<u64, Sender<Infallible>>>,
 }
 
 impl Writeback {
-    /// Whether a snapshot of this key is a layer to be: containerd's keys are `NAMESPACE/NUMBER/KEY`, and those of an
-    /// unpacker begin with `extract-` (`UnpackKeyPrefix` in containerd's `core/snapshots/snapshotter.go`).
+    /// Whether a snapshot of this key is a layer to be: containerd's keys are
+    /// `NAMESPACE/NUMBER/KEY`, and those of an unpacker begin with `extract-` (`UnpackKeyPrefix` in
+    /// containerd's `core/snapshots/snapshotter.go`).
     pub(super) fn is_for(key: &str) -> bool {
         key.splitn(3, '/').nth(2).is_some_and(|key| key.starts_with("extract-"))
     }
@@ -92,14 +97,16 @@ fn follow(upper: &Path, ended: &Receiver<Infallible>) {
 
 /// What is known of a tree that grows.
 struct Walk {
-    /// Below it nothing leads out: no symbolic link is followed, whatever an image puts where a directory was.
+    /// Below it nothing leads out: no symbolic link is followed, whatever an image puts where a
+    /// directory was.
     root: File,
-    /// Every directory by its path from there, and the last time of change of what it has, when it was listed.
+    /// Every directory by its path from there, and the last time of change of what it has, when it
+    /// was listed.
     directories: HashMap<PathBuf, SystemTime>,
     /// What the paths may still take, in bytes.
     room: usize,
-    /// When the last pass began, and the one before: what changed since then is new, and where something did since the one
-    /// before, something may grow, which does not change its directory.
+    /// When the last pass began, and the one before: what changed since then is new, and where
+    /// something did since the one before, something may grow, which does not change its directory.
     since: [SystemTime; 2],
 }
 
@@ -231,7 +238,8 @@ mod tests {
             growing.write_all(b"x").unwrap();
             assert_eq!(pass(), 1);
         }
-        // A directory that somebody has put a link in the place of, or of one above, and one that is gone.
+        // A directory that somebody has put a link in the place of, or of one above, and one that
+        // is gone.
         fs::create_dir(outside.path().join("d")).unwrap();
         for replaced in ["c/d", "c"] {
             fs::write(outside.path().join("d/not ours"), replaced).unwrap();
@@ -256,7 +264,8 @@ mod tests {
         assert_eq!(Walk::new(dir.path()).unwrap().pass(is_over), 4);
     }
 
-    /// Method: the file has a place on the disk long before the kernel would give it one, in half a minute.
+    /// Method: the file has a place on the disk long before the kernel would give it one, in half a
+    /// minute.
     #[test]
     fn a_layer_is_on_its_way_to_the_disk_before_it_is_committed() {
         let dir = tempfile::tempdir().unwrap();

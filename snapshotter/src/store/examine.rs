@@ -1,5 +1,5 @@
-//! Looking for damage: every object is read and hashed, in the order in which they lie on the disk. Nothing is changed;
-//! [`Store::verify`] of what is found quarantines it.
+//! Looking for damage: every object is read and hashed, in the order in which they lie on the disk.
+//! Nothing is changed; [`Store::verify`] of what is found quarantines it.
 
 use godwit_protos::Digest;
 use redb::ReadableTable as _;
@@ -35,8 +35,8 @@ pub struct Examined {
 impl Store {
     /// Reads and hashes every object that was there when the call began.
     ///
-    /// The store may be used meanwhile: what was removed is passed over, what was moved is read where it is now. Errors:
-    /// the disk's; damage is none.
+    /// The store may be used meanwhile: what was removed is passed over, what was moved is read
+    /// where it is now. Errors: the disk's; damage is none.
     pub fn examine(&self) -> Result<Examined, StoreError> {
         let mut examined = Examined::default();
         let mut places = Vec::new();

@@ -22,8 +22,8 @@
 //! one of another version, are not opened at all.
 //!
 //! **Reading.** A record says what it is, so a wrong pointer is noticed at once; content is hashed
-//! by [`Store::verify`], and of all objects by [`Store::examine`]. What turns out damaged is quarantined: it leaves the index, so that a
-//! neighbour's copy can be stored in its place.
+//! by [`Store::verify`], and of all objects by [`Store::examine`]. What turns out damaged is
+//! quarantined: it leaves the index, so that a neighbour's copy can be stored in its place.
 //!
 //! **Forgetting.** [`Store::sweep`] marks from the snapshots and removes the rest, but only while
 //! no [`Lease`] is live ([`lease`]), and not at all if anything cannot be read ([`sweep`]).

@@ -201,8 +201,8 @@ impl Packs {
 
     /// Appends records, all of them to one pack. Returns the pack and where the first begins.
     ///
-    /// The bytes are readable but not durable; they are nothing until the index names them. Cold ones are not kept in
-    /// memory.
+    /// The bytes are readable but not durable; they are nothing until the index names them. Cold
+    /// ones are not kept in memory.
     pub(super) fn append(&self, records: &[u8], are_cold: bool) -> Result<(u32, u32), StoreError> {
         let len = u32::try_from(records.len()).expect("callers append a few MiB at most");
         let mut appender = self.lock();

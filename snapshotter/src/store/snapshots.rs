@@ -28,7 +28,8 @@ pub struct Snapshot {
     pub subject: Subject,
     /// Place in the subject's lineage; higher is newer. Clocks of nodes differ, this does not.
     pub sequence: u64,
-    /// When it was taken, in milliseconds since 1970, by this node's clock: one that came here brought its age along.
+    /// When it was taken, in milliseconds since 1970, by this node's clock: one that came here
+    /// brought its age along.
     pub taken_at_unix_ms: i64,
     /// Digest of the manifest.
     pub root: Digest,
@@ -204,8 +205,8 @@ impl Store {
         index::commit_durable(write, &self.inner.packs)
     }
 
-    /// Notes, durably, that the container or volume of a subject was removed now; recording a snapshot of it takes that
-    /// back. Subjects without snapshots are not noted, nor is one twice.
+    /// Notes, durably, that the container or volume of a subject was removed now; recording a
+    /// snapshot of it takes that back. Subjects without snapshots are not noted, nor is one twice.
     pub fn note_removed(&self, subject: &Subject, now_unix_ms: i64) -> Result<(), StoreError> {
         if self.snapshots(subject)?.is_empty() {
             return Ok(());

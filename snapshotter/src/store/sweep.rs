@@ -6,8 +6,8 @@
 //! 3. remove unmarked entries from the index, durably, together with the packs in which none is
 //!    left;
 //! 4. let leases be taken again; unlink the empty packs;
-//! 5. copy what lives in packs that are less alive than [`Thrift`] asks for into the active pack, 6. commit the
-//!    new places durably without the old packs, 7. unlink the old packs.
+//! 5. copy what lives in packs that are less alive than [`Thrift`] asks for into the active
+//!    pack, 6. commit the new places durably without the old packs, 7. unlink the old packs.
 //!
 //! On open: packs that the index does not name are deleted, which finishes steps 4 and 7; copies of
 //! step 5 without step 6 lie behind what the index knows and are cut off, or are dead weight.
@@ -154,8 +154,8 @@ struct Move {
 impl Store {
     /// Removes every object that hangs neither on a snapshot nor on one of `extra_roots`.
     ///
-    /// - `extra_roots` is asked once it is known that no lease is live: whoever names a root and then lets go of its
-    ///   lease is either in the answer, or noticed in step 2.
+    /// - `extra_roots` is asked once it is known that no lease is live: whoever names a root and
+    ///   then lets go of its lease is either in the answer, or noticed in step 2.
     /// - `children` gives kinds and digests of what an object of some kind refers to; its bytes
     ///   have been verified.
     /// - `is_leaf` says of which kinds the objects refer to nothing; they are not read.

@@ -359,7 +359,8 @@ fn a_sweep_removes_nothing_while_a_lease_is_live_or_was_taken_meanwhile() {
     assert!(!store.contains(&digests[0]).unwrap());
 }
 
-/// Method: the import ends just when the roots were asked for, after an answer that does not have it yet.
+/// Method: the import ends just when the roots were asked for, after an answer that does not have
+/// it yet.
 #[test]
 fn a_sweep_does_not_take_what_was_named_while_it_asked_for_the_roots() {
     let dir = tempfile::tempdir().unwrap();
@@ -510,7 +511,8 @@ fn a_damaged_object_is_quarantined_and_can_be_stored_again() {
     assert!(all_whole(&store, &digests));
 }
 
-/// Method: content, an entry that points elsewhere, one that makes no sense, and a pack that is gone.
+/// Method: content, an entry that points elsewhere, one that makes no sense, and a pack that is
+/// gone.
 #[test]
 fn examining_finds_every_damage_and_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();

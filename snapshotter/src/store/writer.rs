@@ -74,8 +74,8 @@ impl Writer {
         Ok(true)
     }
 
-    /// As [`Self::put_hashed`], of many at once: they are compressed on all processors. What is put at once should
-    /// be a few MiB, as all of it is in memory twice.
+    /// As [`Self::put_hashed`], of many at once: they are compressed on all processors. What is put
+    /// at once should be a few MiB, as all of it is in memory twice.
     pub fn put_all(&mut self, objects: &[(Digest, &[u8])]) -> Result<(), StoreError> {
         let mut new = Vec::with_capacity(objects.len());
         for (digest, bytes) in objects {

@@ -1,4 +1,5 @@
-//! The file system of a block volume: made and checked in its image by the programs that come with it.
+//! The file system of a block volume: made and checked in its image by the programs that come with
+//! it.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -24,8 +25,8 @@ const WORDS_BYTES_MAX: u64 = 4096;
 
 /// Makes a sparse file with an empty file system in it, durably. On failure the file may be there.
 ///
-/// Blocks and sectors have 4096 bytes, as has the loop device that the image is mounted by: then the disk below may have
-/// sectors of any size, on every node that it comes to.
+/// Blocks and sectors have 4096 bytes, as has the loop device that the image is mounted by: then
+/// the disk below may have sectors of any size, on every node that it comes to.
 pub(super) fn make(path: &Path, file_system: FileSystem, bytes: u64) -> Result<(), VolumeError> {
     let fits = (IMAGE_BYTES_MIN..=IMAGE_BYTES_MAX).contains(&bytes);
     if !fits || !bytes.is_multiple_of(PAGE_BYTES as u64) {
@@ -36,7 +37,8 @@ pub(super) fn make(path: &Path, file_system: FileSystem, bytes: u64) -> Result<(
     file.set_len(bytes).map_err(on("set the length of", path))?;
     match file_system {
         FileSystem::Ext4 => {
-            // What is not there is zeroes: nothing needs to be written now, nor in the background later.
+            // What is not there is zeroes: nothing needs to be written now, nor in the background
+            // later.
             let zeroed = "lazy_itable_init=0,lazy_journal_init=1";
             let format = ["-q", "-F", "-b", "4096", "-m", "0", "-E", zeroed];
             run(("mkfs.ext4", "e2fsprogs"), &format, path)?;
@@ -59,7 +61,8 @@ pub(super) fn check(path: &Path, file_system: FileSystem) -> Result<(), VolumeEr
     }
 }
 
-/// Runs a program on a file. Errors: it is not there, takes longer than [`PROGRAM_MAX`], or fails, with its words.
+/// Runs a program on a file. Errors: it is not there, takes longer than [`PROGRAM_MAX`], or fails,
+/// with its words.
 pub(super) fn run(
     (program, package): (&'static str, &'static str),
     arguments: &[&str],

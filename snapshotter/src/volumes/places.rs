@@ -207,8 +207,8 @@ impl Places {
         Ok(self.journal.volume(id)?.is_some_and(|entry| entry.moved_to.is_none()))
     }
 
-    /// What journal and disk say otherwise of each other, each in words that say what to do. Volumes that are coming or
-    /// going are left out.
+    /// What journal and disk say otherwise of each other, each in words that say what to do.
+    /// Volumes that are coming or going are left out.
     pub(super) fn contradictions(&self) -> Result<Vec<String>, VolumeError> {
         let on_disk = self.names("volumes")?.into_iter().filter_map(|name| name.parse().ok());
         let journalled = self.journal.volumes()?.into_iter().map(|(id, _)| id);
@@ -238,11 +238,11 @@ impl Places {
     ///    `volumes`, 4. journal `entry`,
     /// 5. rename `new` to `data`, 6. fsync `ID`.
     ///
-    /// One that arrives with a container is not synced: it is as good as not here until that has run, and before that is
-    /// told to anybody, the file system is flushed.
+    /// One that arrives with a container is not synced: it is as good as not here until that has
+    /// run, and before that is told to anybody, the file system is flushed.
     ///
-    /// Errors: [`VolumeError::Unjournalled`] for a `data` that is there; [`VolumeError::Busy`]; what `make` says. Before
-    /// step 4 there is no such volume then; after it, opening finishes.
+    /// Errors: [`VolumeError::Unjournalled`] for a `data` that is there; [`VolumeError::Busy`];
+    /// what `make` says. Before step 4 there is no such volume then; after it, opening finishes.
     pub(super) fn put(
         &self,
         id: &VolumeId,
@@ -287,8 +287,8 @@ impl Places {
     /// 1. make `removed`, 2. fsync `ID`, 3. journal, 4. rename `ID` to `trash/ID-N` and fsync
     ///    `volumes`. The caller deletes it there.
     ///
-    /// Errors: [`VolumeError::Busy`]; the disk's or the journal's. Opening goes back to before step 1, or on from step 3.
-    /// Repeating it is safe.
+    /// Errors: [`VolumeError::Busy`]; the disk's or the journal's. Opening goes back to before step
+    /// 1, or on from step 3. Repeating it is safe.
     pub(super) fn remove(
         &self,
         id: &VolumeId,
@@ -338,7 +338,8 @@ impl Places {
         sync(&self.state_dir.join("content"))
     }
 
-    /// Puts a laid-out tree into place, which `make` makes durable at the path that it is given. There already is success.
+    /// Puts a laid-out tree into place, which `make` makes durable at the path that it is given.
+    /// There already is success.
     ///
     /// 1. make `HEX-N.tmp`, 2. rename it to `HEX`, 3. fsync `content`.
     ///
@@ -368,15 +369,18 @@ impl Places {
         Ok(path)
     }
 
-    /// Puts another copy in the place of a tree that is laid out, which `make` makes durable at the path that it is given.
+    /// Puts another copy in the place of a tree that is laid out, which `make` makes durable at the
+    /// path that it is given.
     ///
-    /// 1. make `HEX-N.tmp`, 2. make `HEX.kept` as [`Self::keep`] does, since between steps 3 and 4 there is no `HEX`,
-    /// 3. rename `HEX` to `trash/NAME`, 4. rename `HEX-N.tmp` to `HEX`, 5. fsync `trash` and `content`,
+    /// 1. make `HEX-N.tmp`, 2. make `HEX.kept` as [`Self::keep`] does, since between steps 3 and 4
+    ///    there is no `HEX`,
+    /// 3. rename `HEX` to `trash/NAME`, 4. rename `HEX-N.tmp` to `HEX`, 5. fsync `trash` and
+    ///    `content`,
     /// 6. remove `trash/NAME`.
     ///
-    /// Caller: the store has the tree whole. Errors: [`VolumeError::Mounted`], since whoever has it mounted would see its
-    /// files go; what `make` says; the disk's. What is laid out is then as it was. Stopped between steps 3 and 4, it is
-    /// laid out when it is next mounted.
+    /// Caller: the store has the tree whole. Errors: [`VolumeError::Mounted`], since whoever has it
+    /// mounted would see its files go; what `make` says; the disk's. What is laid out is then as it
+    /// was. Stopped between steps 3 and 4, it is laid out when it is next mounted.
     pub(super) fn replace_content(
         &self,
         digest: &Digest,
@@ -419,7 +423,8 @@ impl Places {
 
     /// Removes a tree, whether it is laid out or not.
     ///
-    /// 1. remove `HEX.kept`, 2. rename `HEX` to `trash/NAME`, 3. fsync `trash` and `content`, 4. remove it.
+    /// 1. remove `HEX.kept`, 2. rename `HEX` to `trash/NAME`, 3. fsync `trash` and `content`, 4.
+    ///    remove it.
     ///
     /// Errors: [`VolumeError::NoContent`]; the disk's.
     pub(super) fn remove_content(&self, digest: &Digest) -> Result<(), VolumeError> {
@@ -508,10 +513,11 @@ fn is_there(path: &Path) -> Result<bool, VolumeError> {
     Ok(fs::exists(path).map_err(on("look at", path))?)
 }
 
-/// Whether a process that we can see has the tree `directory/name` mounted, or what is in it. `name` has a digest in it, so
-/// it is the same tree wherever that lies.
+/// Whether a process that we can see has the tree `directory/name` mounted, or what is in it.
+/// `name` has a digest in it, so it is the same tree wherever that lies.
 ///
-/// Source: proc(5), "mountinfo": the fourth field is the directory that is mounted, in its file system.
+/// Source: proc(5), "mountinfo": the fourth field is the directory that is mounted, in its file
+/// system.
 fn is_mounted(directory: &str, name: &str) -> Result<bool, VolumeError> {
     let (itself, below) = (format!("/{directory}/{name}"), format!("/{directory}/{name}/"));
     let all = Path::new("/proc");

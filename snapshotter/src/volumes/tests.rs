@@ -175,7 +175,8 @@ fn an_unknown_volume_is_named_with_what_to_do() {
     );
 }
 
-/// What is here after the daemon died and was started again: nothing but whole volumes that the journal has.
+/// What is here after the daemon died and was started again: nothing but whole volumes that the
+/// journal has.
 fn reopened(dir: &Path) -> Volumes {
     let volumes = open(dir);
     assert_eq!(volumes.contradictions().unwrap(), [""; 0]);

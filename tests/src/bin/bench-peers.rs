@@ -1,8 +1,9 @@
 //! `make bench-peers`: what neighbours cost that are of no use.
 //!
-//! A memhog has left snapshots at two neighbours, which are then spoilt in one way; it moves on to a destination that
-//! holds nothing, in both modes, interleaved, all links alike. The promise is that cooperation costs at most 1.05 times
-//! the traditional time and 50 ms, in total and in downtime. Written to `target/bench/peers.json`.
+//! A memhog has left snapshots at two neighbours, which are then spoilt in one way; it moves on to
+//! a destination that holds nothing, in both modes, interleaved, all links alike. The promise is
+//! that cooperation costs at most 1.05 times the traditional time and 50 ms, in total and in
+//! downtime. Written to `target/bench/peers.json`.
 
 use std::fs;
 use std::time::Duration;

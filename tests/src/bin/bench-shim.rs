@@ -1,8 +1,9 @@
 //! `make bench-shim`: what our shim costs beside containerd's own, in one run on containerd 2.
 //!
-//! Starts are timed in interleaved pairs, inside the node, so that whatever else the machine does falls
-//! on both. Memory is that of a shim that has been idle for a while and is the only one of its kind, or
-//! holds a pod of ten. Written to `target/bench/shim.json`; ratios are ours by containerd's.
+//! Starts are timed in interleaved pairs, inside the node, so that whatever else the machine does
+//! falls on both. Memory is that of a shim that has been idle for a while and is the only one of
+//! its kind, or holds a pod of ten. Written to `target/bench/shim.json`; ratios are ours by
+//! containerd's.
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,17 +1,20 @@
-//! `make bench-snapshotter`: what the snapshotter costs beside containerd's overlayfs, and what storing a tree costs beside
-//! hashing it, in one run.
+//! `make bench-snapshotter`: what the snapshotter costs beside containerd's overlayfs, and what
+//! storing a tree costs beside hashing it, in one run.
 //!
-//! - **lifecycle**: the snapshots of an image of ten layers are prepared, committed and removed, through containerd. Before
-//!   each there is a pause, so that neither pays for what the other has left for later; what is ours of that, making
-//!   directories in advance, is not in the figure. For comparison, the same with a small file in each layer. One takes
-//!   some 40 ms, of which the disk decides most, so that there are more of them than of anything else.
+//! - **lifecycle**: the snapshots of an image of ten layers are prepared, committed and removed,
+//!   through containerd. Before each there is a pause, so that neither pays for what the other has
+//!   left for later; what is ours of that, making directories in advance, is not in the figure. For
+//!   comparison, the same with a small file in each layer. One takes some 40 ms, of which the disk
+//!   decides most, so that there are more of them than of anything else.
 //! - **unpack**: an image of many small files is imported whose blobs containerd has.
-//! - **ingest**: `godwit volume import` of a tree, once of bytes that nothing compresses and once of text, against one
-//!   core's SHA-256 as `openssl speed` gives it. The store is empty each time.
-//! - **pull**: an image with a layer of 200 MiB is pulled that three neighbours have, with links of 100 Mbit/s each, or only
-//!   one of them. The destination's link has 1 Gbit/s, and the registry is asked for no layer.
+//! - **ingest**: `godwit volume import` of a tree, once of bytes that nothing compresses and once
+//!   of text, against one core's SHA-256 as `openssl speed` gives it. The store is empty each time.
+//! - **pull**: an image with a layer of 200 MiB is pulled that three neighbours have, with links of
+//!   100 Mbit/s each, or only one of them. The destination's link has 1 Gbit/s, and the registry is
+//!   asked for no layer.
 //!
-//! What is compared is interleaved, and each figure is a median. Written to `target/bench/snapshotter.json`.
+//! What is compared is interleaved, and each figure is a median. Written to
+//! `target/bench/snapshotter.json`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -192,7 +195,8 @@ fn named<T>(message: T) -> Request<T> {
     request
 }
 
-/// Seconds of importing the image of small files when its blobs are there already, so that it is unpacked and no more.
+/// Seconds of importing the image of small files when its blobs are there already, so that it is
+/// unpacked and no more.
 fn unpack(node: &Node, runs: usize) -> Result<[f64; 2]> {
     let (archive, reference) = (images::archive(Image::Files)?, Image::Files.reference());
     let import = |options: &[&str]| {
@@ -239,7 +243,8 @@ fn ingest(node: &Node, arguments: &Arguments, is_text: bool) -> Result<f64> {
     Ok((files * FILE_BYTES) as f64 / median(times))
 }
 
-/// A file of bytes that nothing compresses, or of words of hexadecimal digits: half as many bits as bytes.
+/// A file of bytes that nothing compresses, or of words of hexadecimal digits: half as many bits as
+/// bytes.
 fn write(path: &Path, number: u64, is_text: bool) -> Result<()> {
     let mut bytes = vec![0; FILE_BYTES];
     if is_text {

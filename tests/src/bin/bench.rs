@@ -1,8 +1,9 @@
 //! `make bench`: what cooperation is worth, in one run, as medians.
 //!
-//! A memhog of a set size first runs at a neighbour, moves to the source, and is measured on its way to a destination that
-//! holds nothing: in both modes, interleaved, each time on fresh nodes. The link of the source is slower than the others,
-//! as in the demo. Written to `target/bench/migration.json`.
+//! A memhog of a set size first runs at a neighbour, moves to the source, and is measured on its
+//! way to a destination that holds nothing: in both modes, interleaved, each time on fresh nodes.
+//! The link of the source is slower than the others, as in the demo. Written to
+//! `target/bench/migration.json`.
 
 use std::fs;
 

@@ -1,14 +1,16 @@
 //! A workload that notices: memory of a set size, written at a set rate, that checks itself.
 //!
 //! Each page of its memory is a record ([`godwit_tests::pattern`]): its number, how often it was
-//! written, and bytes that follow from both and that nothing compresses. A table elsewhere in memory
-//! holds the sequence of every page, so that a page that went back in time is noticed like a torn one.
+//! written, and bytes that follow from both and that nothing compresses. A table elsewhere in
+//! memory holds the sequence of every page, so that a page that went back in time is noticed like a
+//! torn one.
 //!
-//! Every 5 ms it makes a *beat*: it writes its share of pages, counts, and appends the count and the
-//! time to `beats` on its volume. The longest gap between two beats is what a migration cost it.
+//! Every 5 ms it makes a *beat*: it writes its share of pages, counts, and appends the count and
+//! the time to `beats` on its volume. The longest gap between two beats is what a migration cost
+//! it.
 //!
-//! On TCP it answers lines: `stat` with counters, `verify` after looking at every page; both with one
-//! line of JSON, documented at [`godwit_tests::memhog::Stat`].
+//! On TCP it answers lines: `stat` with counters, `verify` after looking at every page; both with
+//! one line of JSON, documented at [`godwit_tests::memhog::Stat`].
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};

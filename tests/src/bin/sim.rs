@@ -1,7 +1,7 @@
 //! `make sim`: what the daemon's rules are worth on large sites, by simulation.
 //!
-//! Writes `report.json`, `report.csv` and plots to `target/sim`, the same ones in every run. Fails if ours is further
-//! behind newest or nearest than it may be.
+//! Writes `report.json`, `report.csv` and plots to `target/sim`, the same ones in every run. Fails
+//! if ours is further behind newest or nearest than it may be.
 
 use std::fs;
 use std::path::PathBuf;

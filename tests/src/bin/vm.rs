@@ -1,9 +1,10 @@
-//! Runs a test binary in a virtual machine under Debian's own kernel: cgroups of version 2 alone, soft-dirty, and every
-//! capability. `make test-vm` has cargo call it in place of the binary.
+//! Runs a test binary in a virtual machine under Debian's own kernel: cgroups of version 2 alone,
+//! soft-dirty, and every capability. `make test-vm` has cargo call it in place of the binary.
 //!
-//! The machine is QEMU without hardware's help (one processor, some ten times slower): its first disk is the nodes'
-//! Debian root with a kernel, made once; its second this build. In it the binary starts test nodes as it does anywhere.
-//! Neither disk is written to: QEMU throws changes away. The exit code is the binary's.
+//! The machine is QEMU without hardware's help (one processor, some ten times slower): its first
+//! disk is the nodes' Debian root with a kernel, made once; its second this build. In it the binary
+//! starts test nodes as it does anywhere. Neither disk is written to: QEMU throws changes away. The
+//! exit code is the binary's.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -24,8 +25,9 @@ const DISK_MAX: Duration = Duration::from_secs(900);
 const DISK_SIZE: &str = "8G";
 const MEMORY: &str = "4096";
 const INIT: &str = include_str!("../../vm/init.sh");
-/// Puts Debian's kernel for clouds into the root: its modules, and itself as `/vmlinuz`. It is unpacked, not installed,
-/// since installing it would bring what makes an initial file system, which is not used.
+/// Puts Debian's kernel for clouds into the root: its modules, and itself as `/vmlinuz`. It is
+/// unpacked, not installed, since installing it would bring what makes an initial file system,
+/// which is not used.
 const ADD_KERNEL: &str = "
 apt-get -q update
 apt-get -q -y --no-install-recommends install kmod

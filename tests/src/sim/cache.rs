@@ -1,7 +1,7 @@
 //! Who has which snapshot: the caches of all nodes, and the directory that knows them.
 //!
-//! Placing and retiring are the daemon's rules. The directory answers at once and is never wrong; what asking it costs
-//! is counted.
+//! Placing and retiring are the daemon's rules. The directory answers at once and is never wrong;
+//! what asking it costs is counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -144,7 +144,8 @@ impl<'w> Caches<'w> {
         let placed = place(given::COPIES, needed, &BTreeMap::new(), &neighbours, &[]);
         let nodes = placed.iter().filter_map(|name| name.parse().ok());
         for (node, bytes) in nodes.map(|node| (node, bytes(node))).collect::<Vec<_>>() {
-            // Copies have the lowest priority: they fill what migrations leave, here half of each link.
+            // Copies have the lowest priority: they fill what migrations leave, here half of each
+            // link.
             let rate = self.world.serves(host, now).min(self.world.takes_in(node, now)) / 2.0;
             let available = now + bytes / rate;
             self.traffic.copies += bytes;

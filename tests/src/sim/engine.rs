@@ -1,10 +1,11 @@
 //! One run: a site, a policy, two hours of virtual time.
 //!
-//! A migration is the daemon's, phase by phase: looking up and choosing, a first round from neighbours and source at
-//! once, rounds from the source alone as long as `migrate::rounds` says so, then freeze, dump, difference and
-//! restore. What is written while one round goes on is the source's in the next. The rules are told what a daemon knows:
-//! rates that earlier migrations *to the same node* measured, loads as nodes tell them, ages by clocks that may be wrong,
-//! write rates as the last two captures showed them. They are never told what holds at that moment.
+//! A migration is the daemon's, phase by phase: looking up and choosing, a first round from
+//! neighbours and source at once, rounds from the source alone as long as `migrate::rounds` says
+//! so, then freeze, dump, difference and restore. What is written while one round goes on is the
+//! source's in the next. The rules are told what a daemon knows: rates that earlier migrations *to
+//! the same node* measured, loads as nodes tell them, ages by clocks that may be wrong, write rates
+//! as the last two captures showed them. They are never told what holds at that moment.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
@@ -145,7 +146,8 @@ struct Engine<'w> {
     numbered: u64,
     migrations: Vec<Option<Migration>>,
     by_transfer: BTreeMap<usize, usize>,
-    /// By user: where its container is and is to be, how far along its path, and whether it is moving.
+    /// By user: where its container is and is to be, how far along its path, and whether it is
+    /// moving.
     hosts: Vec<usize>,
     wanted: Vec<usize>,
     steps: Vec<usize>,
@@ -388,7 +390,8 @@ impl Engine<'_> {
             asked.sort_by(|one, other| other.taken.total_cmp(&one.taken));
             let used: Vec<usize> = asked.iter().map(|entry| entry.node).collect();
             self.caches.used(key, &used, now);
-            // Freshest first: what it lacks only the source has, what the next one lacks only those before it ...
+            // Freshest first: what it lacks only the source has, what the next one lacks only those
+            // before it ...
             let (mut held_by, mut left) = (1, missing);
             for entry in asked {
                 let lacks = part.differs_after(now - entry.taken).min(missing);

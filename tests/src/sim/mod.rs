@@ -10,9 +10,10 @@
 //!  report ── JSON, CSV, plots
 //! ```
 //!
-//! Every run of the same seed has the same outcome: there is no clock, no thread and no order that depends on
-//! addresses. Traffic of others, loads and errors of measurement are functions of node and time, so every policy meets
-//! the same. What the model leaves out is said in docs/evaluation.md.
+//! Every run of the same seed has the same outcome: there is no clock, no thread and no order that
+//! depends on addresses. Traffic of others, loads and errors of measurement are functions of node
+//! and time, so every policy meets the same. What the model leaves out is said in
+//! docs/evaluation.md.
 //!
 //! Read next: [`parameters`] for where the figures come from.
 

@@ -1,36 +1,42 @@
 //! Links and what flows over them.
 //!
-//! The model: max-min fairness at both ends. A node divides its way out so that nobody gets more than it can take where it
-//! goes, and all others the same; a destination divides its way in likewise among what is offered to it. A flow never
-//! exceeds a window per round trip. When a flow begins or ends, its neighbours in both nodes are computed anew and
-//! theirs are not, so that for seconds the rates are a little off what is fair in a whole site.
+//! The model: max-min fairness at both ends. A node divides its way out so that nobody gets more
+//! than it can take where it goes, and all others the same; a destination divides its way in
+//! likewise among what is offered to it. A flow never exceeds a window per round trip. When a flow
+//! begins or ends, its neighbours in both nodes are computed anew and theirs are not, so that for
+//! seconds the rates are a little off what is fair in a whole site.
 //!
-//! A [`Transfer`] is one phase of a migration: *pools* of bytes, each with the set of senders that have them, and the
-//! senders. Each takes from the pool that fewest others have, so all end together if they can. The source is
-//! sender 0; it has everything, but does of itself only what nobody else has, and helps under the same condition as in
-//! `peer/queue.rs`: when the neighbours would take longer for what is left than the source alone for everything.
+//! A [`Transfer`] is one phase of a migration: *pools* of bytes, each with the set of senders that
+//! have them, and the senders. Each takes from the pool that fewest others have, so all end
+//! together if they can. The source is sender 0; it has everything, but does of itself only what
+//! nobody else has, and helps under the same condition as in `peer/queue.rs`: when the neighbours
+//! would take longer for what is left than the source alone for everything.
 //!
-//! A difference that a frozen container waits for is urgent: others get what it leaves of the way out of its node, as in
-//! `peer/precedence.rs`.
+//! A difference that a frozen container waits for is urgent: others get what it leaves of the way
+//! out of its node, as in `peer/precedence.rs`.
 //!
-//! Only what changes costs: when a flow begins or ends, those that share a link with it are computed anew.
+//! Only what changes costs: when a flow begins or ends, those that share a link with it are
+//! computed anew.
 
 use std::collections::BTreeSet;
 
 use super::parameters as given;
 use super::world::World;
 
-/// As in `peer/queue.rs`: how much longer than from the source alone, and how long every neighbour has first.
+/// As in `peer/queue.rs`: how much longer than from the source alone, and how long every neighbour
+/// has first.
 const COST_MAX: f64 = 1.05;
 const GRACE: f64 = 0.05;
 
-/// Senders begin at multiples of this many seconds: fewer instants to compute, and less than the noise of anything.
+/// Senders begin at multiples of this many seconds: fewer instants to compute, and less than the
+/// noise of anything.
 const TICK: f64 = 0.01;
 
 /// Less than a byte is nothing.
 const NOTHING: f64 = 1.0;
 
-/// What is left to others on the way out of a node while a frozen container's difference goes there: a share.
+/// What is left to others on the way out of a node while a frozen container's difference goes
+/// there: a share.
 const LEFT_BY_URGENT: f64 = 0.01;
 
 /// Rates are computed anew after this many seconds at the latest, since other traffic changes.
@@ -190,7 +196,8 @@ impl<'w> Network<'w> {
         }
     }
 
-    /// Announces a transfer that senders can begin at `begun` or later. `senders` begins with the source.
+    /// Announces a transfer that senders can begin at `begun` or later. `senders` begins with the
+    /// source.
     pub fn begin(
         &mut self,
         now: f64,
@@ -421,7 +428,8 @@ mod tests {
         assert_eq!(done.len(), all.len());
         let last = done.values().map(|(_, at)| *at).fold(0.0, f64::max);
         assert!(done[&all[0]].1 > 1.5 * single, "{} s instead of {single} s", done[&all[0]].1);
-        // Nothing of the way out is left idle for long, except by other traffic that comes and goes.
+        // Nothing of the way out is left idle for long, except by other traffic that comes and
+        // goes.
         let best = 1100.0 * given::MIB / world.serves(0, 0.0);
         assert!(last < 3.0 * best, "{last} s instead of {best} s");
     }

@@ -1,7 +1,7 @@
 //! Line charts as SVG.
 //!
-//! By hand: a chart of a few lines is a hundred lines of text, and a plotting crate would bring fonts, bitmaps and a
-//! dozen dependencies into a workspace that has no other use for them.
+//! By hand: a chart of a few lines is a hundred lines of text, and a plotting crate would bring
+//! fonts, bitmaps and a dozen dependencies into a workspace that has no other use for them.
 
 use std::fmt::Write as _;
 

@@ -8,7 +8,8 @@ fn mix(seed: u64) -> u64 {
     mixed ^ mixed >> 31
 }
 
-/// A number in 0..1 that depends on all of `parts` and nothing else: whatever policy runs meets the same world.
+/// A number in 0..1 that depends on all of `parts` and nothing else: whatever policy runs meets the
+/// same world.
 pub(super) fn unit(parts: &[u64]) -> f64 {
     let mixed = parts.iter().fold(0, |hash, part| mix(hash ^ *part));
     (mixed >> 11) as f64 / (1u64 << 53) as f64

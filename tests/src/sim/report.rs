@@ -12,8 +12,8 @@ use super::plot::{Chart, Line};
 use super::whole;
 use super::world::{Mobility, World};
 
-/// Ours may be behind the better of newest and nearest by this share in median total time, and on [`LARGE`] sites not
-/// at all.
+/// Ours may be behind the better of newest and nearest by this share in median total time, and on
+/// [`LARGE`] sites not at all.
 const BEHIND_MAX: f64 = 0.02;
 /// See [`BEHIND_MAX`].
 const LARGE: usize = 1000;
@@ -69,7 +69,8 @@ pub struct Comparison {
     pub mobility: &'static str,
     /// Median total time of ours over that of the better of newest and nearest, less 1.
     pub behind_one: f64,
-    /// The same against the better of the two that ask as many as ours may; not part of the requirement.
+    /// The same against the better of the two that ask as many as ours may; not part of the
+    /// requirement.
     pub behind_many: Option<f64>,
     /// Whether it is no more than required.
     pub holds: bool,

@@ -1,4 +1,5 @@
-//! What no policy changes: nodes and their links, users and their ways, containers and what they write.
+//! What no policy changes: nodes and their links, users and their ways, containers and what they
+//! write.
 
 use godwit_snapshotter::migrate::predict::changed;
 
@@ -159,7 +160,8 @@ impl World {
         self.load(node, now) * noisy(given::NOISE, &[self.seed, node as u64, now.to_bits()])
     }
 
-    /// Bytes per second that a node can send: its link's, or its share of a processor's among the tasks that run.
+    /// Bytes per second that a node can send: its link's, or its share of a processor's among the
+    /// tasks that run.
     pub fn serves(&self, node: usize, now: f64) -> f64 {
         self.link(node, now).min(given::SERVE / (1.0 + self.load(node, now)))
     }

@@ -1,4 +1,5 @@
-//! What a node has of snapshots, volumes and mounts, by three witnesses: containerd, the daemon, and the disk.
+//! What a node has of snapshots, volumes and mounts, by three witnesses: containerd, the daemon,
+//! and the disk.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,13 +16,15 @@ use godwit_tests::node::SNAPSHOTTER_SOCKET;
 use serde_json::Value;
 
 const STATE: &str = "/var/lib/godwit";
-/// How often it is looked again when witnesses do not agree: containerd may have collected garbage in between.
+/// How often it is looked again when witnesses do not agree: containerd may have collected garbage
+/// in between.
 const LOOKS_MAX: usize = 4;
 
 /// One thing a line.
 pub(crate) type Held = BTreeSet<String>;
 
-/// What the daemon knows, once it has cleaned up: every snapshot, and the paths that its mounts name.
+/// What the daemon knows, once it has cleaned up: every snapshot, and the paths that its mounts
+/// name.
 fn known(node: &Node) -> Result<Vec<(Info, Vec<String>)>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -58,8 +61,9 @@ fn names(node: &Node, directory: &str) -> Result<BTreeSet<String>> {
     entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// The three agree, and the daemon finds nothing wrong with what it keeps. Returns how many snapshots containerd does not
-/// know: of calls that were cut short; its garbage collection has them removed.
+/// The three agree, and the daemon finds nothing wrong with what it keeps. Returns how many
+/// snapshots containerd does not know: of calls that were cut short; its garbage collection has
+/// them removed.
 ///
 /// Caller: no client works on snapshots or volumes meanwhile.
 pub(crate) fn agrees(node: &Node) -> Result<usize> {
@@ -120,7 +124,8 @@ pub(crate) fn volumes_agree(node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// Has containerd collect garbage now. It looks at a snapshotter only if something of it was removed.
+/// Has containerd collect garbage now. It looks at a snapshotter only if something of it was
+/// removed.
 pub(crate) fn collect_garbage(node: &Node) -> Result<()> {
     node.sh("ctr snapshots --snapshotter godwit prepare to-be-removed > /dev/null
          ctr snapshots --snapshotter godwit rm to-be-removed

@@ -109,7 +109,8 @@ fn a_checkpoint_that_fails_leaves_its_container_alone(handler: Handler) -> Resul
     Ok(())
 }
 
-/// Answers, in the node, for the manifest that its containerd has; on a thread that ends with the process.
+/// Answers, in the node, for the manifest that its containerd has; on a thread that ends with the
+/// process.
 fn serve_manifest(digest: String, manifest: Vec<u8>) -> Result<()> {
     let listener = node().in_network(|| Ok(TcpListener::bind("127.0.0.1:5000")?))?;
     let answer = move |stream: TcpStream| -> Result<()> {

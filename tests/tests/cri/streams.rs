@@ -1,6 +1,6 @@
-//! Exec, attach and port forwarding as a kubelet serves them: the CRI names an address on the node's
-//! loopback, where containerd's streaming server speaks WebSocket. The first byte of each message is
-//! its channel.
+//! Exec, attach and port forwarding as a kubelet serves them: the CRI names an address on the
+//! node's loopback, where containerd's streaming server speaks WebSocket. The first byte of each
+//! message is its channel.
 
 use std::net::TcpStream;
 use std::time::Instant;
@@ -171,8 +171,8 @@ fn an_exec_sees_its_client_leave(handler: Handler) -> Result<()> {
     Ok(())
 }
 
-/// containerd 2.1 gives up its call about it the moment that the client is gone ("failed to close stdin
-/// [...] context canceled" in its log).
+/// containerd 2.1 gives up its call about it the moment that the client is gone ("failed to close
+/// stdin [...] context canceled" in its log).
 fn shims_hear_of_leaving_clients() -> bool {
     Containerd::of_suite() == Containerd::V1
 }

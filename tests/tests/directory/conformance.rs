@@ -1,5 +1,5 @@
-//! What every directory promises, in one body: real daemons' parts in this process, with real stores and connections
-//! between them; only the configured directory differs.
+//! What every directory promises, in one body: real daemons' parts in this process, with real
+//! stores and connections between them; only the configured directory differs.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -1,4 +1,5 @@
-//! The two nodes that all rows share, and how a row starts a container, moves it and reads its state.
+//! The two nodes that all rows share, and how a row starts a container, moves it and reads its
+//! state.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -90,7 +91,8 @@ pub(crate) fn moved(name: &str) -> Result<serde_json::Value> {
     workload::migrated(source(), name, source(), destination(), &[])
 }
 
-/// `plan` and `migrate` refuse it with these words, and it runs on at the source without having been frozen.
+/// `plan` and `migrate` refuse it with these words, and it runs on at the source without having
+/// been frozen.
 pub(crate) fn is_refused(name: &str, words: &[&str]) -> Result<()> {
     let plan = ["godwit", "plan", name, "--from", "edge-a", "--to", "edge-b"];
     let plan = source().run(&plan)?.ok().expect_err("plan says that it moves").to_string();

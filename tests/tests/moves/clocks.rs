@@ -80,7 +80,8 @@ fn sleep() -> Result<()> {
     bed::remove(destination(), name)
 }
 
-/// Method: enough memory that pre-copy takes some seconds. The destination has the container before it begins.
+/// Method: enough memory that pre-copy takes some seconds. The destination has the container before
+/// it begins.
 fn paused() -> Result<()> {
     let name = "paused";
     bed::start(&probe(name, &["ballast", "256"]))?;

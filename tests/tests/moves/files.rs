@@ -22,8 +22,8 @@ fn count(line: &str, word: &str) -> Option<u64> {
     line.strip_prefix(word)?.trim().parse().ok()
 }
 
-/// Method: the disk takes 1.5 s for a write, during which all rounds read the file. The write leaves no mark when it ends,
-/// and the container cannot be frozen before.
+/// Method: the disk takes 1.5 s for a write, during which all rounds read the file. The write
+/// leaves no mark when it ends, and the container cannot be frozen before.
 fn is_whole_after_a_slow_write() -> Result<()> {
     let name = "slow-write";
     source().ok(&["godwit", "volume", "create", name])?;
@@ -91,7 +91,8 @@ fn is_used_after_the_move() -> Result<()> {
 /// Limits the bytes per second that a container at the source writes to the disk of its volumes.
 fn throttle(name: &str, bytes_per_s: u32) -> Result<()> {
     let pid = bed::init(source(), name)?;
-    // Limits are per disk, not per partition. The groups are those of version 1 or 2, whichever has the controller.
+    // Limits are per disk, not per partition. The groups are those of version 1 or 2, whichever has
+    // the controller.
     let script = format!(
         "device=$(stat -c %d /var/lib/godwit); device=$((device / 256)):$((device % 256))\n\
          sys=/sys/dev/block/$device\n\

@@ -1,4 +1,5 @@
-//! The image: a container goes on on the one that it was made of, whatever the name has come to stand for.
+//! The image: a container goes on on the one that it was made of, whatever the name has come to
+//! stand for.
 
 use anyhow::{Result, ensure};
 use godwit_tests::images::{self, Image};

@@ -1,4 +1,5 @@
-//! The specification: what a container comes up with after it has moved and is started again at the destination.
+//! The specification: what a container comes up with after it has moved and is started again at the
+//! destination.
 
 use anyhow::{Context, Result, ensure};
 use containerd_client::services::v1::containers_client::ContainersClient;

@@ -59,7 +59,8 @@ fn plan_warns(name: &str, words: &str) -> Result<()> {
     Ok(())
 }
 
-/// A file, by its path below the process's directory in `/proc`, has the same content before and after the move.
+/// A file, by its path below the process's directory in `/proc`, has the same content before and
+/// after the move.
 fn stays_the_same(name: &str, file: &str) -> Result<()> {
     let digest = |at: &Node| -> Result<String> {
         at.sh(&format!("sha256sum < /proc/{}/{file}", bed::init(at, name)?))

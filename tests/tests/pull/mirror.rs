@@ -88,8 +88,8 @@ fn a_mirror_has_what_neighbours_have_while_the_registry_is_away() -> Result<()> 
     served
 }
 
-/// Method: as docs/configuration.md says it, for a handler of each snapshotter; `config_path` is in every node's
-/// configuration. By tag where the neighbours' word on it counts, else by digest.
+/// Method: as docs/configuration.md says it, for a handler of each snapshotter; `config_path` is in
+/// every node's configuration. By tag where the neighbours' word on it counts, else by digest.
 #[test]
 fn a_kubelet_pulls_through_a_mirror_while_the_registry_is_away() -> Result<()> {
     let image = fresh(Image::Redis)?;
@@ -114,8 +114,9 @@ fn a_kubelet_pulls_through_a_mirror_while_the_registry_is_away() -> Result<()> {
     pulled
 }
 
-/// Method: the only neighbour has lost the blob of the lowest layer, and keeps none as an object. Once containerd has heard
-/// that nobody supplies that one, it downloads all; a mirror then has what the neighbour has.
+/// Method: the only neighbour has lost the blob of the lowest layer, and keeps none as an object.
+/// Once containerd has heard that nobody supplies that one, it downloads all; a mirror then has
+/// what the neighbour has.
 #[test]
 fn of_layers_above_one_that_nobody_has_a_mirror_spares_the_registry_those_that_somebody_has()
 -> Result<()> {
@@ -173,7 +174,8 @@ fn spoil_blob(node: &Node, digest: &Digest) -> Result<()> {
     Ok(fs::write(&path, bytes)?)
 }
 
-/// Method: two have the blob, the one with a wrong byte. Whoever is asked first, he is it once; and he is the faster one.
+/// Method: two have the blob, the one with a wrong byte. Whoever is asked first, he is it once; and
+/// he is the faster one.
 #[test]
 fn a_mirror_goes_on_to_an_honest_neighbour_after_a_liar() -> Result<()> {
     let mut caught = 0;
@@ -204,8 +206,8 @@ fn a_mirror_goes_on_to_an_honest_neighbour_after_a_liar() -> Result<()> {
     Ok(())
 }
 
-/// Method: a blob in the only neighbour's content store has a wrong byte. containerd keeps what it got of a blob for the
-/// next attempt, so not even a part may come through.
+/// Method: a blob in the only neighbour's content store has a wrong byte. containerd keeps what it
+/// got of a blob for the next attempt, so not even a part may come through.
 #[test]
 fn wrong_bytes_do_not_come_through_a_mirror() -> Result<()> {
     let image = fresh(Image::Redis)?;

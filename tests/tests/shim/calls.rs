@@ -1,5 +1,5 @@
-//! The Task API call by call, where `ctr` makes several at once: create without start, waits before,
-//! during and after, calls that must be refused, and with which code.
+//! The Task API call by call, where `ctr` makes several at once: create without start, waits
+//! before, during and after, calls that must be refused, and with which code.
 //!
 //! Where the two shims differ on purpose, [`Runtime::code`] names both; docs/shim.md says why.
 

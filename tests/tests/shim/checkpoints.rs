@@ -1,7 +1,8 @@
-//! Checkpoint and restore with every option that containerd has, and of containers that hold more than
-//! memory: connections, locks, deleted files, terminals, other processes.
+//! Checkpoint and restore with every option that containerd has, and of containers that hold more
+//! than memory: connections, locks, deleted files, terminals, other processes.
 //!
-//! Programs are written in Perl, which the node's own `/usr` has; it is mounted into the containers.
+//! Programs are written in Perl, which the node's own `/usr` has; it is mounted into the
+//! containers.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -66,8 +67,9 @@ impl Subject {
         Ok(Self { task, directory })
     }
 
-    /// Dumps into `directory/image`, with CRIU's log in `directory/work`. As containerd's client does, it
-    /// pauses what is to go on: CRIU's own freezing gives up, now and then, on a container that forks.
+    /// Dumps into `directory/image`, with CRIU's log in `directory/work`. As containerd's client
+    /// does, it pauses what is to go on: CRIU's own freezing gives up, now and then, on a container
+    /// that forks.
     fn checkpoint(&self, options: Options) -> Result<()> {
         let id = &self.task.container.id;
         let is_paused = !options.exit && ctr(&["task", "pause", id])?.succeeded();
@@ -155,8 +157,8 @@ fn a_checkpoint_lies_where_its_options_say(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Method: a connection within the container, whose network outlives it, as one of the CNI does; one word
-/// is sent before the dump and one after.
+/// Method: a connection within the container, whose network outlives it, as one of the CNI does;
+/// one word is sent before the dump and one after.
 fn open_connections_are_kept_if_asked_for(runtime: &Runtime) -> Result<()> {
     let script = r#"exec perl -MIO::Socket::INET -e '
         my $server = IO::Socket::INET->new(Listen => 1, LocalAddr => "127.0.0.1", LocalPort => 7000);
@@ -197,8 +199,8 @@ fn open_connections_are_kept_if_asked_for(runtime: &Runtime) -> Result<()> {
 }
 
 /// Method: the container sends to a datagram socket of the node. CRIU looks for such sockets in the
-/// container's network namespace only, and reaches them by the path that they were bound to; so both are
-/// the node's.
+/// container's network namespace only, and reaches them by the path that they were bound to; so
+/// both are the node's.
 fn unix_sockets_of_the_host_are_kept_if_asked_for(runtime: &Runtime) -> Result<()> {
     let outside = format!("/outside-{}", runtime.tag);
     node().sh(&format!("mkdir -p {outside}"))?;
@@ -311,8 +313,8 @@ fn locks_deleted_files_and_children_come_back(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Method: a file that is still open has lost one of its two names. CRIU makes another, which stays only
-/// if the container ends.
+/// Method: a file that is still open has lost one of its two names. CRIU makes another, which stays
+/// only if the container ends.
 fn a_file_that_lost_its_name_comes_back(runtime: &Runtime) -> Result<()> {
     let script = "exec 5<>/one; ln /one /two; rm /one; while :; do echo kept >&5; sleep 0.05; done";
     let subject = Subject::start(runtime, "link", &[], &Streams::default(), script)?;

@@ -144,7 +144,8 @@ fn a_terminals_output_is_whole(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Method: both outputs to one file in a directory that is not there yet, appended on the second run.
+/// Method: both outputs to one file in a directory that is not there yet, appended on the second
+/// run.
 fn output_goes_to_a_file(runtime: &Runtime) -> Result<()> {
     let path = format!("/run/logs-{}/deep/out.log", runtime.tag);
     let uri = format!("file://{path}");

@@ -162,7 +162,8 @@ pub(crate) fn a_commit_gives_labels_and_a_time_of_its_own(s: &Snapshotter) -> Re
     Ok(())
 }
 
-/// Method: committed while a container still has it mounted, as `ctr` and CRI do it for a running one.
+/// Method: committed while a container still has it mounted, as `ctr` and CRI do it for a running
+/// one.
 pub(crate) fn what_is_mounted_can_be_committed(s: &Snapshotter) -> Result<()> {
     s.layer("base", "", |top| Ok(fs::write(top.join("file"), "base")?))?;
     mounted(&s.prepare("active", "base")?, |top| {
@@ -289,8 +290,9 @@ pub(crate) fn lists_can_be_filtered(s: &Snapshotter) -> Result<()> {
     Ok(())
 }
 
-/// Method: labels make every message of the list longer than what a server may send unasked, 2 MiB. With four of them it is
-/// still at it while the snapshots of the first are looked at; with two all would be underway.
+/// Method: labels make every message of the list longer than what a server may send unasked, 2 MiB.
+/// With four of them it is still at it while the snapshots of the first are looked at; with two all
+/// would be underway.
 pub(crate) fn what_is_listed_can_be_looked_at_meanwhile(s: &Snapshotter) -> Result<()> {
     const SNAPSHOTS: usize = 400;
     let long = "x".repeat(4000);
@@ -358,8 +360,8 @@ pub(crate) fn of_many_that_prepare_one_key_one_succeeds(s: &Snapshotter) -> Resu
     Ok(())
 }
 
-/// Method: containerd's client gives these labels where a pod has a user namespace; the root directory must be its
-/// root's. How the layers below are mapped is not looked at.
+/// Method: containerd's client gives these labels where a pod has a user namespace; the root
+/// directory must be its root's. How the layers below are mapped is not looked at.
 pub(crate) fn id_mapping_labels_give_the_root_to_the_mapped_root(s: &Snapshotter) -> Result<()> {
     let labels = [
         ("containerd.io/snapshot/uidmapping", "0:100000:65536"),
@@ -400,7 +402,8 @@ pub(crate) fn what_was_removed_gives_its_space_back(s: &Snapshotter) -> Result<(
     Ok(())
 }
 
-/// Method: a directory as a crash leaves it, with a number that no snapshot has, and one that is not the snapshotter's.
+/// Method: a directory as a crash leaves it, with a number that no snapshot has, and one that is
+/// not the snapshotter's.
 pub(crate) fn cleanup_frees_what_nothing_refers_to(s: &Snapshotter) -> Result<()> {
     let trees = std::path::Path::new(s.subject.trees);
     let before = s.directories()?;
@@ -416,8 +419,9 @@ pub(crate) fn cleanup_frees_what_nothing_refers_to(s: &Snapshotter) -> Result<()
     mounted(&mounts, |top| fs::read(top.join("file")).map(drop).context("it is still there"))
 }
 
-/// Method: without a lease. What carries the label stays, and what it refers to by another; the rest goes. A snapshotter
-/// that is asked directly only keeps the labels: collecting is containerd's business.
+/// Method: without a lease. What carries the label stays, and what it refers to by another; the
+/// rest goes. A snapshotter that is asked directly only keeps the labels: collecting is
+/// containerd's business.
 pub(crate) fn labels_for_garbage_collection_are_respected(s: &mut Snapshotter) -> Result<()> {
     s.lease = None;
     let (root, reference) = ("containerd.io/gc.root", "containerd.io/gc.ref.snapshot");

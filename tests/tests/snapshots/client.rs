@@ -256,7 +256,8 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Has the space of what was removed given back: by the call for it, or by containerd's collection.
+    /// Has the space of what was removed given back: by the call for it, or by containerd's
+    /// collection.
     pub(crate) fn free(&self) -> Result<()> {
         if self.subject.through_containerd {
             // It only looks at snapshotters from which something was removed.
@@ -313,7 +314,8 @@ pub(crate) fn refused<T: std::fmt::Debug>(answer: Answer<T>, code: Code) {
     refused_with(answer, &[code]);
 }
 
-/// Checks that a call failed, and with one of these codes: where two things are wrong, either may be said.
+/// Checks that a call failed, and with one of these codes: where two things are wrong, either may
+/// be said.
 #[track_caller]
 pub(crate) fn refused_with<T: std::fmt::Debug>(answer: Answer<T>, codes: &[Code]) {
     let status = answer.expect_err("this is to be refused");
@@ -369,8 +371,8 @@ fn mount_at(one: &Mount, target: &Path) -> Result<()> {
         }
         return Ok(());
     }
-    // The kernel takes one page of options, which the paths of a deep chain exceed: they are made relative. The thread
-    // has a working directory of its own.
+    // The kernel takes one page of options, which the paths of a deep chain exceed: they are made
+    // relative. The thread has a working directory of its own.
     let mut options = one.options.clone();
     for option in &mut options {
         let Some(lower) = option.strip_prefix("lowerdir=") else { continue };

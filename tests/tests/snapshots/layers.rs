@@ -1,4 +1,5 @@
-//! What is seen through the mounts of a chain must be what the same changes make of a plain directory.
+//! What is seen through the mounts of a chain must be what the same changes make of a plain
+//! directory.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
@@ -138,8 +139,8 @@ pub(crate) fn files_are_replaced_changed_and_removed(s: &Snapshotter) -> Result<
     add_up(s, &[&first, &second, &third, &|_| Ok(())])
 }
 
-/// Method: a directory is removed and made anew in the next layer: nothing of the old one may shine through. What takes
-/// the place of a file is a directory, and the other way round.
+/// Method: a directory is removed and made anew in the next layer: nothing of the old one may shine
+/// through. What takes the place of a file is a directory, and the other way round.
 pub(crate) fn whiteouts_and_opaque_directories_hide_what_is_below(s: &Snapshotter) -> Result<()> {
     let first = |top: &Path| {
         for name in ["one", "two", "three"] {
@@ -189,8 +190,9 @@ pub(crate) fn directories_are_renamed_and_removed_across_layers(s: &Snapshotter)
     add_up(s, &[&first, &second, &third, &fourth])
 }
 
-/// Method: rename(2) itself. Without `redirect_dir`, for which neither snapshotter asks, the kernel renames a directory that
-/// this layer alone has, and says of others that programs are to copy them.
+/// Method: rename(2) itself. Without `redirect_dir`, for which neither snapshotter asks, the kernel
+/// renames a directory that this layer alone has, and says of others that programs are to copy
+/// them.
 pub(crate) fn a_directory_of_a_lower_layer_is_not_renamed_in_place(s: &Snapshotter) -> Result<()> {
     let is_redirected = fs::read("/sys/module/overlay/parameters/redirect_dir")? == b"Y\n";
     let first = |top: &Path| {
@@ -238,8 +240,8 @@ pub(crate) fn files_are_renamed_over_files_of_lower_layers(s: &Snapshotter) -> R
     add_up(s, &[&first, &second, &third])
 }
 
-/// Method: owners change with nothing else, down a path; and of what is removed and made anew, in the same layer or in the
-/// next.
+/// Method: owners change with nothing else, down a path; and of what is removed and made anew, in
+/// the same layer or in the next.
 pub(crate) fn owners_change_down_a_path_and_of_what_is_made_anew(s: &Snapshotter) -> Result<()> {
     const PATH: [&str; 4] = ["opt", "opt/a", "opt/a/b", "opt/a/b/file"];
     let own = |top: &Path, name: &str, id: u32| chown(top.join(name), Some(id), Some(id));
@@ -297,7 +299,8 @@ pub(crate) fn hard_links_stay_linked(s: &Snapshotter) -> Result<()> {
     };
     let second = |top: &Path| Ok(fs::remove_file(top.join("c"))?);
     add_up(s, &[&first, &|_| Ok(())])?;
-    // After the removal overlayfs may count the links of the layers below, so only what is read is compared.
+    // After the removal overlayfs may count the links of the layers below, so only what is read is
+    // compared.
     s.layer("removed", "layer 1", second)?;
     mounted(&s.view("after", "removed")?, |top| {
         ensure!(!top.join("c").exists() && fs::read(top.join("d/b"))? == b"shared");
@@ -339,7 +342,8 @@ pub(crate) fn modes_owners_times_and_special_files_are_kept(s: &Snapshotter) -> 
     };
     let fourth = |top: &Path| Ok(chown(top.join("program"), Some(11), None)?);
     add_up(s, &[&first, &second])?;
-    // A layer over it begins with the owner of its root, and with a mode of its own, as overlayfs does it.
+    // A layer over it begins with the owner of its root, and with a mode of its own, as overlayfs
+    // does it.
     s.layer("root", "layer 1", third)?;
     s.layer("top", "root", fourth)?;
     mounted(&s.view("root seen", "top")?, |top| {

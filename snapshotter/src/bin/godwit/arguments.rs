@@ -51,13 +51,15 @@ pub(crate) enum Command {
     Watch,
     /// Free what no snapshot, volume or migration needs any more.
     Sweep,
-    /// Read all that is kept here and tell what is damaged: exit code 0 if nothing is, 3 if something is.
+    /// Read all that is kept here and tell what is damaged: exit code 0 if nothing is, 3 if
+    /// something is.
     Check(Check),
 }
 
 #[derive(Args)]
 pub(crate) struct Check {
-    /// Take what is damaged out of the store, fetch it again from peers, and lay read-only volumes out again.
+    /// Take what is damaged out of the store, fetch it again from peers, and lay read-only volumes
+    /// out again.
     #[arg(long)]
     pub(crate) repair: bool,
     /// The daemon's configuration, which says where the state is while no daemon runs.
@@ -116,7 +118,8 @@ pub(crate) enum SnapshotCommand {
         #[arg(long)]
         consistent: bool,
     },
-    /// Start a container on this node from a consistent snapshot, after its host died. What it did since is lost.
+    /// Start a container on this node from a consistent snapshot, after its host died. What it did
+    /// since is lost.
     Restore {
         /// The number of a snapshot of a whole container (`container|...`).
         id: String,
@@ -156,17 +159,20 @@ pub(crate) enum VolumeCommand {
     Create {
         /// Its id: letters, digits, '_', '.' and '-'.
         id: String,
-        /// A directory, or a file with a file system of its own, in which files keep their inode numbers when they move.
+        /// A directory, or a file with a file system of its own, in which files keep their inode
+        /// numbers when they move.
         #[arg(long, value_enum, default_value_t = VolumeKind::Tree)]
         kind: VolumeKind,
-        /// Size of a block volume, for example 512M or 10G; only what is written takes room on the disk.
+        /// Size of a block volume, for example 512M or 10G; only what is written takes room on the
+        /// disk.
         #[arg(long, value_parser = size, required_if_eq("kind", "block"))]
         size: Option<u64>,
         /// File system of a block volume: ext4 (the default) or xfs.
         #[arg(long)]
         fs: Option<FileSystem>,
     },
-    /// Read a directory or a tar archive and print the digest by which it can be mounted read-only, here or anywhere.
+    /// Read a directory or a tar archive and print the digest by which it can be mounted read-only,
+    /// here or anywhere.
     Import {
         /// The directory, or the archive: compressed or not.
         from: PathBuf,
@@ -178,8 +184,8 @@ pub(crate) enum VolumeCommand {
         /// The directory.
         directory: PathBuf,
     },
-    /// Check that read-only content is what its name says, that the file system of a block volume is sound, or that all of
-    /// a tree can be read.
+    /// Check that read-only content is what its name says, that the file system of a block volume
+    /// is sound, or that all of a tree can be read.
     Verify {
         /// sha256:..., or the id of a volume; no container may use it if it is a block volume.
         id: String,

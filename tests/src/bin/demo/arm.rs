@@ -1,6 +1,7 @@
 //! One arm of the demo: from fresh nodes to a verified redis at the destination.
 //!
-//! 1. four nodes, the image and the read-only volume on the first neighbour alone; redis starts there
+//! 1. four nodes, the image and the read-only volume on the first neighbour alone; redis starts
+//!    there
 //! 2. the client fills it; redis moves to the source, which leaves a snapshot on the neighbour
 //! 3. every value is checked; part of them changes; digests are taken: this is the starting state
 //! 4. the source's link becomes slow; redis moves to the destination while the client writes
@@ -173,7 +174,8 @@ impl<'a> Arm<'a> {
             .volume(VOLUME, "/data", "rw")
             .volume(&read_only, "/reference", "ro")
             .network(NAME);
-        // The preamble would have the time of its making in it, and DEBUG reloads the file in the end.
+        // The preamble would have the time of its making in it, and DEBUG reloads the file in the
+        // end.
         redis.command = "redis-server --protected-mode no --dir /data --appendonly yes \
                          --appendfsync everysec --auto-aof-rewrite-percentage 0 \
                          --aof-use-rdb-preamble no --enable-debug-command yes --save"

@@ -1,4 +1,5 @@
-//! The demo: a running redis moves between two nodes twice, without and with the help of neighbours.
+//! The demo: a running redis moves between two nodes twice, without and with the help of
+//! neighbours.
 //!
 //! ```text
 //!   edge-c   neighbour   runs redis first, and keeps a snapshot of it when it leaves
@@ -9,14 +10,14 @@
 //!   edge-d   neighbour   holds nothing either
 //! ```
 //!
-//! Each mode is an *arm* ([`arm`]): everything is built anew, with the same bytes, so that both start
-//! from the same state; the digests that show it are printed and compared. What is checked: every key
-//! and value after each move, the volumes, and in the end that redis, started over from nothing but
-//! its append-only file, has every value again ([`state`]). The results are a table and
+//! Each mode is an *arm* ([`arm`]): everything is built anew, with the same bytes, so that both
+//! start from the same state; the digests that show it are printed and compared. What is checked:
+//! every key and value after each move, the volumes, and in the end that redis, started over from
+//! nothing but its append-only file, has every value again ([`state`]). The results are a table and
 //! `target/demo/report.json` ([`report`]).
 //!
-//! Exit code 0 means that both arms were verified, that they started alike, and that cooperation paid
-//! off: at most [`report::SHARE_MAX`] of the bytes from the source, in less time.
+//! Exit code 0 means that both arms were verified, that they started alike, and that cooperation
+//! paid off: at most [`report::SHARE_MAX`] of the bytes from the source, in less time.
 
 mod arm;
 mod report;
@@ -44,7 +45,8 @@ const CHANGED_PERCENT: u32 = 10;
 /// What the client writes while redis moves, in KiB/s.
 const LOAD_KIB_PER_S: u32 = 1024;
 
-/// Migrates a running redis between test nodes, and shows what it costs with and without neighbours.
+/// Migrates a running redis between test nodes, and shows what it costs with and without
+/// neighbours.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "demo")]
 pub(crate) struct Settings {

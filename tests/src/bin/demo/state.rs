@@ -1,8 +1,8 @@
 //! What must be alike and what must arrive: the values in redis and the files of its volumes.
 //!
-//! All bytes follow from numbers, nothing from time or chance: the values ([`Ledger`]), the order of
-//! the commands and so the append-only file, the read-only files and their times, and with them the
-//! digest that the read-only volume is named by. So both arms start from the same digests.
+//! All bytes follow from numbers, nothing from time or chance: the values ([`Ledger`]), the order
+//! of the commands and so the append-only file, the read-only files and their times, and with them
+//! the digest that the read-only volume is named by. So both arms start from the same digests.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -65,7 +65,8 @@ pub(super) fn ring(_arguments: &[String]) -> io::Result<()> {
         ..Default::default()
     };
     let mut list = [&raw mut request];
-    // SAFETY: the kernel reads the list and the request, which outlive the call, and the text, which is static.
+    // SAFETY: the kernel reads the list and the request, which outlive the call, and the text,
+    // which is static.
     check(unsafe { libc::syscall(libc::SYS_io_submit, context, 1, list.as_mut_ptr()) })?;
     let (mut event, no_timeout) = (Event::default(), std::ptr::null::<libc::timespec>());
     // SAFETY: the kernel writes at most one event, which outlives the call.

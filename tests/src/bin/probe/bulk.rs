@@ -1,4 +1,5 @@
-//! Many bytes that do not compress, in a file that only the kernel's memory or an open descriptor keeps.
+//! Many bytes that do not compress, in a file that only the kernel's memory or an open descriptor
+//! keeps.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -8,8 +9,8 @@ use crate::{TICK, report};
 
 const BLOCK: usize = 1 << 20;
 
-/// `bulk PATH MIB kept|deleted`: writes the file, removes its name or not, and holds it open. The line: `holds` and the
-/// descriptor.
+/// `bulk PATH MIB kept|deleted`: writes the file, removes its name or not, and holds it open. The
+/// line: `holds` and the descriptor.
 pub(crate) fn bulk(arguments: &[String]) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     let usage = || io::Error::other("usage: bulk PATH MIB kept|deleted");

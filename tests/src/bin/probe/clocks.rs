@@ -20,8 +20,8 @@ const ASK: &str = "/ask";
 ///
 /// - *ticks*: of a periodic timer of 20 ms, which is read all the time.
 /// - *fired*: how often a timer fired that was set to one absolute time. It may be once.
-/// - *late_ms*: how far a periodic timer of 900 s, which has an unread tick, is from its phase. It is
-///   0 until the file `/ask` is there.
+/// - *late_ms*: how far a periodic timer of 900 s, which has an unread tick, is from its phase. It
+///   is 0 until the file `/ask` is there.
 pub(crate) fn timers(_arguments: &[String]) -> io::Result<()> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
     let once = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK)?;

@@ -14,7 +14,8 @@ const ALIGNMENT: usize = 4096;
 /// Bytes of a direct write.
 const WRITE_BYTES: usize = 3 << 20;
 
-/// Overwrites the file FILE as a whole by direct writes, one system call each, and reads it after each.
+/// Overwrites the file FILE as a whole by direct writes, one system call each, and reads it after
+/// each.
 ///
 /// The line is `writing N` during the Nth write, and `written N` when the file was read and has it.
 pub(super) fn direct_writes(arguments: &[String]) -> io::Result<()> {
@@ -43,7 +44,8 @@ pub(super) fn direct_writes(arguments: &[String]) -> io::Result<()> {
 
 /// Holds a file open in each DIRECTORY whose name it removed while another one is left.
 ///
-/// The line is `linked N`: N times it wrote through every descriptor and read the same by the other name.
+/// The line is `linked N`: N times it wrote through every descriptor and read the same by the other
+/// name.
 pub(super) fn removed_names(arguments: &[String]) -> io::Result<()> {
     if arguments.is_empty() {
         return Err(usage("DIRECTORY..."));

@@ -1,8 +1,8 @@
 //! A workload for each thing that a process may hold: `probe KIND [ARGUMENTS]`.
 //!
-//! Each kind takes hold of one thing (a timer, a socket, an unusual mapping) and then reports its state in `/status`, one
-//! line of words that the suite `moves` reads on the node that runs the container. Every kind is a module; its head says
-//! what it holds and what the line means.
+//! Each kind takes hold of one thing (a timer, a socket, an unusual mapping) and then reports its
+//! state in `/status`, one line of words that the suite `moves` reads on the node that runs the
+//! container. Every kind is a module; its head says what it holds and what the line means.
 
 mod aio;
 mod attributes;

@@ -10,7 +10,8 @@ use crate::report;
 const USED_BYTES: usize = 1 << 16;
 
 /// `probe reservation GIB`: an address range without access, as language runtimes reserve it, of
-/// which a little is in use. The line is `beats N right`, or `beats N wrong` if a used part differs.
+/// which a little is in use. The line is `beats N right`, or `beats N wrong` if a used part
+/// differs.
 pub(crate) fn reservation(arguments: &[String]) -> io::Result<()> {
     let gib: usize = arguments.first().and_then(|word| word.parse().ok()).unwrap_or(400);
     let parts = [0, gib / 2, gib - 1].map(|at| at << 30);

@@ -10,7 +10,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use crate::{TICK, report};
 
-/// An access control list in the kernel's form: the owner, user 1234, the group, the mask, others may read.
+/// An access control list in the kernel's form: the owner, user 1234, the group, the mask, others
+/// may read.
 const LIST: &[u8] = &[
     2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 4, 0, 210, 4, 0, 0, 4, 0, 4, 0, 255, 255,
     255, 255, 16, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255, 255,

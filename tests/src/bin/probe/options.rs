@@ -16,8 +16,8 @@ const GROUP_V6_TEXT: &str = "ff020000000000000000000000004711";
 /// Index of the loopback interface, in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// Is a member of an IPv4 and of an IPv6 group and sends to the first. The line: `heard COUNT v6 IS_MEMBER`, and why
-/// the last packet could not be sent.
+/// Is a member of an IPv4 and of an IPv6 group and sends to the first. The line: `heard COUNT v6
+/// IS_MEMBER`, and why the last packet could not be sent.
 pub(crate) fn multicast(_arguments: &[String]) -> io::Result<()> {
     let member = UdpSocket::bind(("0.0.0.0", GROUP.1))?;
     member.join_multicast_v4(&GROUP.0, &Ipv4Addr::LOCALHOST)?;

@@ -1,5 +1,6 @@
-//! Processes around processes. `nested` runs a child in process id and user namespaces of its own, as the sandboxes of
-//! browsers do; `traces` has a child of its own traced, as a debugger does. The line is the kind's name.
+//! Processes around processes. `nested` runs a child in process id and user namespaces of its own,
+//! as the sandboxes of browsers do; `traces` has a child of its own traced, as a debugger does. The
+//! line is the kind's name.
 #![expect(unsafe_code, reason = "work between fork and exec, and ptrace, have no safe form")]
 
 use std::io;

@@ -1,6 +1,7 @@
-//! Sockets: `mptcp` listens as a Go program does, with Multipath TCP where the kernel has it and else with TCP.
-//! The line has what that was, and what a socket is that it opens now: `listens mptcp now mptcp`. `unix-server` and
-//! `unix-client` meet at `/server.sock`; the server's line is `clients COUNT`.
+//! Sockets: `mptcp` listens as a Go program does, with Multipath TCP where the kernel has it and
+//! else with TCP. The line has what that was, and what a socket is that it opens now: `listens
+//! mptcp now mptcp`. `unix-server` and `unix-client` meet at `/server.sock`; the server's line is
+//! `clients COUNT`.
 #![expect(unsafe_code, reason = "std and nix open no socket of this protocol")]
 
 use std::fs;

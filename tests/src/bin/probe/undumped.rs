@@ -1,5 +1,5 @@
-//! `undumped`: holds each thing that CRIU cannot dump and that the kernel lets it have. The line names them:
-//! `holds io_uring memfd_secret ...`.
+//! `undumped`: holds each thing that CRIU cannot dump and that the kernel lets it have. The line
+//! names them: `holds io_uring memfd_secret ...`.
 #![expect(unsafe_code, reason = "std and nix have none of these calls")]
 
 use std::io;

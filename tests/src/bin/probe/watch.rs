@@ -1,5 +1,5 @@
-//! `watch`: watches the directory `/srv/watched` of the root file system by inotify. The line counts what was made in it:
-//! `made COUNT`.
+//! `watch`: watches the directory `/srv/watched` of the root file system by inotify. The line
+//! counts what was made in it: `made COUNT`.
 
 use std::fs;
 use std::io;
