@@ -24,7 +24,7 @@ const METHODS: &[(&str, &str, &str, &str, bool)] = &[
 
 fn type_path(message: &str) -> String {
     match message {
-        "Empty" => "crate::snapshots::service::Empty".to_owned(),
+        "Empty" => "crate::api::snapshots::Empty".to_owned(),
         message => format!("::containerd_client::services::v1::snapshots::{message}"),
     }
 }

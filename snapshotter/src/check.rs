@@ -36,15 +36,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::content::object::{self, Kind};
-use crate::contents;
+use crate::error::chain;
 use crate::layers::Layers;
-use crate::migrate::journal::Journal;
-use crate::migrate::{MigrationError, blocking, chain};
+use crate::migrate::{MigrationError, blocking};
 use crate::node::Node;
+use crate::ownership::journal::Journal;
 use crate::peer::fetch::Patience;
 use crate::snapshots::Snapshots;
 use crate::store::{Options, Store, StoreError};
-use crate::volumes::{VolumeError, Volumes};
+use crate::volumes::{VolumeError, Volumes, fetch};
 
 /// How long what is looked at, and what is fetched, is kept from being swept.
 const CHECK_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -330,12 +330,11 @@ pub async fn online(node: &Arc<Node>, kept: Kept, repair: bool) -> Result<Report
     let here = kept.clone();
     let quarantined = blocking(move || Ok(here.quarantine())).await??;
     let lease = Arc::new(node.store.lease("repair", CHECK_MAX));
-    let (peers, _) = contents::connect(node, contents::HELLO_MAX, &[]).await;
+    let (peers, _) = fetch::connect(node, fetch::HELLO_MAX, &[]).await;
     let mut fetched = 0;
     for loss in look(&kept).await?.1 {
         let brought =
-            contents::fetch_from(node, peers.clone(), loss.root, &lease, Patience::USUAL.source)
-                .await;
+            fetch::fetch_from(node, peers.clone(), loss.root, &lease, Patience::USUAL.source).await;
         match brought {
             Ok(brought) => fetched += brought.values().map(|(objects, _)| objects).sum::<u64>(),
             Err(error) => {

@@ -519,7 +519,7 @@ mod tests {
         ] {
             let error = read(&format!("node = 'a'\n[cache]\n{wrong}")).unwrap_err();
             let key = wrong.split(' ').next().unwrap();
-            let text = crate::migrate::chain(&error);
+            let text = crate::error::chain(&error);
             assert!(text.contains(key), "{text} does not name {key}");
         }
         let huge = read("node = 'a'\n[cache]\nbudget_mib = 1000000000000000000").unwrap();

@@ -11,28 +11,34 @@
 //! - [`mirror`]: a read-only registry for this node's containerd.
 //! - [`peer`]: what daemons ask each other, and fetching from several of them at once.
 //! - [`directory`]: who holds what, asked of the neighbours or of etcd.
-//! - [`migrate`]: the procedure itself, both sides, and the journal of who may run a container.
+//! - [`migrate`]: the procedure itself, both sides; [`ownership`]: who may run a container, and the
+//!   journal of it.
 //! - [`policy`]: when to capture, where to put copies, what to give up, whom to ask: pure rules.
 //! - [`check`]: whether all of it is what it should be.
-//! - [`control`]: the socket for shims and for `godwit`; [`config`]: the daemon's file.
+//! - [`api`]: the sockets for shims, for `godwit` and for peers; [`daemon`]: all of it put
+//!   together; [`config`]: the daemon's file.
 
-pub mod caching;
+pub mod api;
+pub mod capture;
 pub mod check;
 pub mod config;
 pub mod containerd;
 pub mod content;
-pub mod contents;
-pub mod control;
+pub mod daemon;
 mod database;
 pub mod directory;
+pub mod error;
+pub mod host;
 mod inode;
 pub mod layers;
 pub mod leftovers;
 pub mod migrate;
 pub mod mirror;
 pub mod node;
+pub mod ownership;
 pub mod peer;
 pub mod policy;
+pub mod retention;
 pub mod snapshots;
 mod step;
 pub mod store;

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use godwit_protos::peer::Progress;
 use tokio::sync::{broadcast, watch};
 
-use crate::caching::Caching;
+use crate::capture::Caching;
 use crate::config::Config;
 use crate::containerd::{Client, EventKind};
 use crate::content::object::{self, Kind, ObjectError};
@@ -20,10 +20,10 @@ use crate::directory::{self, Directory};
 use crate::layers::make::Making;
 use crate::leftovers::Leftovers;
 use crate::migrate::destination::Sessions;
-use crate::migrate::journal::Journal;
-use crate::migrate::ownership::Ownership;
 use crate::migrate::report::Report;
 use crate::migrate::{MigrationError, request};
+use crate::ownership::Ownership;
+use crate::ownership::journal::Journal;
 use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
 use crate::peer::shunned::Shunned;
@@ -92,7 +92,7 @@ pub enum OpenError {
     Store(#[from] crate::store::OpenError),
     /// The journal cannot be opened.
     #[error("cannot open the journal")]
-    Journal(#[from] crate::migrate::journal::JournalError),
+    Journal(#[from] crate::ownership::journal::JournalError),
     /// The volumes cannot be opened.
     #[error("cannot open the volumes")]
     Volumes(#[from] VolumeError),
@@ -284,7 +284,7 @@ impl Node {
             match tokio::task::spawn_blocking(work).await {
                 Ok(Ok(report)) => tracing::info!(?report, "swept"),
                 Ok(Err(error)) => {
-                    tracing::info!(error = crate::migrate::chain(&error), "not swept");
+                    tracing::info!(error = crate::error::chain(&error), "not swept");
                 }
                 Err(_) => return,
             }
@@ -308,7 +308,7 @@ impl Node {
             match tokio::task::spawn_blocking(move || node.held()).await {
                 Ok(Ok(held)) => self.directory.publish(held).await,
                 Ok(Err(error)) => {
-                    tracing::warn!(error = crate::migrate::chain(&error), "nothing is published");
+                    tracing::warn!(error = crate::error::chain(&error), "nothing is published");
                 }
                 Err(_) => break,
             }
@@ -362,20 +362,6 @@ fn children(kind: u8, bytes: &[u8]) -> Result<Vec<(u8, godwit_protos::Digest)>, 
 
 fn is_leaf(kind: u8) -> bool {
     kind == Kind::Chunk as u8
-}
-
-/// One minute's mean of runnable tasks per processor (proc(5), "loadavg").
-pub fn load() -> f64 {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let tasks = text.split(' ').next().and_then(|first| first.parse::<f64>().ok()).unwrap_or(0.0);
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    tasks / f64::from(u32::try_from(processors).unwrap_or(1))
-}
-
-/// Milliseconds since 1970 by this node's clock.
-pub fn unix_ms() -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// What happens in migrations that this node takes part in.

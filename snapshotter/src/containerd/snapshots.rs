@@ -157,7 +157,8 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshots::{self, Snapshots};
+    use crate::api;
+    use crate::snapshots::Snapshots;
     use std::os::unix::net::UnixListener;
     use std::path::Path;
     use std::sync::Arc;
@@ -189,7 +190,7 @@ mod tests {
         let (stop, stopped) = oneshot::channel();
         let stopped = async move { drop(stopped.await) };
         let listener = UnixListener::bind(socket).unwrap();
-        (stop, snapshots::serve(listener, snapshots, None, stopped).unwrap())
+        (stop, api::snapshots::serve(listener, snapshots, None, stopped).unwrap())
     }
 
     /// Method: containerd speaks the same service to us as we to containerd, so our own snapshotter

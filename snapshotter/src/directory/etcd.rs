@@ -324,7 +324,7 @@ impl Directory for Etcd {
 impl Session {
     async fn open(endpoint: &str) -> Result<Self, Status> {
         let unreachable = |error: tonic::transport::Error| {
-            Status::unavailable(format!("{endpoint}: {}", crate::migrate::chain(&error)))
+            Status::unavailable(format!("{endpoint}: {}", crate::error::chain(&error)))
         };
         let channel = Endpoint::from_shared(endpoint.to_owned()).map_err(unreachable)?;
         let channel = channel.connect().await.map_err(unreachable)?;

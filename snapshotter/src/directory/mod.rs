@@ -26,7 +26,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::config::{Backend, Config};
-use crate::node::unix_ms;
+use crate::host::unix_ms;
 use crate::peer::Connection;
 use crate::store::Snapshot;
 

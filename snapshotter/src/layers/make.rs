@@ -23,11 +23,11 @@ use tonic::Status;
 
 use super::guard::Guard;
 use super::{LAYER_BYTES_MAX, LEASE, LayerError, QUEUE, blocking, keep};
-use crate::caching::retention::has_room;
 use crate::containerd::{ClientError, FoundLayer};
 use crate::content::{layer, on};
 use crate::node::Node;
 use crate::peer::{Connection, blobs};
+use crate::retention::has_room;
 
 /// Neighbours that are asked to make the same layer.
 const MAKERS_MAX: usize = 3;
@@ -169,7 +169,7 @@ async fn make_one(
     blob: Digest,
     done: Arc<AtomicU64>,
 ) -> Result<Made, Status> {
-    let failed = |error: LayerError| Status::internal(crate::migrate::chain(&error));
+    let failed = |error: LayerError| Status::internal(crate::error::chain(&error));
     let unavailable = |error: ClientError| Status::unavailable(error.to_string());
     let busy = |_cause| Status::resource_exhausted("busy with other layers");
     let _place = node.making.queue.try_acquire().map_err(busy)?;

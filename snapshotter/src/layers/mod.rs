@@ -38,16 +38,17 @@ use futures::future::{Either, select};
 use godwit_protos::{Digest, Subject};
 use tokio::sync::{Mutex, Semaphore};
 
-use crate::caching::retention::{free_bytes, has_room, record};
 use crate::containerd::{Client, ClientError, Descriptor, FoundLayer, LABEL_REF};
 use crate::content::object::{Kind, Layer};
 use crate::content::{ContentError, Source};
-use crate::contents::fetch_from;
-use crate::node::{Node, unix_ms};
+use crate::host::unix_ms;
+use crate::node::Node;
 use crate::peer::fetch::FetchError;
 use crate::peer::shunned::{SHUN_LIAR, SHUN_SILENT};
+use crate::retention::{free_bytes, has_room, record};
 use crate::snapshots::{self, SnapshotError, Snapshots};
 use crate::store::{Lease, Snapshot, Store, StoreError};
+use crate::volumes::fetch::fetch_from;
 use arriving::{Arriving, Coming, bytes_of};
 use guard::guard;
 use offers::{Neighbours, Offer, Way};
@@ -257,7 +258,7 @@ impl Layers {
             match supplied {
                 Ok(supplied) => supplied,
                 Err(error) => {
-                    let (layer, error) = (wanted.chain_id, crate::migrate::chain(&error));
+                    let (layer, error) = (wanted.chain_id, crate::error::chain(&error));
                     tracing::warn!(%layer, error, "no layer from the neighbours; asking the registry");
                     false
                 }
@@ -438,7 +439,7 @@ impl Inner {
         tracing::info!(%layer, bytes = size_bytes, ?brought, "layer from the neighbours");
         // The layer is there whether it can be given on or not.
         if let Err(error) = keep(&self.node, layer, *root, *size_bytes).await {
-            tracing::warn!(%layer, error = crate::migrate::chain(&error), "layer is not kept");
+            tracing::warn!(%layer, error = crate::error::chain(&error), "layer is not kept");
         }
         Ok(())
     }

@@ -9,11 +9,11 @@ use tokio::sync::watch;
 
 use super::make;
 use crate::containerd::FoundLayer;
-use crate::contents::connect;
 use crate::directory::{LOOKUP_MAX, Lookup, Query};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::shunned::SHUN_SILENT;
+use crate::volumes::fetch::connect;
 
 /// How long a neighbour has to answer a hello.
 const HELLO_MAX: Duration = Duration::from_millis(300);

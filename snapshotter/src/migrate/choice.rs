@@ -6,10 +6,10 @@ use std::collections::{BTreeMap, HashSet};
 use godwit_protos::Subject;
 
 use super::destination::Connections;
-use super::predict::RATE_UNKNOWN;
 use crate::directory::Entry;
 use crate::node::Node;
 use crate::policy::choose::{Candidate, Choice, Source, Wanted, choose};
+use crate::policy::predict::RATE_UNKNOWN;
 
 /// Decides about every neighbour that has a snapshot of `subject`; the best first.
 pub fn choices(

@@ -20,14 +20,14 @@ use prost::Message as _;
 use super::describe::{Described, describe};
 use super::links::Links;
 use super::obstacles::check_frozen_aio;
-use super::ownership::{Epoch, Event};
 use super::release::take_offer_back;
 use super::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use super::{MigrationError, blocking};
-use crate::caching::retention::record;
 use crate::content::object::{Cut, Kind, Part};
 use crate::content::{ContentError, on, put_object};
 use crate::node::Node;
+use crate::ownership::{Epoch, Event};
+use crate::retention::record;
 use crate::store::{Lease, Snapshot, SnapshotId};
 
 /// Subjects that a thread reads while others wait.

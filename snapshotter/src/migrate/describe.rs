@@ -9,13 +9,13 @@ use oci_spec::runtime::Spec;
 
 use super::obstacles::{self, Findings, Process};
 use super::origin::{self, Origin};
-use super::ownership::Ownership;
 use super::record;
 use super::shim::Shim;
 use super::spec::{Outline, SpecError};
 use super::{MigrationError, blocking};
 use crate::containerd::{Container, TaskStatus, upper_dir};
 use crate::node::Node;
+use crate::ownership::Ownership;
 
 /// A container as its node knows it.
 #[derive(Debug)]

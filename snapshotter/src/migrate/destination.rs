@@ -23,16 +23,16 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::MigrationError;
-use super::ownership::{Epoch, Event, Ownership};
-use super::rounds::ROUNDS_MAX;
 use super::session::begin;
 use super::spec::Outline;
 use crate::content::object::Kind;
 use crate::directory::{Entry, Joined, Lookup, Query};
 use crate::node::Node;
+use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::channel::MEASURED_BYTES_MIN;
 use crate::peer::fetch::{Peers, Standings};
 use crate::peer::{Connection, PeerError};
+use crate::policy::rounds::ROUNDS_MAX;
 
 /// How long a migration waits for neighbours to answer a hello before it goes on without them.
 const NEIGHBOURS_WAIT: Duration = Duration::from_millis(50);
@@ -285,7 +285,7 @@ pub async fn connect(
                     joined.send_modify(|all| all.push(Arc::new(connection)));
                 }
                 Err(error) => {
-                    tracing::info!(node = %peer.name, error = super::chain(&error), "not asked");
+                    tracing::info!(node = %peer.name, error = crate::error::chain(&error), "not asked");
                 }
             }
         });
@@ -382,7 +382,10 @@ pub async fn settle(node: &Arc<Node>, session: &str, settlement: Settlement) {
     }
 }
 
-fn journalled(node: &Node, session: &str) -> Option<(ContainerRef, super::journal::Entry)> {
+fn journalled(
+    node: &Node,
+    session: &str,
+) -> Option<(ContainerRef, crate::ownership::journal::Entry)> {
     let entries = node.journal.containers().ok()?;
     entries.into_iter().find(|(_, entry)| entry.session.as_deref() == Some(session))
 }
@@ -392,7 +395,7 @@ pub(super) fn give_back(
     container: &ContainerRef,
     epoch: Epoch,
     to: String,
-) -> Result<(), super::journal::JournalError> {
+) -> Result<(), crate::ownership::journal::JournalError> {
     node.journal.apply(container, &Event::GiveBack(epoch, to), |_| {}).map(drop)
 }
 

@@ -196,7 +196,7 @@ impl Bring<'_> {
                 Ok(()) => return Ok(()),
                 Err(error) => {
                     self.silent().insert(peer.node.clone());
-                    let error = super::chain(&error);
+                    let error = crate::error::chain(&error);
                     tracing::warn!(node = %peer.node, %digest, error, "blob not had; asking elsewhere");
                 }
             }

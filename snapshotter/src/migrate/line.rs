@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::MigrationError;
-use super::ownership::Epoch;
+use crate::ownership::Epoch;
 use crate::peer::Connection;
 
 /// How long the source has for a round and for the cut.

@@ -6,7 +6,7 @@
 //! to let them run. [`source`] is the other side. [`request`] starts it all: it creates the container here with the
 //! migrate-from annotation, under a specification derived by [`spec`].
 //!
-//! What is promised on failure is in [`ownership`] (never two runners) and [`source`] (frozen, not killed, until the
+//! What is promised on failure is in [`crate::ownership`] (never two runners) and [`source`] (frozen, not killed, until the
 //! destination runs); docs/failure-model.md has the table.
 
 pub mod choice;
@@ -15,21 +15,17 @@ pub mod describe;
 pub mod destination;
 mod fit;
 pub mod image;
-pub mod journal;
 pub mod layout;
 mod line;
 mod links;
 pub mod obstacles;
 pub mod origin;
-pub mod ownership;
 pub mod plan;
-pub mod predict;
 mod record;
 pub mod release;
 pub mod report;
 pub mod request;
 pub mod restore;
-pub mod rounds;
 pub mod session;
 pub mod shim;
 pub mod source;
@@ -225,7 +221,7 @@ pub enum MigrationError {
     Volume(#[from] VolumeError),
     /// The journal failed: nothing was acted on.
     #[error(transparent)]
-    Journal(#[from] journal::JournalError),
+    Journal(#[from] crate::ownership::journal::JournalError),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -313,24 +309,8 @@ impl MigrationError {
 
     /// The error with all its causes in one line.
     pub fn chain(&self) -> String {
-        chain(self)
+        crate::error::chain(self)
     }
-}
-
-/// An error with all its causes in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        // Transparent variants repeat their source.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        next = cause.source();
-    }
-    text
 }
 
 /// Removes task, container and root file system of a container that runs elsewhere, or never will run here.

@@ -26,16 +26,17 @@ use serde::{Deserialize, Serialize};
 use super::destination::{Connections, connect, kind_told, mode_word};
 use super::image::{name_here, renaming_warning};
 use super::line::{Line, Subjects, named};
-use super::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use super::request::{Request, check_absent, describe_at, find_obstacles, image_of, texts};
-use super::{MigrationError, blocking, chain, choice};
+use super::{MigrationError, blocking, choice};
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
 use crate::directory::{Entry, LOOKUP_MAX};
+use crate::error::chain;
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::choose::Choice;
+use crate::policy::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
 use crate::store::{Lease, Store};
 
 /// How long what a plan brings is protected while it is made.

@@ -13,13 +13,13 @@ use godwit_protos::peer::OwnershipRequest;
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeId};
 
 use super::MigrationError;
-use super::journal::Entry;
-use super::ownership::{Epoch, Event, Ownership};
 use super::shim::Shim;
 use super::subjects::{Version, newest};
-use crate::caching::retention::{admitted, record};
 use crate::node::Node;
+use crate::ownership::journal::Entry;
+use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::Connection;
+use crate::retention::{admitted, record};
 use crate::store::Lease;
 
 /// Attempts to thaw: a dump that hangs holds the container until its watchdog ends it.

@@ -14,10 +14,10 @@ use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse};
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
 use super::destination::{Prepared, Settings, connect, mode_word};
-use super::ownership::Ownership;
 use super::{MigrationError, fit, image, obstacles, record, spec, terminal};
 use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
+use crate::ownership::Ownership;
 use crate::volumes::VolumeError;
 
 /// The runtime that migrated containers run under.

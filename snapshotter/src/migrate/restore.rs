@@ -16,7 +16,6 @@ use prost::Message as _;
 
 use super::destination::{Acquired, Command, NEIGHBOUR_MAX, Settings, State, kind_told};
 use super::layout::Layout;
-use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Share};
 use super::request::{
     self, check_absent, check_chain, create_and_start, describe_at, image_of, pre_flight,
@@ -27,7 +26,9 @@ use super::source::EPOCH_MAX;
 use super::{MigrationError, blocking, fit, image, obstacles};
 use crate::content::Source as _;
 use crate::content::object::{Cut, Kind};
-use crate::node::{Node, unix_ms};
+use crate::host::unix_ms;
+use crate::node::Node;
+use crate::ownership::{Epoch, Event};
 use crate::peer::{Connection, PeerError};
 use crate::store::{Snapshot, SnapshotId, StoreError};
 

@@ -20,18 +20,19 @@ use super::destination::{
 };
 use super::layout::Layout;
 use super::line::{Beginning, Line, Subjects, named};
-use super::ownership::{Epoch, Event};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
-use super::{MigrationError, blocking, choice, origin, rounds};
-use crate::caching::retention::{admitted, record};
+use super::{MigrationError, blocking, choice, origin};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
 use crate::content::on;
 use crate::directory::{Entry, Lookup, SEQUENCE_MAX};
 use crate::node::Node;
+use crate::ownership::{Epoch, Event};
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::choose::Choice;
+use crate::policy::rounds;
+use crate::retention::{admitted, record};
 use crate::store::Lease;
 
 /// How long the shim has to restore and claim, and to report the end of the restore.

@@ -27,16 +27,16 @@ use tonic::{Status, Streaming};
 
 use super::cut::{self, Shared, lock};
 use super::describe::{Described, describe};
-use super::ownership::{Epoch, Event};
 use super::release::{Remembered, settle_later, take_back, take_offer_back};
-use super::rounds::ROUNDS_MAX;
 use super::subjects::{Subjects, Version};
 use super::{MigrationError, blocking};
 use crate::content::encoding::{Codec, Encoding};
 use crate::content::object::Kind;
 use crate::content::{ContentError, Source as _, difference::difference};
 use crate::node::Node;
+use crate::ownership::{Epoch, Event};
 use crate::peer::BATCH_BYTES;
+use crate::policy::rounds::ROUNDS_MAX;
 use crate::store::{Lease, Store};
 
 /// How long a frozen container waits for the destination's next word before it is thawed.
@@ -337,7 +337,7 @@ fn stream_difference(
             let Some(stored) = store.get_stored(&changed.digest)? else {
                 return Err(ContentError::Missing(changed.digest));
             };
-            let mut object = crate::peer::server::stored_object(changed.digest, stored);
+            let mut object = crate::api::peer::stored_object(changed.digest, stored);
             if let Some(base) = changed.base {
                 let (data, base_data) = (store.object(&changed.digest)?, store.object(&base)?);
                 if let Some(patch) = codec.patch(&data, &base_data, object.data.len()) {

@@ -14,13 +14,14 @@ use godwit_protos::{ContainerRef, Digest, FileSystem, Subject};
 
 use super::describe::{Described, describe};
 use super::{MigrationError, blocking};
-use crate::caching::retention::record;
 use crate::content::capture::{Captured, Unchanged, capture};
 use crate::content::image::capture_image;
 use crate::content::memory::{self, Previous};
 use crate::content::object::Kind;
 use crate::content::{ContentError, Source as _, difference::difference};
-use crate::node::{Node, unix_ms};
+use crate::host::unix_ms;
+use crate::node::Node;
+use crate::retention::record;
 use crate::store::{Lease, Snapshot, SnapshotId, Store, StoreError};
 
 /// How long a snapshot of a running container may take before what it wrote is no longer protected.

@@ -16,14 +16,14 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::spool;
-use crate::caching::retention::{free_bytes, has_room};
 use crate::config::Tags;
 use crate::containerd::{BLOB_BYTES_MAX_WHOLE, ClientError};
-use crate::contents::connect;
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::blobs;
 use crate::peer::shunned::SHUN_SILENT;
+use crate::retention::{free_bytes, has_room};
+use crate::volumes::fetch::connect;
 
 /// How long a neighbour has to answer a hello.
 const HELLO_MAX: Duration = Duration::from_millis(300);

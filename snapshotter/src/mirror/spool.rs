@@ -83,7 +83,7 @@ pub(super) async fn bring(
             Err(SpoolError::Here(error)) => return Err(error),
             Err(error @ SpoolError::NoRoom(_)) => tracing::warn!(%digest, node, %error, "no blob"),
             Err(error) => {
-                let error = crate::migrate::chain(&error);
+                let error = crate::error::chain(&error);
                 tracing::info!(%digest, node, error, "blob did not come whole; asking elsewhere");
                 shunned.add([node], SHUN_SILENT);
             }

@@ -2,7 +2,7 @@
 //!
 //! [`Connection::open`] says hello, agrees on a version and counts every byte that crosses the
 //! socket, so that a report can name what came from whom. [`fetch`] brings objects from several
-//! peers at once; [`server`] answers them. Every call has a deadline, and a peer that went silent
+//! peers at once; `api::peer` answers them. Every call has a deadline, and a peer that went silent
 //! is noticed by HTTP/2 pings within [`SILENCE_MAX`].
 
 pub mod blobs;
@@ -11,7 +11,6 @@ pub mod fetch;
 mod pace;
 pub mod precedence;
 mod queue;
-pub mod server;
 pub mod shunned;
 
 use std::io;

@@ -19,5 +19,7 @@
 
 pub mod choose;
 pub mod place;
+pub mod predict;
 pub mod retain;
+pub mod rounds;
 pub mod schedule;

@@ -51,7 +51,7 @@ pub enum OpenError {
     },
 }
 
-/// Why something could not be done with a snapshot. [`mod@super::service`] maps each to the code
+/// Why something could not be done with a snapshot. `api::snapshots` maps each to the code
 /// containerd expects.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {

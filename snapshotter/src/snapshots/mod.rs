@@ -27,7 +27,7 @@
 //! 4. make anew what the directories of active snapshots lack: prepares that the file system had
 //!    not written yet.
 //!
-//! Read next: [`mod@service`] for the gRPC side, [`filter`] for how containerd asks for some of all
+//! Read next: `api::snapshots` for the gRPC side, [`filter`] for how containerd asks for some of all
 //! snapshots. Source: containerd's `core/snapshots/snapshotter.go` (the contract) and its overlayfs
 //! snapshotter (the mounts).
 
@@ -36,10 +36,9 @@ mod filter;
 mod lost;
 mod metadata;
 mod mounts;
-pub mod service;
 mod spare;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tree;
 mod usage;
 mod writeback;
@@ -60,7 +59,6 @@ pub use filter::FilterError;
 use filter::Filters;
 use metadata::{Chain, Change, Metadata, Row};
 use mounts::overlay_options;
-pub use service::serve;
 use spare::Spares;
 use tree::{WORK_MODE, discard, make_dir, measure, tree_names, tree_number, write_out};
 pub use usage::Usage;
@@ -80,7 +78,7 @@ pub const LABEL_BYTES_MAX: usize = 4096;
 const ROOT: (u32, u32) = (0, 0);
 
 /// Labels of a snapshot for a container with a user namespace.
-const MAPPINGS: [&str; 2] =
+pub(crate) const MAPPINGS: [&str; 2] =
     ["containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"];
 
 /// Where directories are made in advance, under `fs/`.
@@ -457,7 +455,7 @@ impl Snapshots {
 
     /// Whether a prepare, a removal or another small change would wait: for a change that is under
     /// way, or for the disk.
-    fn is_busy(&self) -> bool {
+    pub(crate) fn is_busy(&self) -> bool {
         self.metadata.is_busy() || self.spares.is_empty()
     }
 

@@ -6,15 +6,10 @@ mod model;
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
-use std::sync::Arc;
 
-use tonic::{Code, Request};
-
-use super::service::generated::snapshots_server::Snapshots as _;
 use super::tree::{TICK, few_inodes, is_untouched};
 use super::*;
 use crate::step::stop_before;
-use containerd_client::services::v1::snapshots as api;
 
 /// In memory if possible: what is tested is not the disk, and `commit` writes out the whole file
 /// system.
@@ -23,7 +18,7 @@ fn scratch() -> tempfile::TempDir {
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
 }
 
-fn fixture() -> (tempfile::TempDir, Snapshots) {
+pub(crate) fn fixture() -> (tempfile::TempDir, Snapshots) {
     let dir = scratch();
     let snapshots = Snapshots::open(dir.path()).unwrap();
     (dir, snapshots)
@@ -33,12 +28,18 @@ fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
     pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
-fn none() -> BTreeMap<String, String> {
+/// Runs `work` while a change is under way.
+pub(crate) fn holding_a_change(snapshots: &Snapshots, work: impl FnOnce()) {
+    let _change = snapshots.metadata.begin().unwrap();
+    work();
+}
+
+pub(crate) fn none() -> BTreeMap<String, String> {
     BTreeMap::new()
 }
 
 /// A committed snapshot whose tree holds one file of that name.
-fn layer(snapshots: &Snapshots, name: &str, parent: Option<&str>) {
+pub(crate) fn layer(snapshots: &Snapshots, name: &str, parent: Option<&str>) {
     let key = format!("extract {name}");
     let mounts = snapshots.prepare(&key, parent, none()).unwrap();
     fs::write(upper_of(&mounts[0]).join(name), name).unwrap();
@@ -580,90 +581,4 @@ fn a_cleanup_that_stops_is_done_again_on_open() {
     drop(snapshots);
     Snapshots::open(dir.path()).unwrap();
     assert_eq!(trees(dir.path()), ["1"]);
-}
-
-/// Method: somebody else's change takes a second. The calls have one thread, as they have in the
-/// daemon.
-#[tokio::test]
-async fn who_only_asks_does_not_wait_behind_a_change_that_waits() {
-    let (_dir, snapshots) = fixture();
-    snapshots.prepare("x", None, none()).unwrap();
-    let snapshots = Arc::new(snapshots);
-    let (begun, is_begun) = std::sync::mpsc::channel();
-    let holding = std::thread::spawn({
-        let snapshots = snapshots.clone();
-        move || {
-            let _change = snapshots.metadata.begin().unwrap();
-            begun.send(()).unwrap();
-            std::thread::sleep(Duration::from_secs(1));
-        }
-    });
-    is_begun.recv().unwrap();
-    let server = service::Service { snapshots, layers: None };
-    let request = api::PrepareSnapshotRequest { key: "y".to_owned(), ..Default::default() };
-    let mut prepared = server.prepare(Request::new(request));
-    assert!(futures::poll!(&mut prepared).is_pending());
-    let request = api::StatSnapshotRequest { key: "x".to_owned(), ..Default::default() };
-    server.stat(Request::new(request)).await.unwrap();
-    assert!(!holding.is_finished());
-    prepared.await.unwrap();
-    holding.join().unwrap();
-}
-
-#[tokio::test]
-async fn errors_arrive_as_the_codes_that_containerd_expects() {
-    let (_dir, snapshots) = fixture();
-    layer(&snapshots, "a", None);
-    snapshots.prepare("x", Some("a"), none()).unwrap();
-    snapshots.view("v", Some("a"), none()).unwrap();
-    let server = service::Service { snapshots: Arc::new(snapshots), layers: None };
-    let prepare = async |key: &str, parent: &str| {
-        let (key, parent) = (key.to_owned(), parent.to_owned());
-        let request = api::PrepareSnapshotRequest { key, parent, ..Default::default() };
-        server.prepare(Request::new(request)).await.map(drop).map_err(|status| status.code())
-    };
-    assert_eq!(prepare("x", "a").await, Err(Code::AlreadyExists));
-    assert_eq!(prepare("a", "").await, Err(Code::AlreadyExists));
-    assert_eq!(prepare("y", "none").await, Err(Code::NotFound));
-    assert_eq!(prepare("y", "x").await, Err(Code::InvalidArgument));
-    assert_eq!(prepare("", "").await, Err(Code::InvalidArgument));
-    assert_eq!(prepare(&"k".repeat(KEY_BYTES_MAX + 1), "").await, Err(Code::InvalidArgument));
-
-    let commit = async |name: &str, key: &str| {
-        let (name, key) = (name.to_owned(), key.to_owned());
-        let request = api::CommitSnapshotRequest { name, key, ..Default::default() };
-        server.commit(Request::new(request)).await.map(drop).map_err(|status| status.code())
-    };
-    assert_eq!(commit("a", "x").await, Err(Code::AlreadyExists));
-    assert_eq!(commit("b", "none").await, Err(Code::NotFound));
-    assert_eq!(commit("b", "v").await, Err(Code::FailedPrecondition));
-    assert_eq!(commit("b", "a").await, Err(Code::FailedPrecondition));
-
-    let remove = async |key: &str| {
-        let request = api::RemoveSnapshotRequest { key: key.to_owned(), ..Default::default() };
-        server.remove(Request::new(request)).await.map(drop).map_err(|status| status.code())
-    };
-    assert_eq!(remove("a").await, Err(Code::FailedPrecondition));
-    assert_eq!(remove("none").await, Err(Code::NotFound));
-
-    let mounts = async |key: &str| {
-        let request = api::MountsRequest { key: key.to_owned(), ..Default::default() };
-        server.mounts(Request::new(request)).await.map(drop).map_err(|status| status.code())
-    };
-    assert_eq!(mounts("a").await, Err(Code::FailedPrecondition));
-    assert_eq!(mounts("none").await, Err(Code::NotFound));
-
-    let bad_update = api::UpdateSnapshotRequest {
-        info: Some(api::Info { name: "a".to_owned(), ..Default::default() }),
-        update_mask: Some(prost_types::FieldMask { paths: vec!["name".to_owned()] }),
-        ..Default::default()
-    };
-    let status = server.update(Request::new(bad_update)).await.unwrap_err();
-    assert_eq!(status.code(), Code::InvalidArgument);
-    let filters = vec!["name~=x".to_owned()];
-    let list = api::ListSnapshotsRequest { filters, ..Default::default() };
-    let status = server.list(Request::new(list)).await.err().unwrap();
-    assert_eq!(status.code(), Code::InvalidArgument);
-    let usage = api::UsageRequest { key: "none".to_owned(), ..Default::default() };
-    assert_eq!(server.usage(Request::new(usage)).await.unwrap_err().code(), Code::NotFound);
 }

@@ -39,9 +39,9 @@ use godwit_protos::{Digest, VolumeId};
 
 use super::VolumeError;
 use crate::content::on;
+use crate::error::chain;
 use crate::leftovers::Leftovers;
-use crate::migrate::chain;
-use crate::migrate::journal::{Journal, VolumeEntry};
+use crate::ownership::journal::{Journal, VolumeEntry};
 use crate::step::reach;
 use crate::sys::spread_out;
 

@@ -469,7 +469,7 @@ fn a_volume_that_cannot_be_moved_away_is_reported_before_one_of_its_name_comes()
     mount_at(path.parent().unwrap());
     volumes.give_away(&id, "edge-b").unwrap_err();
     let error = volumes.may_receive(&id).unwrap_err();
-    assert!(crate::migrate::chain(&error).contains("volumes/data"), "{error}");
+    assert!(crate::error::chain(&error).contains("volumes/data"), "{error}");
     drop(volumes);
     let volumes = open(dir.path());
     assert!(matches!(volumes.path(&named("data"), false), Err(VolumeError::Moved { .. })));

@@ -10,7 +10,7 @@ use std::time::Duration;
 pub const MIB: f64 = 1_048_576.0;
 
 /// What a destination takes in at most, in bytes per second. Measured: `RATE_UNKNOWN` of
-/// `migrate/predict.rs`; 440 MiB in 17 s from a node at 1000 Mbit/s (README.md, `make demo`).
+/// `policy/predict.rs`; 440 MiB in 17 s from a node at 1000 Mbit/s (README.md, `make demo`).
 pub const INGEST: f64 = 30e6;
 
 /// What an idle node sends at most, in bytes per second, whatever its link. Measured: zstd at 200
@@ -18,13 +18,13 @@ pub const INGEST: f64 = 30e6;
 pub const SERVE: f64 = 200e6;
 
 /// CRIU's dump, and its restore: seconds, and seconds per byte of memory. Measured: `DUMP`,
-/// `RESTORE` of `migrate/predict.rs`.
+/// `RESTORE` of `policy/predict.rs`.
 pub const DUMP: (f64, f64) = (0.15, 0.7 / (1024.0 * MIB));
 /// See [`DUMP`].
 pub const RESTORE: (f64, f64) = (0.2, 0.85 / (1024.0 * MIB));
 
 /// Seconds before the first round, and to stage one. Measured: `BEGIN`, `STAGE` of
-/// `migrate/predict.rs`.
+/// `policy/predict.rs`.
 pub const BEGIN: f64 = 0.3;
 /// See [`BEGIN`].
 pub const STAGE: f64 = 0.15;
@@ -80,7 +80,7 @@ pub const LAYER: ((f64, f64), (f64, f64)) = ((4.0, 64.0), (0.001, 0.05));
 
 /// Share of a subject that is ever written again, from to. Measured: successive dumps have 65%
 /// (java under load) to 99.9% of their pages in common. Neither the policies nor the model of
-/// `migrate/predict.rs` know of it.
+/// `policy/predict.rs` know of it.
 pub const HOT: (f64, f64) = (0.01, 0.35);
 
 /// Bytes of an object, and of a question for one. Measured: pages of 4 KiB; 32 bytes

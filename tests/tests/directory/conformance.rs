@@ -6,11 +6,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use godwit_protos::Digest;
+use godwit_snapshotter::api::peer as server;
 use godwit_snapshotter::config::Config;
 use godwit_snapshotter::content::object::Kind;
 use godwit_snapshotter::directory::{Entry, LOOKUP_MAX, Lookup, Query};
 use godwit_snapshotter::node::Node;
-use godwit_snapshotter::peer::{Connection, server};
+use godwit_snapshotter::peer::Connection;
 use godwit_snapshotter::store::{Snapshot, SnapshotId};
 use tokio::net::TcpListener;
 use tokio::sync::watch;

@@ -10,8 +10,8 @@ use godwit_protos::{ContainerRef, Digest, Subject};
 
 use super::{Candidate, MigrationError, Survey, Surveyed, blocking};
 use crate::directory::LOOKUP_MAX;
-use crate::migrate::predict::{Held, Part};
 use crate::peer::{Connection, blobs};
+use crate::policy::predict::{Held, Part};
 
 /// Names of blobs.
 type Blobs = BTreeSet<String>;

@@ -7,6 +7,7 @@
 //! (docs/adr/0010): here it is a file.
 
 mod archive;
+pub mod fetch;
 mod format;
 mod places;
 #[cfg(test)]
@@ -26,7 +27,7 @@ use crate::content::object::Tree;
 use crate::content::{ContentError, Sink, on};
 use crate::inode;
 use crate::leftovers::Leftovers;
-use crate::migrate::journal::{Journal, JournalError, VolumeEntry};
+use crate::ownership::journal::{Journal, JournalError, VolumeEntry};
 use crate::store::{Store, StoreError, Writer};
 use places::Places;
 pub use places::Removed;

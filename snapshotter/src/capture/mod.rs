@@ -16,7 +16,6 @@
 //! memory only: after a restart every subject is due at once, within the budget.
 
 pub mod placement;
-pub mod retention;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,16 +26,17 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::config::CacheMemory;
 use crate::containerd::{ClientError, TaskStatus};
+use crate::host::load;
 use crate::migrate::cut::{self, Shared, lock};
 use crate::migrate::describe::describe;
-use crate::migrate::predict::write_rate;
 use crate::migrate::shim::Shim;
 use crate::migrate::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use crate::migrate::{MigrationError, blocking};
-use crate::node::{Node, load};
+use crate::node::Node;
+use crate::policy::predict::write_rate;
 use crate::policy::schedule::{may_run, seed};
+use crate::retention::{self, Lack, has_room, record};
 use crate::store::{Snapshot, SnapshotId, StoreError};
-use retention::{Lack, has_room, record};
 
 /// How often it is looked whether a subject is due.
 const TICK: Duration = Duration::from_secs(1);

@@ -22,17 +22,18 @@ use godwit_protos::{ContainerRef, FileSystem, MigrateFrom, Subject, VolumeSource
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
+use super::peer::{self as peer_api, Wanted};
 use crate::check;
-use crate::contents;
+use crate::error::chain;
+use crate::host::unix_ms;
 use crate::leftovers::Leftovers;
 use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
-use crate::migrate::{MigrationError, Next, chain, cut, describe, plan, restore, subjects};
-use crate::node::{Node, unix_ms};
-use crate::peer::server::Wanted;
-use crate::peer::{Connection, server};
+use crate::migrate::{MigrationError, Next, cut, describe, plan, restore, subjects};
+use crate::node::Node;
+use crate::peer::Connection;
 use crate::snapshots::Snapshots;
 use crate::store::{SnapshotId, StoreError, Thrift};
-use crate::volumes::{Shape, VolumeError};
+use crate::volumes::{Shape, VolumeError, fetch};
 
 /// How long a peer has to answer `godwit peers`.
 const PEER_MAX: Duration = Duration::from_secs(2);
@@ -179,7 +180,7 @@ impl Control for Service {
             .map_err(invalid)?;
         for (source, read_only) in &mounts {
             if let (VolumeSource::Content(digest), true) = (source, read_only) {
-                let brought = contents::bring(&self.node, *digest).await;
+                let brought = fetch::bring(&self.node, *digest).await;
                 brought.map_err(|error| migration_error(&error))?;
             }
         }
@@ -258,8 +259,8 @@ impl Control for Service {
     ) -> ttrpc::Result<()> {
         let (to, message) = self.migration(asked)?;
         let mut events = if to == self.node.config.node {
-            let wanted = server::wanted(message).map_err(|status| invalid(status.message()))?;
-            server::follow(&self.node, Wanted::Migrate(wanted))
+            let wanted = peer_api::wanted(message).map_err(|status| invalid(status.message()))?;
+            peer_api::follow(&self.node, Wanted::Migrate(wanted))
         } else {
             let events = self.at(&to).await?.client().migrate(message).await;
             let events = events.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
@@ -283,7 +284,7 @@ impl Control for Service {
             although_it_may_run: asked.although_it_may_run_elsewhere,
             netns: (!asked.netns.is_empty()).then_some(asked.netns),
         };
-        let mut events = server::follow(&self.node, Wanted::Restore(wanted));
+        let mut events = peer_api::follow(&self.node, Wanted::Restore(wanted));
         while let Some(event) = events.next().await {
             let event = event.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
             answer.send(&progress(event)).await?;
@@ -299,7 +300,7 @@ impl Control for Service {
         let (to, message) = self.migration(asked)?;
         let mut answer = PlanResponse::new();
         answer.plan_json = if to == self.node.config.node {
-            let wanted = server::wanted(message).map_err(|status| invalid(status.message()))?;
+            let wanted = peer_api::wanted(message).map_err(|status| invalid(status.message()))?;
             let plan = plan::plan(&self.node, &wanted).await;
             let plan = plan.map_err(|error| migration_error(&error))?;
             serde_json::to_string(&plan).map_err(|error| rpc(Code::INTERNAL, error.to_string()))?

@@ -20,15 +20,16 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
-use crate::caching::placement;
-use crate::caching::retention::free_bytes;
+use crate::capture::placement;
 use crate::containerd::ClientError;
 use crate::directory::{Query, neighbours};
+use crate::host::load;
 use crate::layers::make;
 use crate::migrate::destination::Settings;
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
-use crate::node::{Node, load};
+use crate::node::Node;
+use crate::peer::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
+use crate::retention::free_bytes;
 use crate::store::Stored;
 
 /// Names in one lookup, at most.
@@ -162,7 +163,7 @@ impl Peer for Service {
             let node = self.node.clone();
             let held = tokio::task::spawn_blocking(move || node.held()).await;
             let held = held.map_err(|_cause| Status::cancelled("stopping"))?;
-            let held = held.map_err(|error| Status::internal(crate::migrate::chain(&error)))?;
+            let held = held.map_err(|error| Status::internal(crate::error::chain(&error)))?;
             (answer.snapshots, answer.manifests) = neighbours::answer(query.select(held));
         }
         Ok(Response::new(answer))

@@ -16,16 +16,17 @@ use godwit_protos::peer::{ForgetRequest, KeepRequest, KeptSnapshot};
 use godwit_protos::{Digest, Subject, is_name};
 use tokio::sync::mpsc;
 
-use super::retention::{admitted, free_bytes, has_room, note_removed, record};
 use crate::config::mib;
 use crate::content::object::Kind;
 use crate::directory::SEQUENCE_MAX;
+use crate::host::unix_ms;
 use crate::migrate::destination::kind_told;
 use crate::migrate::{MigrationError, blocking};
-use crate::node::{Node, unix_ms};
+use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::place::{Neighbour, place};
+use crate::retention::{admitted, free_bytes, has_room, note_removed, record};
 use crate::store::{Snapshot, Store};
 
 /// How long a peer has to answer a hello.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use godwit_protos::Digest;
 use tokio::sync::watch;
 
+use super::VolumeError;
 use crate::content::object::Kind;
 use crate::directory::{LOOKUP_MAX, Lookup, Query};
 use crate::migrate::{MigrationError, blocking};
@@ -19,7 +20,6 @@ use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Brought, Depth, FetchError, Patience, Peers, Standings, fetch_within};
 use crate::store::Lease;
-use crate::volumes::VolumeError;
 
 /// How long a neighbour has to answer a hello.
 pub(crate) const HELLO_MAX: Duration = Duration::from_millis(500);

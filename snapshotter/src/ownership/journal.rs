@@ -17,7 +17,7 @@ use godwit_protos::{ContainerRef, FileSystem, VolumeId};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
-use super::ownership::{Epoch, Event, Ownership};
+use super::{Epoch, Event, Ownership};
 use crate::database;
 use crate::step::reach;
 use crate::trees::{self, RemoveError};

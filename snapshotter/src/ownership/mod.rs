@@ -10,8 +10,10 @@
 //!
 //! Promise: a node lets the container run only in [`Ownership::Owner`]. The source journals `Released` before it says
 //! so; the destination journals `Claiming` before it asks, and runs the tasks only once it has heard the release; if
-//! the message is lost it asks again. So a fault can delay a hand-off but never make two runners. Read next: [`super::journal`]
+//! the message is lost it asks again. So a fault can delay a hand-off but never make two runners. Read next: [`journal`]
 //! for the bytes on disk, docs/failure-model.md for each fault.
+
+pub mod journal;
 
 use serde::{Deserialize, Serialize};
 

@@ -23,8 +23,8 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
 
-use super::{Info, Kind, MAPPINGS, SnapshotError, Snapshots, Usage};
 use crate::layers::{Layers, Wanted};
+use crate::snapshots::{Info, Kind, MAPPINGS, SnapshotError, Snapshots, Usage};
 use generated::snapshots_server::{Snapshots as Api, SnapshotsServer};
 
 /// `google.protobuf.Empty`, under a name the generated server can use.
@@ -42,8 +42,8 @@ const INFOS_PER_MESSAGE: usize = 100;
 /// containerd's snapshots service over [`Snapshots`].
 #[derive(Clone, Debug)]
 pub struct Service {
-    pub(super) snapshots: Arc<Snapshots>,
-    pub(super) layers: Option<Layers>,
+    snapshots: Arc<Snapshots>,
+    layers: Option<Layers>,
 }
 
 /// Serves `listener`, the socket that containerd's `proxy_plugins` names, on a thread of its own
@@ -306,5 +306,101 @@ impl Api for Service {
     ) -> Result<Response<Empty>, Status> {
         self.apart("cleanup", Snapshots::cleanup).await?;
         Ok(Response::new(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::snapshots::KEY_BYTES_MAX;
+    use crate::snapshots::tests::{fixture, holding_a_change, layer, none};
+
+    /// Method: somebody else's change takes a second. The calls have one thread, as they have in
+    /// the daemon.
+    #[tokio::test]
+    async fn who_only_asks_does_not_wait_behind_a_change_that_waits() {
+        let (_dir, snapshots) = fixture();
+        snapshots.prepare("x", None, none()).unwrap();
+        let snapshots = Arc::new(snapshots);
+        let (begun, is_begun) = std::sync::mpsc::channel();
+        let holding = std::thread::spawn({
+            let snapshots = snapshots.clone();
+            move || {
+                holding_a_change(&snapshots, || {
+                    begun.send(()).unwrap();
+                    std::thread::sleep(Duration::from_secs(1));
+                });
+            }
+        });
+        is_begun.recv().unwrap();
+        let server = Service { snapshots, layers: None };
+        let request = api::PrepareSnapshotRequest { key: "y".to_owned(), ..Default::default() };
+        let mut prepared = server.prepare(Request::new(request));
+        assert!(futures::poll!(&mut prepared).is_pending());
+        let request = api::StatSnapshotRequest { key: "x".to_owned(), ..Default::default() };
+        server.stat(Request::new(request)).await.unwrap();
+        assert!(!holding.is_finished());
+        prepared.await.unwrap();
+        holding.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn errors_arrive_as_the_codes_that_containerd_expects() {
+        let (_dir, snapshots) = fixture();
+        layer(&snapshots, "a", None);
+        snapshots.prepare("x", Some("a"), none()).unwrap();
+        snapshots.view("v", Some("a"), none()).unwrap();
+        let server = Service { snapshots: Arc::new(snapshots), layers: None };
+        let prepare = async |key: &str, parent: &str| {
+            let (key, parent) = (key.to_owned(), parent.to_owned());
+            let request = api::PrepareSnapshotRequest { key, parent, ..Default::default() };
+            server.prepare(Request::new(request)).await.map(drop).map_err(|status| status.code())
+        };
+        assert_eq!(prepare("x", "a").await, Err(Code::AlreadyExists));
+        assert_eq!(prepare("a", "").await, Err(Code::AlreadyExists));
+        assert_eq!(prepare("y", "none").await, Err(Code::NotFound));
+        assert_eq!(prepare("y", "x").await, Err(Code::InvalidArgument));
+        assert_eq!(prepare("", "").await, Err(Code::InvalidArgument));
+        assert_eq!(prepare(&"k".repeat(KEY_BYTES_MAX + 1), "").await, Err(Code::InvalidArgument));
+
+        let commit = async |name: &str, key: &str| {
+            let (name, key) = (name.to_owned(), key.to_owned());
+            let request = api::CommitSnapshotRequest { name, key, ..Default::default() };
+            server.commit(Request::new(request)).await.map(drop).map_err(|status| status.code())
+        };
+        assert_eq!(commit("a", "x").await, Err(Code::AlreadyExists));
+        assert_eq!(commit("b", "none").await, Err(Code::NotFound));
+        assert_eq!(commit("b", "v").await, Err(Code::FailedPrecondition));
+        assert_eq!(commit("b", "a").await, Err(Code::FailedPrecondition));
+
+        let remove = async |key: &str| {
+            let request = api::RemoveSnapshotRequest { key: key.to_owned(), ..Default::default() };
+            server.remove(Request::new(request)).await.map(drop).map_err(|status| status.code())
+        };
+        assert_eq!(remove("a").await, Err(Code::FailedPrecondition));
+        assert_eq!(remove("none").await, Err(Code::NotFound));
+
+        let mounts = async |key: &str| {
+            let request = api::MountsRequest { key: key.to_owned(), ..Default::default() };
+            server.mounts(Request::new(request)).await.map(drop).map_err(|status| status.code())
+        };
+        assert_eq!(mounts("a").await, Err(Code::FailedPrecondition));
+        assert_eq!(mounts("none").await, Err(Code::NotFound));
+
+        let bad_update = api::UpdateSnapshotRequest {
+            info: Some(api::Info { name: "a".to_owned(), ..Default::default() }),
+            update_mask: Some(prost_types::FieldMask { paths: vec!["name".to_owned()] }),
+            ..Default::default()
+        };
+        let status = server.update(Request::new(bad_update)).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let filters = vec!["name~=x".to_owned()];
+        let list = api::ListSnapshotsRequest { filters, ..Default::default() };
+        let status = server.list(Request::new(list)).await.err().unwrap();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let usage = api::UsageRequest { key: "none".to_owned(), ..Default::default() };
+        assert_eq!(server.usage(Request::new(usage)).await.unwrap_err().code(), Code::NotFound);
     }
 }

@@ -13,7 +13,8 @@ use godwit_protos::Subject;
 
 use crate::config::{CacheMemory, mib};
 use crate::content::object::Kind;
-use crate::node::{Node, unix_ms};
+use crate::host::unix_ms;
+use crate::node::Node;
 use crate::policy::retain::{Kept, Reason, Removal, Rules, retain};
 use crate::store::{Snapshot, SnapshotId, StoreError, Thrift};
 use crate::volumes::VolumeError;
@@ -123,7 +124,7 @@ pub async fn retire_if_full(node: &Arc<Node>) -> Option<Lack> {
     match done.await {
         Ok(Ok(lack)) => lack,
         Ok(Err(error)) => {
-            tracing::warn!(error = crate::migrate::chain(&error), "nothing was retired");
+            tracing::warn!(error = crate::error::chain(&error), "nothing was retired");
             None
         }
         Err(_) => None,
@@ -155,7 +156,7 @@ fn make_room(node: &Node) -> Result<Option<Lack>, VolumeError> {
     for _ in 0..ROUNDS_MAX {
         if let Err(error) = node.sweep(Thrift::Tight) {
             // Leased: whoever uses the store comes first.
-            tracing::debug!(error = crate::migrate::chain(&error), "no room is made now");
+            tracing::debug!(error = crate::error::chain(&error), "no room is made now");
             return Ok(None);
         }
         let Some((excess, lack)) = excess(node)? else { return Ok(None) };

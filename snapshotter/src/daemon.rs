@@ -1,0 +1,158 @@
+//! The daemon put together: what is opened, served and followed, in which order, and how it stops.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use godwit_protos::path;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+use crate::api;
+use crate::capture;
+use crate::config::Config;
+use crate::error::chain;
+use crate::layers::Layers;
+use crate::migrate;
+use crate::mirror;
+use crate::node::Node;
+use crate::peer::{PING_INTERVAL, SILENCE_MAX};
+use crate::snapshots;
+
+/// How long calls that are under way may take to end when the daemon is told to stop; what is
+/// frozen waits for it.
+pub const STOP_MAX: Duration = Duration::from_secs(3);
+
+/// Runs the daemon until a signal stops it.
+///
+/// Errors: what cannot be opened or served.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    fs::create_dir_all(&config.state_dir)
+        .with_context(|| format!("cannot make {}", config.state_dir.display()))?;
+    let snapshots = snapshots::Snapshots::open(&config.state_dir.join("snapshots"))
+        .context("cannot open the snapshots")?;
+    let snapshots = Arc::new(snapshots);
+    let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
+    migrate::release::recover(&node)?;
+
+    let run_dir = &node.config.run_dir;
+    fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
+    fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700))?;
+    let snapshotter_socket = listen(&run_dir.join("snapshotter.sock"))?;
+    tell_of_mptcp(&node.config)?;
+    let mut control_server = serve_control(&node, &snapshots)?;
+    control_server.start().await.context("cannot serve the control socket")?;
+
+    tokio::spawn(node.clone().follow_containerd());
+    tokio::spawn(node.clone().sweep_regularly());
+    tokio::spawn(capture::run(node.clone()));
+    if let Some(address) = node.config.listen {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on {address}"))?;
+        tokio::spawn(serve_peers(node.clone(), listener));
+    }
+    if let Some(address) = node.config.mirror.listen {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot serve the mirror on {address}"))?;
+        tokio::spawn(mirror::serve(node.clone(), listener));
+    }
+    tracing::info!(node = %node.config.node, "ready");
+    let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+    let publishing = tokio::spawn(node.clone().publish_until(stopped.clone()));
+    let stop = async move {
+        let (Ok(mut term), Ok(mut int)) =
+            (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+        else {
+            return std::future::pending().await;
+        };
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        let _ = stopping.send(true);
+    };
+    let layers = node.config.layers.fetch && !node.config.peers.is_empty();
+    let layers = layers.then(|| Layers::new(node.clone(), snapshots.clone()));
+    let served = api::snapshots::serve(snapshotter_socket, snapshots, layers, stop)
+        .context("cannot serve the snapshotter socket")?;
+    let late = async {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+        tokio::time::sleep(STOP_MAX).await;
+    };
+    tokio::select! {
+        served = served => served.context("cannot serve the snapshotter socket")?,
+        () = late => tracing::warn!("calls are still under way; stopping nevertheless"),
+    }
+    let _ = tokio::time::timeout(STOP_MAX, control_server.shutdown()).await;
+    // Nobody would thaw what stays frozen.
+    migrate::release::take_offers_back(&node).await;
+    let _ = tokio::time::timeout(STOP_MAX, publishing).await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Tells shims whether containers of this node are to have MPTCP: they do not ask the daemon.
+fn tell_of_mptcp(config: &Config) -> anyhow::Result<()> {
+    let name = Path::new(path::NO_MPTCP).file_name().unwrap_or_default();
+    let path = config.run_dir.join(name);
+    let told = if config.mptcp {
+        fs::remove_file(&path).or_else(|error| {
+            if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+        })
+    } else {
+        fs::write(&path, "")
+    };
+    told.with_context(|| format!("cannot tell of the key mptcp in {}", path.display()))
+}
+
+/// A Unix socket that only root may open. A socket file that a killed daemon left is replaced; that
+/// no other daemon runs on this state was made sure of before.
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error).with_context(|| format!("cannot replace {}", path.display()));
+    }
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+fn serve_control(
+    node: &Arc<Node>,
+    snapshots: &Arc<snapshots::Snapshots>,
+) -> anyhow::Result<ttrpc::asynchronous::Server> {
+    let path = node.config.run_dir.join("control.sock");
+    if path.exists() {
+        fs::remove_file(&path).with_context(|| format!("cannot replace {}", path.display()))?;
+    }
+    let service = Arc::new(api::control::Service::new(node.clone(), snapshots.clone()));
+    let server = ttrpc::asynchronous::Server::new()
+        .bind(&format!("unix://{}", path.display()))
+        .with_context(|| format!("cannot listen on {}", path.display()))?
+        .register_service(godwit_protos::control::create_control(service));
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    Ok(server)
+}
+
+async fn serve_peers(node: Arc<Node>, listener: TcpListener) {
+    let served = Server::builder()
+        .initial_stream_window_size(16 << 20)
+        .initial_connection_window_size(16 << 20)
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .http2_keepalive_timeout(Some(SILENCE_MAX - PING_INTERVAL))
+        .add_service(api::peer::service(node))
+        // Otherwise a short answer behind another one waits 40 ms for an acknowledgement (tcp(7),
+        // TCP_NODELAY).
+        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
+        .await;
+    if let Err(error) = served {
+        tracing::error!(error = chain(&error), "peers are no longer served");
+    }
+}
