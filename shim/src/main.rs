@@ -21,6 +21,7 @@ mod detached;
 mod dump;
 mod error;
 mod exec;
+mod fifo;
 mod freeze;
 mod hold;
 mod idmap;

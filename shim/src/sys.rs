@@ -28,6 +28,15 @@ pub(crate) fn set_window_size(terminal: impl AsFd, columns: u16, rows: u16) -> i
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Number of bytes that a pipe or FIFO holds. Errors: the kernel's.
+#[expect(unsafe_code, reason = "no safe wrapper for this ioctl")]
+pub(crate) fn unread_bytes(pipe: impl AsFd) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is borrowed for the call, and the kernel writes one integer.
+    let done = unsafe { libc::ioctl(pipe.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(usize::try_from(bytes).unwrap_or(0)) }
+}
+
 /// Lets the program that `command` starts inherit `fds` as descriptors 3, 4, 5, ...
 #[expect(unsafe_code, reason = "std passes on descriptors 0 to 2 only")]
 pub(crate) fn inherit(command: &mut Command, fds: Vec<OwnedFd>) {

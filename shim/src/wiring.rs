@@ -4,8 +4,8 @@
 //! (`binary:///path?args`), whose protocol is containerd's: descriptors 3 and 4 are the process's
 //! stdout and stderr, and it closes descriptor 5 when it is ready. Between the two the shim keeps a
 //! pipe, or the master side of a terminal that the runtime hands over through a socket, and copies
-//! without a thread of its own. Every copy reads its source through [`UntilError`], so that what
-//! was read arrives before the copy ends.
+//! without a thread of its own ([`crate::fifo`], [`crate::newest`]). Every copy reads its source
+//! through [`UntilError`], so that what was read arrives before the copy ends.
 //!
 //! The pipe ends given to a container stay blocking; only the shim's own ends are not.
 
@@ -28,6 +28,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 use tokio::net::{UnixListener, UnixStream, unix::pipe};
 
+use crate::fifo::Fifo;
 use crate::newest::Newest;
 use crate::reap::{Reaper, Waiter};
 use crate::runc::Streams;
@@ -149,15 +150,15 @@ pub(crate) struct Owner<'a> {
 /// The shim's half of a process's streams, for as long as the process is known.
 #[derive(Default)]
 pub(crate) struct Wiring {
-    copies: IoTasks,
+    input: IoTasks,
     others: Mutex<Others>,
 }
 
-/// What [`IoTasks`] does not know.
+/// All but the input.
 #[derive(Default)]
 struct Others {
     terminal: Option<Pty>,
-    files: Vec<tokio::task::JoinHandle<()>>,
+    outputs: Vec<tokio::task::JoinHandle<()>>,
     logger: Option<(u32, Waiter)>,
 }
 
@@ -239,7 +240,7 @@ impl Wiring {
                 self.start_logger(&path, &args, vec![out_read, err_read], owner).await?;
                 let mut to = pipe::Sender::from_owned_fd(out_write).map_err(io_error("logger"))?;
                 let mut from = UntilError(terminal.clone());
-                self.others().files.push(tokio::spawn(async move {
+                self.others().outputs.push(tokio::spawn(async move {
                     let _ = tokio::io::copy(&mut from, &mut to).await;
                 }));
             }
@@ -258,7 +259,7 @@ impl Wiring {
     {
         let path = path.strip_prefix("fifo://").unwrap_or(path);
         let wrong = |source| WiringError::Copy { target: path.to_owned(), source };
-        self.copies.copy_from_fifo(path, to).map_err(wrong)
+        self.input.copy_from_fifo(path, to).map_err(wrong)
     }
 
     fn copy_out<R>(&self, from: R, sink: Sink) -> Result<(), WiringError>
@@ -269,14 +270,15 @@ impl Wiring {
         match sink {
             Sink::Fifo(path) if Path::new(&path).starts_with(path::STREAMS) => {
                 let mut to = Newest::open(&path).map_err(io_error(&path))?;
-                self.others().files.push(tokio::spawn(async move {
+                self.others().outputs.push(tokio::spawn(async move {
                     let _ = tokio::io::copy(&mut from, &mut to).await;
                 }));
                 Ok(())
             }
             Sink::Fifo(path) => {
-                let wrong = |source| WiringError::Copy { target: path.clone(), source };
-                self.copies.copy_to_fifo(from, &path).map_err(wrong)
+                let to = Fifo::open(&path).map_err(io_error(&path))?;
+                self.others().outputs.push(tokio::spawn(to.copy(from)));
+                Ok(())
             }
             Sink::File(path) => {
                 let target = path.display().to_string();
@@ -286,7 +288,7 @@ impl Wiring {
                 let mut options = std::fs::OpenOptions::new();
                 let file = options.append(true).create(true).mode(0o644).open(&path);
                 let mut to = tokio::fs::File::from_std(file.map_err(io_error(&target))?);
-                self.others().files.push(tokio::spawn(async move {
+                self.others().outputs.push(tokio::spawn(async move {
                     if let Err(error) = tokio::io::copy(&mut from, &mut to).await {
                         tracing::debug!("copying to {target}: {error}");
                     }
@@ -296,7 +298,7 @@ impl Wiring {
                 Ok(())
             }
             Sink::None => {
-                self.others().files.push(tokio::spawn(async move {
+                self.others().outputs.push(tokio::spawn(async move {
                     let _ = tokio::io::copy(&mut from, &mut tokio::io::sink()).await;
                 }));
                 Ok(())
@@ -338,7 +340,7 @@ impl Wiring {
 
     /// Lets the process see the end of its input once what was written is read.
     pub(crate) fn close_input(&self) {
-        self.copies.close_input();
+        self.input.close_input();
     }
 
     /// Sets the terminal's size in characters. Errors: the kernel's; not found without a terminal.
@@ -350,9 +352,12 @@ impl Wiring {
 
     /// Ends every copy after a failed start.
     pub(crate) async fn abort(&self, reaper: &Reaper) {
-        self.copies.abort().await;
+        self.input.abort().await;
         let others = std::mem::take(&mut *self.others());
-        others.files.iter().for_each(tokio::task::JoinHandle::abort);
+        for output in others.outputs {
+            output.abort();
+            let _ = output.await;
+        }
         if let Some((pid, _)) = others.logger {
             let _ = reaper.signal(pid, Signal::SIGTERM);
         }
@@ -360,11 +365,14 @@ impl Wiring {
 
     /// Delivers what is still buffered, for a bounded time, and lets go of everything.
     pub(crate) async fn shutdown(&self, reaper: &Reaper) {
-        self.copies.shutdown().await;
+        self.input.shutdown().await;
         let others = std::mem::take(&mut *self.others());
-        for mut file in others.files {
-            if tokio::time::timeout(DRAIN_TIME_MAX, &mut file).await.is_err() {
-                file.abort();
+        let deadline = tokio::time::Instant::now() + DRAIN_TIME_MAX;
+        for mut output in others.outputs {
+            if tokio::time::timeout_at(deadline, &mut output).await.is_err() {
+                output.abort();
+                // Its descriptors are closed once it has ended.
+                let _ = output.await;
             }
         }
         if let Some((pid, done)) = others.logger {

@@ -243,6 +243,45 @@ fn a_fifo_without_a_reader_holds_no_create() -> Result<()> {
     Ok(())
 }
 
+/// Not containerd's shim, which answers Delete at once: its client then closes a FIFO that it has not read, and `ctr tasks
+/// exec` prints nothing, with exit code 0, in one of some 150 calls on a busy machine (docs/shim.md).
+///
+/// Method: the client reads late, and closes its end as soon as Delete has returned.
+#[test]
+fn an_exec_is_deleted_once_its_output_is_read() -> Result<()> {
+    let task = Task::running(&GODWIT, "lateread", "sleep 600")?;
+    let mut stdout = Fifo::new("late-read")?;
+    task.exec("e", &Streams::to(&stdout.path), "echo whole")?;
+    task.start("e")?;
+    assert_eq!(task.wait("e")?, 0);
+    let (seen, deleted) = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(500));
+            stdout.text()
+        });
+        let begun = Instant::now();
+        let deleted = task.delete_exec("e").map(|code| (code, begun.elapsed()));
+        (reader.join(), deleted)
+    });
+    let text = seen.map_err(|_panic| anyhow::anyhow!("the reader failed"))?;
+    assert_eq!(text?, "whole\n");
+    let (code, took) = deleted?;
+    assert_eq!(code, 0);
+    assert!(
+        took >= Duration::from_millis(400),
+        "deleted after {took:?}, before its output was read"
+    );
+    // A client that never reads holds nothing back for long.
+    let unread = Fifo::new("never-read")?;
+    task.exec("n", &Streams::to(&unread.path), "echo lost")?;
+    task.start("n")?;
+    assert_eq!(task.wait("n")?, 0);
+    let begun = Instant::now();
+    task.delete_exec("n")?;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    Ok(())
+}
+
 with_both_runtimes! {
     input_ends_when_it_is_closed,
     input_may_be_more_than_the_process_reads,
