@@ -8,21 +8,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use godwit_protos::ContainerRef;
 use godwit_protos::peer::Progress;
 use tokio::sync::{broadcast, watch};
 
 use crate::capture::Caching;
 use crate::config::Config;
-use crate::containerd::{Client, EventKind};
+use crate::containerd::{Client, Event, EventKind};
 use crate::content::object::{self, Kind, ObjectError};
 use crate::content::on;
 use crate::directory::{self, Directory};
 use crate::layers::make::Making;
 use crate::leftovers::Leftovers;
+use crate::migrate::deletion::{Absence, LOOK_INTERVAL};
 use crate::migrate::destination::Sessions;
 use crate::migrate::report::Report;
 use crate::migrate::{MigrationError, request};
-use crate::ownership::Ownership;
 use crate::ownership::journal::Journal;
 use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
@@ -187,15 +188,17 @@ impl Node {
 
     /// Follows containerd: what is deleted there is forgotten here. Runs until the daemon ends.
     pub async fn follow_containerd(self: Arc<Self>) {
+        let mut absence = Absence::default();
         loop {
-            if let Err(error) = self.clone().follow_once().await {
+            if let Err(error) = self.clone().follow_once(&mut absence).await {
                 tracing::warn!(error = error.chain(), "lost containerd; trying again");
             }
+            absence.lost_contact();
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
 
-    async fn follow_once(self: Arc<Self>) -> Result<(), MigrationError> {
+    async fn follow_once(self: Arc<Self>, absence: &mut Absence) -> Result<(), MigrationError> {
         use futures::StreamExt as _;
         let filter = r#"topic=="/containers/delete""#;
         let mut events = self.containerd.subscribe(&[filter]).await?;
@@ -206,18 +209,28 @@ impl Node {
                 godwit_protos::SNAPSHOTTER
             );
         }
-        // Subscribed first, so that no deletion falls between the two.
-        self.forget_deleted().await?;
+        // Subscribed first, so that no deletion falls between the two. The stream ends with the
+        // containerd that it comes from, so that its events are those of this UUID.
+        let uuid = self.containerd.uuid().await?;
+        absence.forget_deleted(&self, &uuid).await?;
         if !self.recovered.swap(true, Ordering::Relaxed) {
             tokio::spawn(self.clone().recover_containers());
         }
-        while let Some(event) = events.next().await {
-            if let EventKind::ContainerDeleted { id } = event?.kind {
-                tracing::debug!(id, "container deleted");
-                self.forget_deleted().await?;
+        loop {
+            match tokio::time::timeout(LOOK_INTERVAL, events.next()).await {
+                Err(_elapsed) => {}
+                Ok(None) => return Ok(()),
+                Ok(Some(event)) => {
+                    let Event { namespace, kind, .. } = event?;
+                    let EventKind::ContainerDeleted { id } = kind else { continue };
+                    tracing::debug!(namespace, id, "container deleted");
+                    if let Ok(container) = ContainerRef::new(&namespace, &id) {
+                        absence.reported(container);
+                    }
+                }
             }
+            absence.forget_deleted(&self, &uuid).await?;
         }
-        Ok(())
     }
 
     /// Sees to what an earlier daemon left in containerd. While one container cannot be seen to,
@@ -248,27 +261,6 @@ impl Node {
 
     async fn delete_abandoned_leases(&self) -> Result<(), MigrationError> {
         Ok(self.containerd.delete_abandoned_leases().await?)
-    }
-
-    /// Forgets journalled containers that containerd no longer has.
-    async fn forget_deleted(&self) -> Result<(), MigrationError> {
-        for (container, entry) in self.journal.containers()? {
-            // What is being handed over is settled first, and a container that was never let run
-            // here stays known as such: its source may yet ask.
-            let open = match entry.ownership {
-                Ownership::Offered(..) | Ownership::Claiming(..) | Ownership::Returned(..) => true,
-                Ownership::Owner(_) => entry.session.is_some() && !entry.resumed,
-                Ownership::Released(..) => false,
-            };
-            if open {
-                continue;
-            }
-            let found = self.containerd.container(container.namespace(), container.id()).await;
-            if matches!(found, Err(crate::containerd::ClientError::NotFound(_))) {
-                self.journal.forget(&container)?;
-            }
-        }
-        Ok(())
     }
 
     /// Sweeps from time to time, and tries again to remove leftovers. Runs until the daemon ends.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::namespaces_client::NamespacesClient;
 use containerd_client::services::v1::{self as api, container};
-use prost_types::Any;
+use prost_types::{Any, Timestamp};
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
@@ -35,6 +35,8 @@ pub struct Container {
     pub extensions: Vec<String>,
     /// The sandbox that it belongs to; read, never written.
     pub sandbox: Option<String>,
+    /// When it was created, in nanoseconds since 1970; read, never written.
+    pub created_at_ns: i64,
 }
 
 /// A runtime and its options.
@@ -49,6 +51,7 @@ pub struct Runtime {
 impl From<api::Container> for Container {
     fn from(found: api::Container) -> Self {
         let runtime = found.runtime.unwrap_or_default();
+        let Timestamp { seconds, nanos } = found.created_at.unwrap_or_default();
         Self {
             id: found.id,
             image: found.image,
@@ -59,6 +62,7 @@ impl From<api::Container> for Container {
             spec: found.spec.map(|spec| spec.value).unwrap_or_default(),
             extensions: found.extensions.into_keys().collect(),
             sandbox: Some(found.sandbox).filter(|sandbox| !sandbox.is_empty()),
+            created_at_ns: seconds.saturating_mul(1_000_000_000).saturating_add(nanos.into()),
         }
     }
 }

@@ -203,6 +203,17 @@ impl Client {
         Ok(Version { version: answer.version, revision: answer.revision })
     }
 
+    /// UUID of this containerd, which lies below its root directory: an empty root has another.
+    ///
+    /// Errors: [`ClientError::Unavailable`] if containerd is not there.
+    pub async fn uuid(&self) -> Result<String, ClientError> {
+        let mut request = Request::new(());
+        request.set_timeout(CALL_DEADLINE);
+        let answer = IntrospectionClient::new(self.channel.clone()).server(request).await;
+        let answer = answer.map_err(|status| self.failed("tell", "its UUID", &status))?;
+        Ok(answer.into_inner().uuid)
+    }
+
     /// Whether containerd's configuration registers a snapshotter of this name.
     ///
     /// A proxy plugin is listed as soon as containerd has read its configuration, also while the

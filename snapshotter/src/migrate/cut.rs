@@ -17,6 +17,7 @@ use criu_wrapper::timers;
 use godwit_protos::{ContainerRef, Subject};
 use prost::Message as _;
 
+use super::deletion::incarnation;
 use super::describe::{Described, describe};
 use super::links::Links;
 use super::obstacles::check_frozen_aio;
@@ -155,7 +156,12 @@ async fn take_here(
     let directory = node.config.state_dir.join("dump").join(node.new_id());
     let to_itself = format!("{}/{container}", node.config.node);
     let offer = Event::Offer(to_itself, Epoch::default());
-    let epoch = node.journal.apply(container, &offer, |entry| entry.frozen = true)?.epoch();
+    let incarnation = incarnation(node, container).await?;
+    let offered = node.journal.apply(container, &offer, |entry| {
+        entry.incarnation = Some(incarnation);
+        entry.frozen = true;
+    });
+    let epoch = offered?.epoch();
     let shared = (&subjects, &lease);
     let frozen = freeze_and_dump(node, &described, shared, &directory).await;
     take_offer_back(node, container, epoch).await;

@@ -11,6 +11,7 @@
 
 pub mod choice;
 pub mod cut;
+pub mod deletion;
 pub mod describe;
 pub mod destination;
 mod fit;

@@ -271,7 +271,7 @@ impl Work {
         let known = self.node.journal.container(&container)?;
         let known = known.map_or(Epoch(0), |entry| entry.epoch());
         let epoch = known.max(Epoch(cut.epoch.min(EPOCH_MAX))).next();
-        self.journal_claim(epoch)?;
+        self.journal_claim(epoch).await?;
         self.node.journal.apply(&container, &Event::Granted(epoch), |_| {})?;
         self.may_discard = false;
         let _ = answer.send(Ok(()));

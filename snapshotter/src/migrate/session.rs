@@ -14,6 +14,7 @@ use godwit_protos::peer::{
 use godwit_protos::{Digest, Subject, VolumeSource};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::deletion::incarnation;
 use super::destination::{
     Acquire, Acquired, Command, Prepared, Session, Settlement, State, ask_again, connect,
     give_back, kind_told, mode_word,
@@ -450,7 +451,7 @@ impl Work {
             }
         };
         let from = self.asked.from.to_string();
-        self.journal_claim(epoch)?;
+        self.journal_claim(epoch).await?;
         let asked = line.send(to_source::Message::Release(Release { epoch: epoch.0 })).await;
         let told = match asked {
             Ok(()) => line.next().await,
@@ -483,10 +484,13 @@ impl Work {
     }
 
     /// Journals that this node asks for the container, before it does.
-    pub(super) fn journal_claim(&self, epoch: Epoch) -> Result<(), MigrationError> {
+    pub(super) async fn journal_claim(&self, epoch: Epoch) -> Result<(), MigrationError> {
+        // Without it the entry ends only when containerd reports the deletion.
+        let incarnation = incarnation(&self.node, &self.asked.container).await.ok();
         let (session, annotation) = (self.id.clone(), self.asked.annotation());
         let claim = Event::Claim(epoch, self.asked.from.to_string());
         let journalled = self.node.journal.apply(&self.asked.container, &claim, |entry| {
+            entry.incarnation = incarnation;
             entry.session = Some(session);
             entry.migrate_from = Some(annotation);
             entry.resumed = false;

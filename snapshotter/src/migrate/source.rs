@@ -26,6 +26,7 @@ use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
 use super::cut::{self, Shared, lock};
+use super::deletion::incarnation;
 use super::describe::{Described, describe};
 use super::release::{Remembered, settle_later, take_back, take_offer_back};
 use super::subjects::{Subjects, Version};
@@ -251,7 +252,9 @@ impl Session {
         let volumes =
             self.described.writable_volumes.iter().map(|one| one.id.to_string()).collect();
         let remove_source = self.remove_source;
+        let incarnation = incarnation(&self.node, &container).await?;
         let offered = self.node.journal.apply(&container, &offer, |entry| {
+            entry.incarnation = Some(incarnation);
             entry.volumes = volumes;
             entry.remove_source = remove_source;
             (entry.frozen, entry.let_go) = (true, false);

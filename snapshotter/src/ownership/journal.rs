@@ -17,6 +17,7 @@ use godwit_protos::{ContainerRef, FileSystem, VolumeId};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
+use super::absence::Incarnation;
 use super::{Epoch, Event, Ownership};
 use crate::database;
 use crate::step::reach;
@@ -51,6 +52,9 @@ pub struct Entry {
     /// At a source: the tasks that were released have been ended.
     #[serde(default)]
     pub let_go: bool,
+    /// Which container of this name it is.
+    #[serde(default)]
+    pub incarnation: Option<Incarnation>,
 }
 
 /// What is journalled of a writable volume.
@@ -230,6 +234,7 @@ impl Journal {
                 remove_source: false,
                 frozen: false,
                 let_go: false,
+                incarnation: None,
             });
             entry.ownership = after;
             change(&mut entry);

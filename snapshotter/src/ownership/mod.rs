@@ -13,6 +13,7 @@
 //! the message is lost it asks again. So a fault can delay a hand-off but never make two runners. Read next: [`journal`]
 //! for the bytes on disk, docs/failure-model.md for each fault.
 
+pub mod absence;
 pub mod journal;
 
 use serde::{Deserialize, Serialize};
