@@ -41,10 +41,11 @@ use crate::layers::Layers;
 use crate::migrate::{MigrationError, blocking};
 use crate::node::Node;
 use crate::ownership::journal::Journal;
-use crate::peer::fetch::Patience;
+use crate::peer::fetch::{Patience, fetch_from};
+use crate::peer::neighbours::{HELLO_MAX, connect};
 use crate::snapshots::Snapshots;
 use crate::store::{Options, Store, StoreError};
-use crate::volumes::{VolumeError, Volumes, fetch};
+use crate::volumes::{VolumeError, Volumes};
 
 /// How long what is looked at, and what is fetched, is kept from being swept.
 const CHECK_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -330,11 +331,12 @@ pub async fn online(node: &Arc<Node>, kept: Kept, repair: bool) -> Result<Report
     let here = kept.clone();
     let quarantined = blocking(move || Ok(here.quarantine())).await??;
     let lease = Arc::new(node.store.lease("repair", CHECK_MAX));
-    let (peers, _) = fetch::connect(node, fetch::HELLO_MAX, &[]).await;
+    let (peers, _) = connect(&node.config, &node.channels, HELLO_MAX, &[]).await;
     let mut fetched = 0;
     for loss in look(&kept).await?.1 {
+        let (peers, patience) = (peers.clone(), Patience::USUAL.source);
         let brought =
-            fetch::fetch_from(node, peers.clone(), loss.root, &lease, Patience::USUAL.source).await;
+            fetch_from(&node.store, &node.channels, peers, loss.root, &lease, patience).await;
         match brought {
             Ok(brought) => fetched += brought.values().map(|(objects, _)| objects).sum::<u64>(),
             Err(error) => {

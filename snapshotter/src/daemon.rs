@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::error::chain;
 use crate::layers::Layers;
 use crate::migrate;
+use crate::migrate::destination::Sessions;
 use crate::mirror;
 use crate::node::Node;
 use crate::peer::{PING_INTERVAL, SILENCE_MAX};
@@ -40,23 +41,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let snapshots = Arc::new(snapshots);
     let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
     migrate::release::recover(&node)?;
+    let sessions = Arc::new(Sessions::new(node.clone()));
 
     let run_dir = &node.config.run_dir;
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;
     fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700))?;
     let snapshotter_socket = listen(&run_dir.join("snapshotter.sock"))?;
     tell_of_mptcp(&node.config)?;
-    let mut control_server = serve_control(&node, &snapshots)?;
+    let mut control_server = serve_control(&sessions, &snapshots)?;
     control_server.start().await.context("cannot serve the control socket")?;
 
-    tokio::spawn(node.clone().follow_containerd());
+    tokio::spawn(migrate::follow::containerd(node.clone()));
     tokio::spawn(node.clone().sweep_regularly());
-    tokio::spawn(capture::run(node.clone()));
+    tokio::spawn(capture::run(sessions.clone()));
     if let Some(address) = node.config.listen {
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot listen on {address}"))?;
-        tokio::spawn(serve_peers(node.clone(), listener));
+        tokio::spawn(serve_peers(sessions.clone(), listener));
     }
     if let Some(address) = node.config.mirror.listen {
         let listener = TcpListener::bind(address)
@@ -125,14 +127,14 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 fn serve_control(
-    node: &Arc<Node>,
+    sessions: &Arc<Sessions>,
     snapshots: &Arc<snapshots::Snapshots>,
 ) -> anyhow::Result<ttrpc::asynchronous::Server> {
-    let path = node.config.run_dir.join("control.sock");
+    let path = sessions.node.config.run_dir.join("control.sock");
     if path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot replace {}", path.display()))?;
     }
-    let service = Arc::new(api::control::Service::new(node.clone(), snapshots.clone()));
+    let service = Arc::new(api::control::Service::new(sessions.clone(), snapshots.clone()));
     let server = ttrpc::asynchronous::Server::new()
         .bind(&format!("unix://{}", path.display()))
         .with_context(|| format!("cannot listen on {}", path.display()))?
@@ -141,13 +143,13 @@ fn serve_control(
     Ok(server)
 }
 
-async fn serve_peers(node: Arc<Node>, listener: TcpListener) {
+async fn serve_peers(sessions: Arc<Sessions>, listener: TcpListener) {
     let served = Server::builder()
         .initial_stream_window_size(16 << 20)
         .initial_connection_window_size(16 << 20)
         .http2_keepalive_interval(Some(PING_INTERVAL))
         .http2_keepalive_timeout(Some(SILENCE_MAX - PING_INTERVAL))
-        .add_service(api::peer::service(node))
+        .add_service(api::peer::service(sessions))
         // Otherwise a short answer behind another one waits 40 ms for an acknowledgement (tcp(7),
         // TCP_NODELAY).
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))

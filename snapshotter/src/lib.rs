@@ -19,6 +19,8 @@
 //!   together; [`config`]: the daemon's file.
 
 pub mod api;
+#[cfg(test)]
+mod arrows;
 pub mod capture;
 pub mod check;
 pub mod config;

@@ -9,8 +9,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_protos::Subject;
-
 use crate::config::{CacheMemory, mib};
 use crate::content::object::Kind;
 use crate::host::unix_ms;
@@ -51,11 +49,6 @@ pub fn has_room(node: &Node) -> bool {
 pub fn free_bytes(node: &Node) -> Option<u64> {
     let stat = nix::sys::statvfs::statvfs(&node.config.state_dir).ok()?;
     Some(stat.blocks_available() * stat.fragment_size())
-}
-
-/// Notes that a container or volume was removed.
-pub fn note_removed(node: &Node, subject: &Subject) -> Result<(), StoreError> {
-    node.store.note_removed(subject, unix_ms())
 }
 
 /// Applies the rules of age and number.

@@ -27,13 +27,13 @@ use crate::check;
 use crate::error::chain;
 use crate::host::unix_ms;
 use crate::leftovers::Leftovers;
-use crate::migrate::destination::{self, Acquire, Acquired, Settings, Settlement};
+use crate::migrate::destination::{self, Acquire, Acquired, Sessions, Settings, Settlement};
 use crate::migrate::{MigrationError, Next, cut, describe, plan, restore, subjects};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::snapshots::Snapshots;
 use crate::store::{SnapshotId, StoreError, Thrift};
-use crate::volumes::{Shape, VolumeError, fetch};
+use crate::volumes::{Shape, VolumeError};
 
 /// How long a peer has to answer `godwit peers`.
 const PEER_MAX: Duration = Duration::from_secs(2);
@@ -42,13 +42,14 @@ const PEER_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Service {
     node: Arc<Node>,
+    sessions: Arc<Sessions>,
     snapshots: Arc<Snapshots>,
 }
 
 impl Service {
     /// The service, to be registered with `godwit_protos::control::create_control`.
-    pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
-        Self { node, snapshots }
+    pub fn new(sessions: Arc<Sessions>, snapshots: Arc<Snapshots>) -> Self {
+        Self { node: sessions.node.clone(), sessions, snapshots }
     }
 
     /// Where a migration goes, and what is asked of that node.
@@ -180,8 +181,8 @@ impl Control for Service {
             .map_err(invalid)?;
         for (source, read_only) in &mounts {
             if let (VolumeSource::Content(digest), true) = (source, read_only) {
-                let brought = fetch::bring(&self.node, *digest).await;
-                brought.map_err(|error| migration_error(&error))?;
+                let brought = self.node.fetcher().bring(*digest).await;
+                brought.map_err(|error| migration_error(&error.into()))?;
             }
         }
         self.blocking(move |node| {
@@ -219,7 +220,7 @@ impl Control for Service {
             settings: Settings::of_bundle(Path::new(&asked.bundle)).map_err(invalid)?,
         };
         let mut answer = AcquireResponse::new();
-        match destination::acquire(&self.node, wanted).await {
+        match destination::acquire(&self.sessions, wanted).await {
             Ok(Acquired::StartFresh) => answer.start_fresh = true,
             Ok(Acquired::Restore { session, image_path, work_path }) => {
                 answer.session = session;
@@ -237,7 +238,7 @@ impl Control for Service {
         asked: ClaimRequest,
     ) -> ttrpc::Result<ClaimResponse> {
         let mut answer = ClaimResponse::new();
-        match destination::claim(&self.node, &asked.session).await {
+        match destination::claim(&self.sessions, &asked.session).await {
             Ok(()) => answer.may_run = true,
             Err(reason) => answer.reason = reason,
         }
@@ -247,7 +248,7 @@ impl Control for Service {
     async fn settle(&self, _context: &TtrpcContext, asked: SettleRequest) -> ttrpc::Result<Empty> {
         let (running, may_have_run) = (asked.running, asked.may_have_run);
         let settlement = Settlement { running, reason: asked.reason, may_have_run };
-        destination::settle(&self.node, &asked.session, settlement).await;
+        destination::settle(&self.sessions, &asked.session, settlement).await;
         Ok(Empty::new())
     }
 
@@ -260,7 +261,7 @@ impl Control for Service {
         let (to, message) = self.migration(asked)?;
         let mut events = if to == self.node.config.node {
             let wanted = peer_api::wanted(message).map_err(|status| invalid(status.message()))?;
-            peer_api::follow(&self.node, Wanted::Migrate(wanted))
+            peer_api::follow(&self.sessions, Wanted::Migrate(wanted))
         } else {
             let events = self.at(&to).await?.client().migrate(message).await;
             let events = events.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
@@ -284,7 +285,7 @@ impl Control for Service {
             although_it_may_run: asked.although_it_may_run_elsewhere,
             netns: (!asked.netns.is_empty()).then_some(asked.netns),
         };
-        let mut events = peer_api::follow(&self.node, Wanted::Restore(wanted));
+        let mut events = peer_api::follow(&self.sessions, Wanted::Restore(wanted));
         while let Some(event) = events.next().await {
             let event = event.map_err(|status| rpc(Code::UNAVAILABLE, status.message()))?;
             answer.send(&progress(event)).await?;
@@ -533,7 +534,7 @@ impl Control for Service {
             node.volumes.remove(&wanted)?;
             match wanted {
                 VolumeSource::Writable(id) if was_here => {
-                    Ok(node.caching.removed(node, Subject::Volume(id))?)
+                    Ok(node.note_removed(Subject::Volume(id))?)
                 }
                 _ => Ok(()),
             }

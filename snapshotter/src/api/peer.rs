@@ -11,7 +11,7 @@ use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
     BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
     ForgetResponse, FromSource, HelloRequest, HelloResponse, Image, KeepRequest, KeepResponse,
-    LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest, MigrateRequest, Object,
+    LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest, MigrateRequest,
     ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest,
     ToSource,
 };
@@ -20,17 +20,18 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::capture::placement;
+use crate::capture::placement::{self, Keeper};
 use crate::containerd::ClientError;
 use crate::directory::{Query, neighbours};
 use crate::host::load;
-use crate::layers::make;
-use crate::migrate::destination::Settings;
+use crate::layers::make::Maker;
+use crate::migrate::destination::{Sessions, Settings};
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
 use crate::node::Node;
-use crate::peer::{BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version};
+use crate::peer::{
+    BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version, stored_object,
+};
 use crate::retention::free_bytes;
-use crate::store::Stored;
 
 /// Names in one lookup, at most.
 const LOOKUPS_MAX: usize = 1024;
@@ -45,11 +46,17 @@ const QUEUE: usize = 4;
 #[derive(Clone, Debug)]
 pub struct Service {
     node: Arc<Node>,
+    sessions: Arc<Sessions>,
+    maker: Arc<Maker>,
+    keeper: Arc<Keeper>,
 }
 
 /// The service, to be added to a server.
-pub fn service(node: Arc<Node>) -> PeerServer<Service> {
-    PeerServer::new(Service { node })
+pub fn service(sessions: Arc<Sessions>) -> PeerServer<Service> {
+    let node = sessions.node.clone();
+    let maker = Arc::new(Maker::new(node.clone()));
+    let keeper = Arc::new(Keeper::new(node.clone()));
+    PeerServer::new(Service { node, sessions, maker, keeper })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
 }
@@ -94,17 +101,6 @@ fn named(container: Option<godwit_protos::peer::Container>) -> Result<ContainerR
     let container = container.unwrap_or_default();
     ContainerRef::new(&container.namespace, &container.id)
         .map_err(|error| Status::invalid_argument(error.to_string()))
-}
-
-/// A stored object as it is sent, in the form in which it is stored.
-pub fn stored_object(digest: Digest, stored: Stored) -> Object {
-    Object {
-        digest: digest.as_bytes().to_vec().into(),
-        encoding: stored.encoding as u32,
-        base: bytes::Bytes::new(),
-        data: stored.bytes.into(),
-        size_bytes: stored.size,
-    }
 }
 
 #[tonic::async_trait]
@@ -247,7 +243,7 @@ impl Peer for Service {
         let layer = (digest(&diff_id)?, digest(&blob)?);
         let (send, receive) = mpsc::channel(QUEUE);
         // On its own: what was begun is of use to the next who asks.
-        tokio::spawn(make::make(self.node.clone(), layer, send));
+        tokio::spawn(self.maker.clone().make(layer, send));
         Ok(Response::new(ReceiverStream::new(receive)))
     }
 
@@ -290,9 +286,9 @@ impl Peer for Service {
     }
 
     async fn keep(&self, request: Request<KeepRequest>) -> Answer<KeepResponse> {
-        let node = self.node.clone();
+        let keeper = self.keeper.clone();
         // On its own: what has come is kept even if the caller does not wait.
-        let kept = tokio::spawn(async move { placement::keep(&node, request.into_inner()).await });
+        let kept = tokio::spawn(async move { keeper.keep(request.into_inner()).await });
         let kept = kept.await.map_err(|_cause| Status::cancelled("stopping"))?;
         Ok(Response::new(KeepResponse { refused: kept.err().unwrap_or_default() }))
     }
@@ -310,7 +306,7 @@ impl Peer for Service {
 
     async fn migrate(&self, request: Request<MigrateRequest>) -> Answer<Self::MigrateStream> {
         let wanted = Wanted::Migrate(wanted(request.into_inner())?);
-        Ok(Response::new(follow(&self.node, wanted)))
+        Ok(Response::new(follow(&self.sessions, wanted)))
     }
 
     async fn plan(&self, request: Request<MigrateRequest>) -> Answer<PlanResponse> {
@@ -353,11 +349,12 @@ pub enum Wanted {
 }
 
 /// Starts bringing a container here and follows the events to the last one.
-pub fn follow(node: &Arc<Node>, wanted: Wanted) -> Pinned<Progress> {
+pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
+    let node = &sessions.node;
     let migration = node.new_id();
     let mut events = node.events.subscribe();
     let (send, receive) = mpsc::channel(QUEUE);
-    let node = node.clone();
+    let (node, sessions) = (node.clone(), sessions.clone());
     // On its own: a client that goes away does not stop a migration.
     tokio::spawn(async move {
         let done = tokio::spawn({
@@ -365,12 +362,12 @@ pub fn follow(node: &Arc<Node>, wanted: Wanted) -> Pinned<Progress> {
             async move {
                 let failed = match &wanted {
                     Wanted::Migrate(wanted) => {
-                        request::migrate(&node, &migration, wanted).await.map_err(|error| {
+                        request::migrate(&sessions, &migration, wanted).await.map_err(|error| {
                             let outlook = request::outlook(&node, wanted, &error);
                             (error, outlook)
                         })
                     }
-                    Wanted::Restore(wanted) => restore::restore(&node, &migration, wanted)
+                    Wanted::Restore(wanted) => restore::restore(&sessions, &migration, wanted)
                         .await
                         .map_err(|error| (error, restore::OUTLOOK)),
                 };

@@ -18,25 +18,25 @@
 pub mod placement;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use godwit_protos::{ContainerRef, Subject};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 use crate::config::CacheMemory;
 use crate::containerd::{ClientError, TaskStatus};
 use crate::host::load;
 use crate::migrate::cut::{self, Shared, lock};
 use crate::migrate::describe::describe;
+use crate::migrate::destination::Sessions;
 use crate::migrate::shim::Shim;
 use crate::migrate::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use crate::migrate::{MigrationError, blocking};
 use crate::node::Node;
-use crate::policy::predict::write_rate;
 use crate::policy::schedule::{may_run, seed};
 use crate::retention::{self, Lack, has_room, record};
-use crate::store::{Snapshot, SnapshotId, StoreError};
+use crate::store::{Snapshot, SnapshotId};
 
 /// How often it is looked whether a subject is due.
 const TICK: Duration = Duration::from_secs(1);
@@ -47,75 +47,6 @@ const LOOK: Duration = Duration::from_secs(5);
 /// Captures whose copies wait for slow neighbours, at most; what is taken meanwhile is copied the
 /// next time.
 const COPIES_WAITING: usize = 2;
-
-/// Subjects whose write rates are remembered, at most.
-const RATES_MAX: usize = 4096;
-
-/// What the rest of the daemon and the schedule tell each other.
-#[derive(Debug)]
-pub struct Caching {
-    moved: Mutex<HashSet<ContainerRef>>,
-    removed: Mutex<Vec<(Subject, Instant)>>,
-    /// Bytes per second that were seen to be written.
-    rates: Mutex<HashMap<Subject, f64>>,
-    /// Copies that this node fetches for others.
-    keeps: Semaphore,
-}
-
-impl Default for Caching {
-    fn default() -> Self {
-        let (moved, removed, rates) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Self { moved, removed, rates, keeps: Semaphore::new(placement::KEEPS_MAX) }
-    }
-}
-
-impl Caching {
-    /// A container or volume was removed here: its snapshots expire, here and at every peer.
-    pub fn removed(&self, node: &Node, subject: Subject) -> Result<(), StoreError> {
-        retention::note_removed(node, &subject)?;
-        self.rates().remove(&subject);
-        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
-        removed.push((subject, Instant::now()));
-        Ok(())
-    }
-
-    /// What was removed here within `age`.
-    fn recently_removed(&self, age: Duration) -> Vec<String> {
-        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
-        removed.retain(|(_, at)| at.elapsed() < age);
-        removed.iter().map(|(subject, _)| subject.to_string()).collect()
-    }
-
-    fn rates(&self) -> MutexGuard<'_, HashMap<Subject, f64>> {
-        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// `changed` of `size` bytes of a subject were seen to differ after `since`. Returns its write
-    /// rate.
-    pub fn learn(&self, subject: &Subject, size: u64, changed: u64, since: Duration) -> f64 {
-        #[expect(clippy::cast_precision_loss, reason = "a rate")]
-        let rate = write_rate(size as f64, changed as f64, since.as_secs_f64());
-        let mut rates = self.rates();
-        if rates.len() < RATES_MAX || rates.contains_key(subject) {
-            rates.insert(subject.clone(), rate);
-        }
-        rate
-    }
-
-    /// Bytes per second that are written to a subject, as last seen.
-    pub fn write_rate(&self, subject: &Subject) -> Option<f64> {
-        self.rates().get(subject).copied()
-    }
-
-    /// A container runs elsewhere now: that it disappears here does not mean that it was removed.
-    pub fn moved_away(&self, container: &ContainerRef) {
-        self.moved.lock().unwrap_or_else(PoisonError::into_inner).insert(container.clone());
-    }
-
-    fn take_moved(&self, container: &ContainerRef) -> bool {
-        self.moved.lock().unwrap_or_else(PoisonError::into_inner).remove(container)
-    }
-}
 
 /// When a subject is captured next, and what is known of it.
 #[derive(Clone, Copy, Debug)]
@@ -136,6 +67,7 @@ struct Tracked {
 
 struct Runner {
     node: Arc<Node>,
+    sessions: Arc<Sessions>,
     tracked: HashMap<ContainerRef, Tracked>,
     looked: Option<Instant>,
     /// The budget allows no capture before.
@@ -147,12 +79,14 @@ struct Runner {
 }
 
 /// Takes, copies and retires snapshots. Runs until the daemon ends.
-pub async fn run(node: Arc<Node>) {
+pub async fn run(sessions: Arc<Sessions>) {
+    let node = sessions.node.clone();
     let (copies, taken) = mpsc::channel(COPIES_WAITING);
     tokio::spawn(placement::copy(node.clone(), taken));
     tokio::spawn(placement::tell_removals(node.clone()));
     let (tracked, not_before) = (HashMap::new(), Instant::now());
-    let mut runner = Runner { node, tracked, looked: None, not_before, copies, lack: None };
+    let mut runner =
+        Runner { node, sessions, tracked, looked: None, not_before, copies, lack: None };
     loop {
         tokio::time::sleep(TICK).await;
         if runner.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
@@ -218,7 +152,7 @@ impl Runner {
     /// Begins to capture a container that was started here.
     fn track(&mut self, container: &ContainerRef, subjects: Subjects) {
         // Whatever moved away under this name has come back.
-        self.node.caching.take_moved(container);
+        self.node.observed.take_moved(container);
         let earliest = self.tracked.get(container).map(|before| before.not_before);
         let not_before = earliest.unwrap_or_else(Instant::now);
         let due = Due { at: not_before.max(Instant::now()), last: None, write_rate: None };
@@ -246,7 +180,7 @@ impl Runner {
                 continue;
             }
             let Some(tracked) = self.tracked.remove(&container) else { continue };
-            if !node.caching.take_moved(&container) {
+            if !node.observed.take_moved(&container) {
                 self.removed(&container, tracked).await?;
             }
         }
@@ -267,7 +201,7 @@ impl Runner {
         let node = self.node.clone();
         blocking(move || {
             let mut gone = gone.into_iter();
-            Ok(gone.try_for_each(|subject| node.caching.removed(&node, subject))?)
+            Ok(gone.try_for_each(|subject| node.note_removed(subject))?)
         })
         .await
     }
@@ -279,7 +213,7 @@ impl Runner {
         if !cache.schedule
             || now < self.not_before
             || !may_run(load(), cache.load_max)
-            || node.sessions.is_busy()
+            || self.sessions.is_busy()
         {
             return None;
         }
@@ -342,8 +276,9 @@ impl Runner {
             let version = versions.iter().find(|version| version.subject == snapshot.subject);
             if let (Some(version), Some((before, _))) = (version, due.last) {
                 let (size, changed) = (version.size_bytes, version.changed_bytes);
-                let caching = &self.node.caching;
-                due.write_rate = Some(caching.learn(&version.subject, size, changed, now - before));
+                let observed = &self.node.observed;
+                due.write_rate =
+                    Some(observed.learn(&version.subject, size, changed, now - before));
             }
             let name = snapshot.subject.to_string();
             let seed = seed(&self.node.config.node, &name, snapshot.sequence);

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use godwit_protos::peer::{ForgetRequest, KeepRequest, KeptSnapshot};
 use godwit_protos::{Digest, Subject, is_name};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::config::mib;
 use crate::content::object::Kind;
@@ -26,7 +26,7 @@ use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::place::{Neighbour, place};
-use crate::retention::{admitted, free_bytes, has_room, note_removed, record};
+use crate::retention::{admitted, free_bytes, has_room, record};
 use crate::store::{Snapshot, Store};
 
 /// How long a peer has to answer a hello.
@@ -39,7 +39,7 @@ const NEAR_MS: f64 = 5.0;
 const KEEP_MAX: Duration = Duration::from_secs(900);
 
 /// Copies that this node fetches for others at once.
-pub const KEEPS_MAX: usize = 2;
+const KEEPS_MAX: usize = 2;
 
 /// Snapshots in one request, at most.
 const SNAPSHOTS_MAX: usize = 64;
@@ -84,7 +84,7 @@ impl Placement {
         if cache.copies == 0 || snapshots.is_empty() {
             return;
         }
-        let removed = node.caching.recently_removed(tell_for(node));
+        let removed = node.observed.recently_removed(tell_for(node));
         self.copies.retain(|subject, _| !removed.contains(&subject.to_string()));
         let copies = snapshots.iter().filter_map(|one| self.copies.get(&one.subject));
         let earlier: HashSet<String> = copies.flatten().cloned().collect();
@@ -121,7 +121,7 @@ pub async fn tell_removals(node: Arc<Node>) {
     let mut told: HashMap<String, HashSet<String>> = HashMap::new();
     loop {
         tokio::time::sleep(TELL_PAUSE).await;
-        let removed = node.caching.recently_removed(tell_for(&node));
+        let removed = node.observed.recently_removed(tell_for(&node));
         told.retain(|subject, _| removed.contains(subject));
         for peer in &node.config.peers {
             let knows = |subject: &String| {
@@ -207,25 +207,40 @@ async fn ask_to_keep(
     }
 }
 
-/// Fetches snapshots from a peer and keeps them. Returns why not, in words for that peer.
-pub async fn keep(node: &Arc<Node>, asked: KeepRequest) -> Result<(), String> {
-    let cache = &node.config.cache;
-    if !cache.accept {
-        return Err("this node keeps no copies for others".to_owned());
+/// Keeps copies for peers, a few at once.
+#[derive(Debug)]
+pub struct Keeper {
+    node: Arc<Node>,
+    slots: Semaphore,
+}
+
+impl Keeper {
+    /// One that keeps nothing yet.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, slots: Semaphore::new(KEEPS_MAX) }
     }
-    let _turn = node.caching.keeps.try_acquire().map_err(|_cause| "busy with other copies")?;
-    let snapshots = parse(&asked)?;
-    let snapshots = admitted(node, snapshots);
-    if snapshots.is_empty() {
-        return Err("this node keeps no memory".to_owned());
+
+    /// Fetches snapshots from a peer and keeps them. Returns why not, in words for that peer.
+    pub async fn keep(&self, asked: KeepRequest) -> Result<(), String> {
+        let node = &self.node;
+        let cache = &node.config.cache;
+        if !cache.accept {
+            return Err("this node keeps no copies for others".to_owned());
+        }
+        let _turn = self.slots.try_acquire().map_err(|_cause| "busy with other copies")?;
+        let snapshots = parse(&asked)?;
+        let snapshots = admitted(node, snapshots);
+        if snapshots.is_empty() {
+            return Err("this node keeps no memory".to_owned());
+        }
+        let size = snapshots.iter().map(|one| one.size_bytes).fold(0, u64::saturating_add);
+        let free = free_bytes(node).unwrap_or(0);
+        if size > mib(cache.budget_mib) || !has_room(node) || size > free {
+            return Err("there is no room".to_owned());
+        }
+        let fetched = fetch_copies(node, &asked.node, snapshots, size).await;
+        fetched.map_err(|error| error.chain())
     }
-    let size = snapshots.iter().map(|one| one.size_bytes).fold(0, u64::saturating_add);
-    let free = free_bytes(node).unwrap_or(0);
-    if size > mib(cache.budget_mib) || !has_room(node) || size > free {
-        return Err("there is no room".to_owned());
-    }
-    let fetched = fetch_copies(node, &asked.node, snapshots, size).await;
-    fetched.map_err(|error| error.chain())
 }
 
 fn parse(asked: &KeepRequest) -> Result<Vec<Snapshot>, String> {
@@ -321,7 +336,7 @@ pub fn forget(node: &Node, asked: &ForgetRequest) -> Result<(), String> {
         return Err(format!("more than {SNAPSHOTS_MAX} subjects at once"));
     }
     for subject in asked.subjects.iter().filter_map(|text| text.parse().ok()) {
-        note_removed(node, &subject).map_err(|error| error.to_string())?;
+        node.store.note_removed(&subject, unix_ms()).map_err(|error| error.to_string())?;
     }
     Ok(())
 }

@@ -28,10 +28,8 @@ use tokio::task::JoinHandle;
 use crate::config::{Backend, Config};
 use crate::host::unix_ms;
 use crate::peer::Connection;
+pub use crate::peer::LOOKUP_MAX;
 use crate::store::Snapshot;
-
-/// How long whoever is asked has to answer a lookup.
-pub const LOOKUP_MAX: Duration = Duration::from_millis(300);
 
 /// Largest place in a lineage that another node may name, far beyond any that is reached.
 pub const SEQUENCE_MAX: u64 = 1 << 60;

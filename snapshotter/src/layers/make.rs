@@ -46,19 +46,6 @@ const IDLE_MAX: Duration = Duration::from_secs(30);
 /// Layers that wait to be made, with the one that is.
 const QUEUED_MAX: usize = 16;
 
-/// What a node is busy making.
-#[derive(Debug)]
-pub struct Making {
-    queue: Semaphore,
-    turn: Mutex<()>,
-}
-
-impl Default for Making {
-    fn default() -> Self {
-        Self { queue: Semaphore::new(QUEUED_MAX), turn: Mutex::default() }
-    }
-}
-
 /// A layer that was made: its object and its length in bytes.
 type Made = (Digest, u64);
 
@@ -131,81 +118,99 @@ async fn ask_one(
     }
 }
 
-/// Makes the object of a layer for a neighbour, and tells how it goes until it is there.
-pub async fn make(
+/// Makes layers for neighbours, one at a time.
+#[derive(Debug)]
+pub struct Maker {
     node: Arc<Node>,
-    (diff_id, blob): (Digest, Digest),
-    send: mpsc::Sender<Result<MakeLayerProgress, Status>>,
-) {
-    let done = Arc::new(AtomicU64::new(0));
-    let mut work = tokio::spawn({
-        let done = done.clone();
-        async move {
-            let made = tokio::time::timeout(MAKE_MAX, make_one(&node, diff_id, blob, done)).await;
-            made.unwrap_or_else(|_elapsed| Err(Status::deadline_exceeded("it took too long")))
-        }
-    });
-    let last = loop {
-        tokio::select! {
-            made = &mut work => break made.unwrap_or_else(|_| Err(Status::cancelled("stopping"))),
-            () = tokio::time::sleep(PROGRESS) => {
-                let done_bytes = done.load(Ordering::Relaxed);
-                let progress = MakeLayerProgress { done_bytes, ..MakeLayerProgress::default() };
-                // Whoever does not listen any more may come back.
-                let _ = send.try_send(Ok(progress));
-            }
-        }
-    };
-    let last = last.map(|(root, done_bytes)| {
-        let root = root.as_bytes().to_vec().into();
-        MakeLayerProgress { done_bytes, root }
-    });
-    let _ = send.send(last).await;
+    queue: Semaphore,
+    turn: Mutex<()>,
 }
 
-async fn make_one(
-    node: &Arc<Node>,
-    diff_id: Digest,
-    blob: Digest,
-    done: Arc<AtomicU64>,
-) -> Result<Made, Status> {
-    let failed = |error: LayerError| Status::internal(crate::error::chain(&error));
-    let unavailable = |error: ClientError| Status::unavailable(error.to_string());
-    let busy = |_cause| Status::resource_exhausted("busy with other layers");
-    let _place = node.making.queue.try_acquire().map_err(busy)?;
-    let _turn = node.making.turn.lock().await;
-    let kept = node.store.snapshots(&Subject::ImageLayer(diff_id));
-    if let Some((_, kept)) = kept.map_err(|error| failed(error.into()))?.first() {
-        return Ok((kept.root, kept.size_bytes));
+impl Maker {
+    /// One that makes nothing yet.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, queue: Semaphore::new(QUEUED_MAX), turn: Mutex::default() }
     }
-    let found = node.containerd.find_blob(blob).await.map_err(unavailable)?;
-    let found = found.filter(|found| found.diff_id == Some(diff_id));
-    let found = found.ok_or_else(|| Status::not_found(format!("no layer {diff_id} in {blob}")))?;
-    if !has_room(node) {
-        return Err(Status::resource_exhausted("the disk is short"));
-    }
-    let bytes = node.containerd.read_blob(&found.namespace, blob, 0).await.map_err(unavailable)?;
-    let (reader, pump) = piped(bytes);
-    let lease = node.store.lease("layer", LEASE);
-    let store = node.store.clone();
-    let work = blocking(move || {
-        let mut writer = store.writer(&lease);
-        let mut stream = Hashed { inner: plain(reader)?, hash: Sha256::new(), done };
-        let (root, size_bytes) = layer::put(&mut stream, Path::new("layer"), &mut writer)?;
-        writer.flush()?;
-        let found = Digest::from_bytes(stream.hash.finalize().into());
-        let made = if found == diff_id {
-            Ok((root, size_bytes))
-        } else {
-            Err(ClientError::WrongContent(diff_id).into())
+
+    /// Makes the object of a layer for a neighbour, and tells how it goes until it is there.
+    pub async fn make(
+        self: Arc<Self>,
+        (diff_id, blob): (Digest, Digest),
+        send: mpsc::Sender<Result<MakeLayerProgress, Status>>,
+    ) {
+        let done = Arc::new(AtomicU64::new(0));
+        let mut work = tokio::spawn({
+            let done = done.clone();
+            async move {
+                let made = tokio::time::timeout(MAKE_MAX, self.make_one(diff_id, blob, done)).await;
+                made.unwrap_or_else(|_elapsed| Err(Status::deadline_exceeded("it took too long")))
+            }
+        });
+        let last = loop {
+            tokio::select! {
+                made = &mut work => break made.unwrap_or_else(|_| Err(Status::cancelled("stopping"))),
+                () = tokio::time::sleep(PROGRESS) => {
+                    let done_bytes = done.load(Ordering::Relaxed);
+                    let progress = MakeLayerProgress { done_bytes, ..MakeLayerProgress::default() };
+                    // Whoever does not listen any more may come back.
+                    let _ = send.try_send(Ok(progress));
+                }
+            }
         };
-        made.map(|made| (made, lease))
-    });
-    let (made, ()) = tokio::join!(work, pump);
-    let ((root, size_bytes), _lease) = made.map_err(failed)?;
-    keep(node, diff_id, root, size_bytes).await.map_err(failed)?;
-    tracing::info!(layer = %diff_id, bytes = size_bytes, "made a layer for a neighbour");
-    Ok((root, size_bytes))
+        let last = last.map(|(root, done_bytes)| {
+            let root = root.as_bytes().to_vec().into();
+            MakeLayerProgress { done_bytes, root }
+        });
+        let _ = send.send(last).await;
+    }
+
+    async fn make_one(
+        &self,
+        diff_id: Digest,
+        blob: Digest,
+        done: Arc<AtomicU64>,
+    ) -> Result<Made, Status> {
+        let failed = |error: LayerError| Status::internal(crate::error::chain(&error));
+        let unavailable = |error: ClientError| Status::unavailable(error.to_string());
+        let busy = |_cause| Status::resource_exhausted("busy with other layers");
+        let node = &self.node;
+        let _place = self.queue.try_acquire().map_err(busy)?;
+        let _turn = self.turn.lock().await;
+        let kept = node.store.snapshots(&Subject::ImageLayer(diff_id));
+        if let Some((_, kept)) = kept.map_err(|error| failed(error.into()))?.first() {
+            return Ok((kept.root, kept.size_bytes));
+        }
+        let found = node.containerd.find_blob(blob).await.map_err(unavailable)?;
+        let found = found.filter(|found| found.diff_id == Some(diff_id));
+        let found =
+            found.ok_or_else(|| Status::not_found(format!("no layer {diff_id} in {blob}")))?;
+        if !has_room(node) {
+            return Err(Status::resource_exhausted("the disk is short"));
+        }
+        let bytes =
+            node.containerd.read_blob(&found.namespace, blob, 0).await.map_err(unavailable)?;
+        let (reader, pump) = piped(bytes);
+        let lease = node.store.lease("layer", LEASE);
+        let store = node.store.clone();
+        let work = blocking(move || {
+            let mut writer = store.writer(&lease);
+            let mut stream = Hashed { inner: plain(reader)?, hash: Sha256::new(), done };
+            let (root, size_bytes) = layer::put(&mut stream, Path::new("layer"), &mut writer)?;
+            writer.flush()?;
+            let found = Digest::from_bytes(stream.hash.finalize().into());
+            let made = if found == diff_id {
+                Ok((root, size_bytes))
+            } else {
+                Err(ClientError::WrongContent(diff_id).into())
+            };
+            made.map(|made| (made, lease))
+        });
+        let (made, ()) = tokio::join!(work, pump);
+        let ((root, size_bytes), _lease) = made.map_err(failed)?;
+        keep(node, diff_id, root, size_bytes).await.map_err(failed)?;
+        tracing::info!(layer = %diff_id, bytes = size_bytes, "made a layer for a neighbour");
+        Ok((root, size_bytes))
+    }
 }
 
 /// A reader for a thread, and what must run beside it: it moves the stream's pieces.

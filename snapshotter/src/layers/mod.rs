@@ -43,12 +43,11 @@ use crate::content::object::{Kind, Layer};
 use crate::content::{ContentError, Source};
 use crate::host::unix_ms;
 use crate::node::Node;
-use crate::peer::fetch::FetchError;
+use crate::peer::fetch::{FetchError, fetch_from};
 use crate::peer::shunned::{SHUN_LIAR, SHUN_SILENT};
 use crate::retention::{free_bytes, has_room, record};
 use crate::snapshots::{self, SnapshotError, Snapshots};
 use crate::store::{Lease, Snapshot, Store, StoreError};
-use crate::volumes::fetch::fetch_from;
 use arriving::{Arriving, Coming, bytes_of};
 use guard::guard;
 use offers::{Neighbours, Offer, Way};
@@ -416,7 +415,7 @@ impl Inner {
         let fetch = pin!(async {
             let root = (Kind::Layer, *root);
             tokio::select! {
-                brought = fetch_from(&self.node, peers.clone(), root, lease, PATIENCE) => Ok(brought?),
+                brought = fetch_from(&self.node.store, &self.node.channels, peers.clone(), root, lease, PATIENCE) => Ok(brought?),
                 why = guard(peers, *size_bytes) => Err(LayerError::Guard(why)),
             }
         });

@@ -12,8 +12,8 @@ use crate::containerd::FoundLayer;
 use crate::directory::{LOOKUP_MAX, Lookup, Query};
 use crate::node::Node;
 use crate::peer::Connection;
+use crate::peer::neighbours::connect;
 use crate::peer::shunned::SHUN_SILENT;
-use crate::volumes::fetch::connect;
 
 /// How long a neighbour has to answer a hello.
 const HELLO_MAX: Duration = Duration::from_millis(300);
@@ -43,7 +43,8 @@ pub(super) struct Neighbours<'a> {
 
 impl<'a> Neighbours<'a> {
     pub(super) async fn connect(node: &'a Arc<Node>) -> Self {
-        let (connections, absent) = connect(node, HELLO_MAX, &node.shunned.names()).await;
+        let (connections, absent) =
+            connect(&node.config, &node.channels, HELLO_MAX, &node.shunned.names()).await;
         node.shunned.add(&absent, SHUN_SILENT);
         Self { node, connections }
     }

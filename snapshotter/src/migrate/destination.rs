@@ -204,8 +204,9 @@ pub(super) struct Session {
 }
 
 /// The sessions of a node, and what [`super::request`] has prepared for sessions to come.
-#[derive(Default)]
 pub struct Sessions {
+    /// The node.
+    pub node: Arc<Node>,
     live: Mutex<HashMap<ContainerRef, Arc<Session>>>,
     prepared: Mutex<HashMap<ContainerRef, Prepared>>,
     names: Mutex<HashMap<ContainerRef, String>>,
@@ -218,6 +219,11 @@ impl std::fmt::Debug for Sessions {
 }
 
 impl Sessions {
+    /// Those of `node`: none yet.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, live: Mutex::default(), prepared: Mutex::default(), names: Mutex::default() }
+    }
+
     fn live(&self) -> MutexGuard<'_, HashMap<ContainerRef, Arc<Session>>> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -305,13 +311,17 @@ pub async fn connect(
 ///
 /// - Cancel: dropping the future leaves the session going; call again to wait on.
 /// - Errors: why the session failed. The container runs at its source.
-pub async fn acquire(node: &Arc<Node>, asked: Acquire) -> Result<Acquired, Arc<MigrationError>> {
+pub async fn acquire(
+    sessions: &Arc<Sessions>,
+    asked: Acquire,
+) -> Result<Acquired, Arc<MigrationError>> {
+    let node = &sessions.node;
     let entry = node.journal.container(&asked.container).map_err(|error| Arc::new(error.into()))?;
     if entry.is_some_and(|entry| entry.has_spent(&asked.annotation())) {
         return Ok(Acquired::StartFresh);
     }
     let session = {
-        let mut live = node.sessions.live();
+        let mut live = sessions.live();
         match live.get(&asked.container) {
             Some(session) if session.state.has_changed().is_ok() => {
                 if session.asked != asked {
@@ -321,7 +331,7 @@ pub async fn acquire(node: &Arc<Node>, asked: Acquire) -> Result<Acquired, Arc<M
                 session.clone()
             }
             _ => {
-                let session = Arc::new(begin(node.clone(), asked.clone()));
+                let session = Arc::new(begin(sessions.clone(), asked.clone()));
                 live.insert(asked.container.clone(), session.clone());
                 session
             }
@@ -339,8 +349,8 @@ pub async fn acquire(node: &Arc<Node>, asked: Acquire) -> Result<Acquired, Arc<M
 /// Asks for the right to let a restored, held container run.
 ///
 /// Returns why not, in words, when it must never run.
-pub async fn claim(node: &Arc<Node>, session: &str) -> Result<(), String> {
-    if let Some(session) = node.sessions.by_id(session) {
+pub async fn claim(sessions: &Sessions, session: &str) -> Result<(), String> {
+    if let Some(session) = sessions.by_id(session) {
         let (answer, answered) = oneshot::channel();
         if session.commands.send(Command::Claim(answer)).await.is_ok()
             && let Ok(verdict) = answered.await
@@ -348,12 +358,13 @@ pub async fn claim(node: &Arc<Node>, session: &str) -> Result<(), String> {
             return verdict;
         }
     }
-    claim_from_journal(node, session).await
+    claim_from_journal(&sessions.node, session).await
 }
 
 /// Tells how the restore ended. Idempotent.
-pub async fn settle(node: &Arc<Node>, session: &str, settlement: Settlement) {
-    if let Some(session) = node.sessions.by_id(session) {
+pub async fn settle(sessions: &Sessions, session: &str, settlement: Settlement) {
+    let node = &sessions.node;
+    if let Some(session) = sessions.by_id(session) {
         let (answer, answered) = oneshot::channel();
         let command = Command::Settle(settlement.clone(), answer);
         if session.commands.send(command).await.is_ok() && answered.await.is_ok() {

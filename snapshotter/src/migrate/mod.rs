@@ -15,6 +15,7 @@ pub mod deletion;
 pub mod describe;
 pub mod destination;
 mod fit;
+pub mod follow;
 pub mod image;
 pub mod layout;
 mod line;
@@ -45,6 +46,7 @@ use crate::peer::PeerError;
 use crate::peer::fetch::FetchError;
 use crate::store::{SnapshotId, StoreError};
 use crate::volumes::VolumeError;
+use crate::volumes::fetch::BringError;
 
 /// Why a migration failed. Until the release the container runs on at its source.
 #[derive(Debug, thiserror::Error)]
@@ -229,6 +231,16 @@ pub enum MigrationError {
     /// containerd failed.
     #[error(transparent)]
     Containerd(#[from] ClientError),
+}
+
+impl From<BringError> for MigrationError {
+    fn from(error: BringError) -> Self {
+        match error {
+            BringError::Volume(error) => error.into(),
+            BringError::Fetch(error) => error.into(),
+            BringError::Interrupted => Self::Interrupted,
+        }
+    }
 }
 
 /// Codes of a refusal by a source that has no such container, or does not run it.

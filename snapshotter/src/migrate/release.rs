@@ -194,7 +194,7 @@ impl Remembered {
         if let Err(error) = ended.await {
             tracing::error!(%container, error = error.chain(), "cannot end the tasks that moved away");
         }
-        node.caching.moved_away(container);
+        node.observed.moved_away(container);
         let (here, versions) = (node.clone(), self.versions);
         let kept = tokio::task::spawn_blocking(move || {
             let snapshots = newest(&here.store, &versions, &here.config.node)?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse};
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
-use super::destination::{Prepared, Settings, connect, mode_word};
+use super::destination::{Prepared, Sessions, Settings, connect, mode_word};
 use super::{MigrationError, fit, image, obstacles, record, spec, terminal};
 use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
@@ -44,10 +44,11 @@ pub struct Request {
 ///
 /// Errors: [`MigrationError`]; the container runs at its source and nothing is left here.
 pub async fn migrate(
-    node: &Arc<Node>,
+    sessions: &Sessions,
     migration: &str,
     request: &Request,
 ) -> Result<(), MigrationError> {
+    let node = &sessions.node;
     let begun = Instant::now();
     let container = &request.from.container;
     let namespace = container.namespace();
@@ -71,8 +72,8 @@ pub async fn migrate(
     let record = record(node, request, &described)?;
     let migration = migration.to_owned();
     let prepared = Prepared { migration, begun, connections, remove_source: true };
-    create_and_start(node, container, record, &content, || {
-        node.sessions.prepare(container, prepared);
+    create_and_start(sessions, container, record, &content, || {
+        sessions.prepare(container, prepared);
     })
     .await
 }
@@ -81,12 +82,13 @@ pub async fn migrate(
 ///
 /// Errors: nothing of it is left, unless it was granted to this node and may have run.
 pub(super) async fn create_and_start(
-    node: &Arc<Node>,
+    sessions: &Sessions,
     container: &ContainerRef,
     record: Container,
     content: &ImageContent,
     before: impl FnOnce(),
 ) -> Result<(), MigrationError> {
+    let node = &sessions.node;
     let (namespace, id) = (container.namespace(), container.id());
     let snapshotter = record.snapshotter.clone();
     let chain_id = content.chain_id().map(|chain_id| chain_id.to_string());
@@ -107,8 +109,8 @@ pub(super) async fn create_and_start(
     match started.await {
         Ok(_) => Ok(()),
         Err(error) => {
-            node.sessions.take_prepared(container);
-            node.sessions.take_name(container);
+            sessions.take_prepared(container);
+            sessions.take_name(container);
             // An error of the call says nothing of the container, which may have come and run.
             if !has_come(node, container)? {
                 super::remove_container(node, container).await;

@@ -14,7 +14,7 @@ use godwit_protos::peer::{DescribeResponse, HelloResponse};
 use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject, annotation};
 use prost::Message as _;
 
-use super::destination::{Acquired, Command, NEIGHBOUR_MAX, Settings, State, kind_told};
+use super::destination::{Acquired, Command, NEIGHBOUR_MAX, Sessions, Settings, State, kind_told};
 use super::layout::Layout;
 use super::report::{Phases, Report, Share};
 use super::request::{
@@ -54,10 +54,11 @@ pub struct Request {
 ///
 /// Errors: [`MigrationError`]; nothing is left here, and the snapshot is as it was.
 pub async fn restore(
-    node: &Arc<Node>,
+    sessions: &Sessions,
     migration: &str,
     asked: &Request,
 ) -> Result<(), MigrationError> {
+    let node = &sessions.node;
     let (snapshot, cut) = find(node, asked.snapshot).await?;
     let container = container_of(&cut)?;
     let age = snapshot.age(unix_ms()).as_secs();
@@ -83,8 +84,8 @@ pub async fn restore(
         request::Request { from, settings: Settings::default(), netns: asked.netns.clone() };
     let origin = (annotation::RESTORE_FROM, snapshot.root.to_string());
     let record = record_with(node, &request, &described, origin)?;
-    create_and_start(node, &container, record, &content, || {
-        node.sessions.name_next(&container, migration);
+    create_and_start(sessions, &container, record, &content, || {
+        sessions.name_next(&container, migration);
     })
     .await
 }

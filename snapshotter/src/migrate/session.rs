@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::deletion::incarnation;
 use super::destination::{
-    Acquire, Acquired, Command, Prepared, Session, Settlement, State, ask_again, connect,
+    Acquire, Acquired, Command, Prepared, Session, Sessions, Settlement, State, ask_again, connect,
     give_back, kind_told, mode_word,
 };
 use super::layout::Layout;
@@ -61,8 +61,9 @@ const LEASE: Duration = Duration::from_secs(3600);
 const RESUME_MAX: Duration = Duration::from_secs(600);
 
 /// Begins a session, which goes on by itself.
-pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
-    let prepared = node.sessions.take_prepared(&asked.container);
+pub(super) fn begin(sessions: Arc<Sessions>, asked: Acquire) -> Session {
+    let node = sessions.node.clone();
+    let prepared = sessions.take_prepared(&asked.container);
     let id = node.new_id();
     let (publish, state) = watch::channel(State::Working);
     let (commands, inbox) = mpsc::channel(4);
@@ -70,7 +71,7 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
     tokio::spawn(async move {
         let container = asked.container.clone();
         let named = prepared.as_ref().map(|prepared| prepared.migration.clone());
-        let named = named.or_else(|| node.sessions.take_name(&container));
+        let named = named.or_else(|| sessions.take_name(&container));
         let migration = named.unwrap_or_else(|| id.clone());
         let mut work =
             Work { node: node.clone(), asked, id, publish, inbox, migration, may_discard: true };
@@ -88,7 +89,7 @@ pub(super) fn begin(node: Arc<Node>, asked: Acquire) -> Session {
                 let _ = work.publish.send(State::Failed(error));
             }
         }
-        node.sessions.forget(&container, &work.id);
+        sessions.forget(&container, &work.id);
         // Dropping the publisher ends the session: the next acquire begins a new one.
         drop(work);
     });
@@ -353,7 +354,7 @@ impl Work {
                 // It will be this node's to tell.
                 for ((subject, ..), told) in manifests.iter().zip(&done.manifests) {
                     let (size, changed) = (told.size_bytes, told.changed_bytes);
-                    self.node.caching.learn(subject, size, changed, since);
+                    self.node.observed.learn(subject, size, changed, since);
                 }
             }
             // What has changed since a round is nowhere but at the source.

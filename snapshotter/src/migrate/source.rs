@@ -166,7 +166,7 @@ impl Session {
     async fn run(&mut self, inbound: &mut Streaming<ToSource>) -> Result<(), MigrationError> {
         let epoch = self.epoch()?;
         let subjects: Vec<Subject> = lock(&self.subjects).all().cloned().collect();
-        let rate = |subject| self.node.caching.write_rate(subject).unwrap_or_default();
+        let rate = |subject| self.node.observed.write_rate(subject).unwrap_or_default();
         let begun = Begun {
             epoch: epoch.0,
             write_rates: subjects.iter().map(rate).collect(),
@@ -340,7 +340,7 @@ fn stream_difference(
             let Some(stored) = store.get_stored(&changed.digest)? else {
                 return Err(ContentError::Missing(changed.digest));
             };
-            let mut object = crate::api::peer::stored_object(changed.digest, stored);
+            let mut object = crate::peer::stored_object(changed.digest, stored);
             if let Some(base) = changed.base {
                 let (data, base_data) = (store.object(&changed.digest)?, store.object(&base)?);
                 if let Some(patch) = codec.patch(&data, &base_data, object.data.len()) {

@@ -21,9 +21,9 @@ use crate::containerd::{BLOB_BYTES_MAX_WHOLE, ClientError};
 use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::blobs;
+use crate::peer::neighbours::connect;
 use crate::peer::shunned::SHUN_SILENT;
 use crate::retention::{free_bytes, has_room};
-use crate::volumes::fetch::connect;
 
 /// How long a neighbour has to answer a hello.
 const HELLO_MAX: Duration = Duration::from_millis(300);
@@ -75,7 +75,8 @@ async fn elsewhere(node: &Arc<Node>, digest: Digest, most: u64) -> Option<Found>
 }
 
 async fn neighbours(node: &Arc<Node>) -> Vec<Arc<Connection>> {
-    let (connections, absent) = connect(node, HELLO_MAX, &node.shunned.names()).await;
+    let (connections, absent) =
+        connect(&node.config, &node.channels, HELLO_MAX, &node.shunned.names()).await;
     node.shunned.add(&absent, SHUN_SILENT);
     connections
 }

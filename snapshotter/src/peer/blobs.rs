@@ -10,8 +10,8 @@ use futures::{StreamExt as _, stream};
 use godwit_protos::Digest;
 use godwit_protos::peer::{LocateRequest, LocateResponse, ReadBlobRequest};
 
+use super::LOOKUP_MAX;
 use super::{Connection, PeerError};
-use crate::directory::LOOKUP_MAX;
 
 /// Bytes per second below which a neighbour is not worth waiting for ...
 pub const RATE_MIN: f64 = 256e3;

@@ -27,6 +27,7 @@ use godwit_protos::peer::{FetchObjectsRequest, ObjectBatch};
 use tokio::sync::Notify;
 
 use super::Connection;
+use super::channel::Channels;
 use super::pace::Pace;
 use super::queue::{Batch, Ending, Queue};
 use crate::content::encoding::Codec;
@@ -251,6 +252,26 @@ fn children(store: &Store, level: Items) -> Result<Items, FetchError> {
 /// The neighbours that are asked at all: a bit set of them fits in a word.
 fn asked_neighbours(peers: &Peers) -> &[Arc<Connection>] {
     &peers.neighbours[..peers.neighbours.len().min(63)]
+}
+
+/// Fetches `root`, and all that it refers to, from `holders` at once. Returns who brought what.
+///
+/// `patience` is the longest wait for one of them. Errors: [`FetchError::Nowhere`] when they do not
+/// bring all of it.
+pub async fn fetch_from(
+    store: &Store,
+    channels: &Channels,
+    holders: Vec<Arc<Connection>>,
+    root: (Kind, Digest),
+    lease: &Arc<Lease>,
+    patience: Duration,
+) -> Result<Brought, FetchError> {
+    let standings = Arc::new(Standings::known(channels.rates()));
+    let peers = Peers { neighbours: holders, source: None, standings };
+    let patience = Patience { neighbour: patience, ..Patience::USUAL };
+    let (roots, depth) = ([root], Depth::Content);
+    let brought = fetch_within(store, lease, &peers, &roots, depth, patience).await?;
+    Ok(brought.into_iter().next().unwrap_or_default())
 }
 
 async fn blocking<T: Send + 'static>(

@@ -8,6 +8,7 @@
 pub mod blobs;
 pub mod channel;
 pub mod fetch;
+pub mod neighbours;
 mod pace;
 pub mod precedence;
 mod queue;
@@ -21,14 +22,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use godwit_protos::Digest;
 use godwit_protos::peer::peer_client::PeerClient;
-use godwit_protos::peer::{HelloRequest, HelloResponse};
+use godwit_protos::peer::{HelloRequest, HelloResponse, Object};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::config::Config;
+use crate::store::Stored;
 
 /// Versions of the peer protocol, oldest first; docs/protocol.md tells what each brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -68,6 +71,20 @@ pub const PING_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Bytes that may be on their way per stream and per connection: 1 Gbit/s at 100 ms and more.
 pub(crate) const WINDOW_BYTES: u32 = 16 << 20;
+
+/// How long a peer has to answer a lookup.
+pub const LOOKUP_MAX: Duration = Duration::from_millis(300);
+
+/// A stored object as it is sent, in the form in which it is stored.
+pub fn stored_object(digest: Digest, stored: Stored) -> Object {
+    Object {
+        digest: digest.as_bytes().to_vec().into(),
+        encoding: stored.encoding as u32,
+        base: bytes::Bytes::new(),
+        data: stored.bytes.into(),
+        size_bytes: stored.size,
+    }
+}
 
 /// Why a peer cannot be talked to.
 #[derive(Debug, thiserror::Error)]

@@ -12,91 +12,76 @@ use std::time::Duration;
 use godwit_protos::Digest;
 use tokio::sync::watch;
 
-use super::VolumeError;
+use super::{VolumeError, Volumes};
+use crate::config::Config;
 use crate::content::object::Kind;
-use crate::directory::{LOOKUP_MAX, Lookup, Query};
-use crate::migrate::{MigrationError, blocking};
-use crate::node::Node;
+use crate::directory::{Directory, LOOKUP_MAX, Lookup, Query};
 use crate::peer::Connection;
-use crate::peer::fetch::{Brought, Depth, FetchError, Patience, Peers, Standings, fetch_within};
-use crate::store::Lease;
-
-/// How long a neighbour has to answer a hello.
-pub(crate) const HELLO_MAX: Duration = Duration::from_millis(500);
+use crate::peer::channel::Channels;
+use crate::peer::fetch::{FetchError, Patience, fetch_from};
+use crate::peer::neighbours::{HELLO_MAX, connect};
+use crate::store::Store;
 
 /// How long what arrives is protected until it is laid out.
 const BRING_MAX: Duration = Duration::from_secs(3600);
 
-/// Makes the content `digest` available here, from neighbours if it is not.
-///
-/// Errors: [`VolumeError::Nowhere`] when no neighbour has it; else why it could not be had from
-/// those that said they do, the last one's reason.
-pub async fn bring(node: &Arc<Node>, digest: Digest) -> Result<(), MigrationError> {
-    if node.volumes.has_content(&digest) {
-        return Ok(());
-    }
-    let holders = holders(node, digest).await;
-    if holders.is_empty() {
-        return Err(VolumeError::Nowhere(digest).into());
-    }
-    let lease = Arc::new(node.store.lease("volume", BRING_MAX));
-    let patience = Patience::USUAL.source;
-    fetch_from(node, holders, (Kind::Tree, digest), &lease, patience).await?;
-    let volumes = node.volumes.clone();
-    blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await
+/// Why content that a container mounts is not here.
+#[derive(Debug, thiserror::Error)]
+pub enum BringError {
+    /// No neighbour has it, or it cannot be laid out.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// Those that say they have it do not deliver it.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// The daemon is stopping.
+    #[error("interrupted")]
+    Interrupted,
 }
 
-/// Fetches `root`, and all that it refers to, from `holders` at once. Returns who brought what.
-///
-/// `patience` is the longest wait for one of them. Errors: [`FetchError::Nowhere`] when they do not
-/// bring all of it.
-pub async fn fetch_from(
-    node: &Node,
-    holders: Vec<Arc<Connection>>,
-    root: (Kind, Digest),
-    lease: &Arc<Lease>,
-    patience: Duration,
-) -> Result<Brought, FetchError> {
-    let standings = Arc::new(Standings::known(node.channels.rates()));
-    let peers = Peers { neighbours: holders, source: None, standings };
-    let patience = Patience { neighbour: patience, ..Patience::USUAL };
-    let (roots, depth) = ([root], Depth::Content);
-    let brought = fetch_within(&node.store, lease, &peers, &roots, depth, patience).await?;
-    Ok(brought.into_iter().next().unwrap_or_default())
+/// What of a node takes part in fetching content.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetcher<'a> {
+    /// Names the peers.
+    pub config: &'a Config,
+    /// Takes the objects.
+    pub store: &'a Store,
+    /// Lays the content out.
+    pub volumes: &'a Volumes,
+    /// Tells which peers are fast.
+    pub channels: &'a Channels,
+    /// Tells which peers have it.
+    pub directory: &'a Arc<dyn Directory>,
 }
 
-/// Connections to the peers that answer a hello within `limit`, the fastest last, and the names of
-/// those that do not. Those of `except` are not asked.
-pub async fn connect(
-    node: &Node,
-    limit: Duration,
-    except: &[String],
-) -> (Vec<Arc<Connection>>, Vec<String>) {
-    let peers = node.config.peers.iter().filter(|peer| !except.contains(&peer.name));
-    let open = peers.map(|peer| async {
-        let opened = Connection::open(&node.config, &peer.name, limit).await;
-        opened.map(Arc::new).map_err(|_absent| peer.name.clone())
-    });
-    let (mut connections, mut absent) = (Vec::new(), Vec::new());
-    for opened in futures::future::join_all(open).await {
-        match opened {
-            Ok(connection) => connections.push(connection),
-            Err(name) => absent.push(name),
+impl Fetcher<'_> {
+    /// Makes the content `digest` available here, from neighbours if it is not.
+    ///
+    /// Errors: [`VolumeError::Nowhere`] when no neighbour has it; else why it could not be had from
+    /// those that said they do, the last one's reason.
+    pub async fn bring(self, digest: Digest) -> Result<(), BringError> {
+        if self.volumes.has_content(&digest) {
+            return Ok(());
         }
+        let holders = self.holders(digest).await;
+        if holders.is_empty() {
+            return Err(VolumeError::Nowhere(digest).into());
+        }
+        let lease = Arc::new(self.store.lease("volume", BRING_MAX));
+        let (root, patience) = ((Kind::Tree, digest), Patience::USUAL.source);
+        fetch_from(self.store, self.channels, holders, root, &lease, patience).await?;
+        let volumes = self.volumes.clone();
+        let laid_out = tokio::task::spawn_blocking(move || volumes.lay_out(&digest).map(drop));
+        Ok(laid_out.await.map_err(|_cause| BringError::Interrupted)??)
     }
-    let rate = |peer: &Arc<Connection>| {
-        node.channels.of(&peer.node).throughput_bytes_per_second.unwrap_or(0.0)
-    };
-    connections.sort_by(|one, other| rate(one).total_cmp(&rate(other)));
-    (connections, absent)
-}
 
-/// Neighbours that say they have it, the fastest last.
-async fn holders(node: &Node, digest: Digest) -> Vec<Arc<Connection>> {
-    let (mut holders, _) = connect(node, HELLO_MAX, &[]).await;
-    let query = Query { manifests: vec![digest], ..Query::default() };
-    let (_, joined) = watch::channel(holders.clone());
-    let found = Lookup::begin(&node.directory, query, joined).found(LOOKUP_MAX).await;
-    holders.retain(|peer| found.iter().any(|entry| entry.node == peer.node));
-    holders
+    /// Neighbours that say they have it, the fastest last.
+    async fn holders(self, digest: Digest) -> Vec<Arc<Connection>> {
+        let (mut holders, _) = connect(self.config, self.channels, HELLO_MAX, &[]).await;
+        let query = Query { manifests: vec![digest], ..Query::default() };
+        let (_, joined) = watch::channel(holders.clone());
+        let found = Lookup::begin(self.directory, query, joined).found(LOOKUP_MAX).await;
+        holders.retain(|peer| found.iter().any(|entry| entry.node == peer.node));
+        holders
+    }
 }

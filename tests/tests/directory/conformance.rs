@@ -10,6 +10,7 @@ use godwit_snapshotter::api::peer as server;
 use godwit_snapshotter::config::Config;
 use godwit_snapshotter::content::object::Kind;
 use godwit_snapshotter::directory::{Entry, LOOKUP_MAX, Lookup, Query};
+use godwit_snapshotter::migrate::destination::Sessions;
 use godwit_snapshotter::node::Node;
 use godwit_snapshotter::peer::Connection;
 use godwit_snapshotter::store::{Snapshot, SnapshotId};
@@ -60,7 +61,7 @@ impl Site {
             let config: Config = toml::from_str(&text)?;
             let node = Node::open(config, &home.join("fences"))?;
             let served = Server::builder()
-                .add_service(server::service(node.clone()))
+                .add_service(server::service(Arc::new(Sessions::new(node.clone()))))
                 .serve_with_incoming(TcpListenerStream::new(listener));
             servers.push(tokio::spawn(async move { drop(served.await) }));
             nodes.push(node);

@@ -1,45 +1,42 @@
-//! What all parts of one daemon share.
+//! What all parts of one daemon share: handles of its leaves, which know nothing of each other.
+//!
+//! Whatever acts on it (a session, a layer that is made, the schedule of captures) holds an
+//! `Arc<Node>`; the node holds none of them.
+
+mod events;
+mod observed;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use godwit_protos::ContainerRef;
-use godwit_protos::peer::Progress;
-use tokio::sync::{broadcast, watch};
+use godwit_protos::Subject;
+use tokio::sync::watch;
 
-use crate::capture::Caching;
 use crate::config::Config;
-use crate::containerd::{Client, Event, EventKind};
+use crate::containerd::Client;
 use crate::content::object::{self, Kind, ObjectError};
 use crate::content::on;
 use crate::directory::{self, Directory};
-use crate::layers::make::Making;
+use crate::host::unix_ms;
 use crate::leftovers::Leftovers;
-use crate::migrate::deletion::{Absence, LOOK_INTERVAL};
-use crate::migrate::destination::Sessions;
-use crate::migrate::report::Report;
-use crate::migrate::{MigrationError, request};
 use crate::ownership::journal::Journal;
 use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
 use crate::peer::shunned::Shunned;
-use crate::store::{Options, SnapshotId, Store, SweepReport, Thrift};
+use crate::store::{Options, SnapshotId, Store, StoreError, SweepReport, Thrift};
 use crate::trees::{self, RemoveError};
+use crate::volumes::fetch::Fetcher;
 use crate::volumes::{VolumeError, Volumes};
-
-/// Events that a slow watcher may lag behind before it misses some.
-const EVENTS: usize = 1024;
+pub use events::Events;
+pub use observed::Observed;
 
 /// How often unreferenced objects are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
-
-/// How long until what an earlier daemon left is seen to again.
-const RECOVER_PAUSE: Duration = Duration::from_secs(10);
 
 /// How often removing a dump is tried while somebody writes into it, and the time between: ten
 /// seconds in all.
@@ -65,21 +62,15 @@ pub struct Node {
     pub directory: Arc<dyn Directory>,
     /// containerd.
     pub containerd: Client,
-    /// Containers that are coming here.
-    pub sessions: Sessions,
     /// Neighbours that are not asked for images now.
     pub shunned: Shunned,
-    /// Layers of images that are made for neighbours.
-    pub making: Making,
-    /// What the schedule of snapshots is told.
-    pub caching: Caching,
+    /// What was seen of containers and volumes.
+    pub observed: Observed,
     /// What happens, for whoever watches.
     pub events: Events,
     /// What `criu --version` says; empty when there is no CRIU.
     pub criu_version: String,
     ids: AtomicU64,
-    /// Whether what an earlier daemon left in containerd was seen to.
-    recovered: AtomicBool,
 }
 
 /// Why a daemon cannot start.
@@ -135,8 +126,6 @@ impl Node {
         let containerd = Client::connect(&config.containerd_socket);
         let channels = Channels::open(&state.join("peers.json"));
         let directory = directory::open(&config);
-        let (sessions, events) = (Sessions::default(), Events::default());
-        let ids = AtomicU64::new(0);
         Ok(Arc::new(Self {
             config,
             store,
@@ -146,14 +135,11 @@ impl Node {
             precedence: Precedence::default(),
             directory,
             containerd,
-            sessions,
             shunned: Shunned::default(),
-            making: Making::default(),
-            caching: Caching::default(),
-            events,
+            observed: Observed::default(),
+            events: Events::default(),
             criu_version,
-            ids,
-            recovered: AtomicBool::new(false),
+            ids: AtomicU64::new(0),
         }))
     }
 
@@ -162,6 +148,24 @@ impl Node {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
         let number = self.ids.fetch_add(1, Ordering::Relaxed);
         format!("{now:x}{:x}{number:x}", std::process::id())
+    }
+
+    /// A container or volume was removed here: its snapshots expire, here and at every peer.
+    pub fn note_removed(&self, subject: Subject) -> Result<(), StoreError> {
+        self.store.note_removed(&subject, unix_ms())?;
+        self.observed.removed(subject);
+        Ok(())
+    }
+
+    /// What fetches read-only volumes that this node lacks.
+    pub fn fetcher(&self) -> Fetcher<'_> {
+        Fetcher {
+            config: &self.config,
+            store: &self.store,
+            volumes: &self.volumes,
+            channels: &self.channels,
+            directory: &self.directory,
+        }
     }
 
     /// Frees what no snapshot, read-only volume or lease refers to.
@@ -184,83 +188,6 @@ impl Node {
     fn content_roots(&self) -> Result<Vec<(u8, godwit_protos::Digest)>, VolumeError> {
         let contents = self.volumes.contents()?.into_iter();
         Ok(contents.map(|digest| (Kind::Tree as u8, digest)).collect())
-    }
-
-    /// Follows containerd: what is deleted there is forgotten here. Runs until the daemon ends.
-    pub async fn follow_containerd(self: Arc<Self>) {
-        let mut absence = Absence::default();
-        loop {
-            if let Err(error) = self.clone().follow_once(&mut absence).await {
-                tracing::warn!(error = error.chain(), "lost containerd; trying again");
-            }
-            absence.lost_contact();
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-    }
-
-    async fn follow_once(self: Arc<Self>, absence: &mut Absence) -> Result<(), MigrationError> {
-        use futures::StreamExt as _;
-        let filter = r#"topic=="/containers/delete""#;
-        let mut events = self.containerd.subscribe(&[filter]).await?;
-        if !self.containerd.has_snapshotter(godwit_protos::SNAPSHOTTER).await? {
-            tracing::warn!(
-                "containerd's configuration has no snapshotter {:?}: see docs/deploy/containerd/godwit.toml; \
-                 its `imports` line must stand above the first table of config.toml",
-                godwit_protos::SNAPSHOTTER
-            );
-        }
-        // Subscribed first, so that no deletion falls between the two. The stream ends with the
-        // containerd that it comes from, so that its events are those of this UUID.
-        let uuid = self.containerd.uuid().await?;
-        absence.forget_deleted(&self, &uuid).await?;
-        if !self.recovered.swap(true, Ordering::Relaxed) {
-            tokio::spawn(self.clone().recover_containers());
-        }
-        loop {
-            match tokio::time::timeout(LOOK_INTERVAL, events.next()).await {
-                Err(_elapsed) => {}
-                Ok(None) => return Ok(()),
-                Ok(Some(event)) => {
-                    let Event { namespace, kind, .. } = event?;
-                    let EventKind::ContainerDeleted { id } = kind else { continue };
-                    tracing::debug!(namespace, id, "container deleted");
-                    if let Ok(container) = ContainerRef::new(&namespace, &id) {
-                        absence.reported(container);
-                    }
-                }
-            }
-            absence.forget_deleted(&self, &uuid).await?;
-        }
-    }
-
-    /// Sees to what an earlier daemon left in containerd. While one container cannot be seen to,
-    /// this tries again, and the others are served.
-    async fn recover_containers(self: Arc<Self>) {
-        let mut is_tidy = false;
-        loop {
-            let settled = request::settle_what_came(&self).await;
-            let mut done = settled.and(self.delete_abandoned_leases().await);
-            if !is_tidy {
-                let removed = request::remove_abandoned(&self).await;
-                is_tidy = removed.is_ok();
-                done = done.and(removed);
-            }
-            match done {
-                Ok(()) => return,
-                Err(error) => {
-                    let error = error.chain();
-                    tracing::warn!(
-                        error,
-                        "not all that an earlier daemon left could be seen to; trying again"
-                    );
-                }
-            }
-            tokio::time::sleep(RECOVER_PAUSE).await;
-        }
-    }
-
-    async fn delete_abandoned_leases(&self) -> Result<(), MigrationError> {
-        Ok(self.containerd.delete_abandoned_leases().await?)
     }
 
     /// Sweeps from time to time, and tries again to remove leftovers. Runs until the daemon ends.
@@ -354,59 +281,6 @@ fn children(kind: u8, bytes: &[u8]) -> Result<Vec<(u8, godwit_protos::Digest)>, 
 
 fn is_leaf(kind: u8) -> bool {
     kind == Kind::Chunk as u8
-}
-
-/// What happens in migrations that this node takes part in.
-#[derive(Debug)]
-pub struct Events {
-    sender: broadcast::Sender<Progress>,
-}
-
-impl Default for Events {
-    fn default() -> Self {
-        Self { sender: broadcast::channel(EVENTS).0 }
-    }
-}
-
-impl Events {
-    /// Every event from now on.
-    pub fn subscribe(&self) -> broadcast::Receiver<Progress> {
-        self.sender.subscribe()
-    }
-
-    fn send(&self, migration: &str, step: &str, text: String, report_json: String) {
-        tracing::info!(migration, step, text);
-        // Nobody may be watching.
-        let _ = self.sender.send(Progress {
-            migration: migration.to_owned(),
-            step: step.to_owned(),
-            text,
-            report_json,
-            ..Progress::default()
-        });
-    }
-
-    /// A migration reached a step of the procedure.
-    pub fn step(&self, migration: &str, step: &str, text: &str) {
-        self.send(migration, step, text.to_owned(), String::new());
-    }
-
-    /// Bytes that a migration has received so far, from all nodes; for a display, not for the log.
-    pub fn bytes(&self, migration: &str, done_bytes: u64) {
-        let (migration, step) = (migration.to_owned(), "progress".to_owned());
-        let _ = self.sender.send(Progress { migration, step, done_bytes, ..Progress::default() });
-    }
-
-    /// A migration is over, and this is what it cost.
-    pub fn done(&self, migration: &str, report: &Report) {
-        let json = serde_json::to_string(report).unwrap_or_default();
-        self.send(migration, "done", report.to_string(), json);
-    }
-
-    /// A migration failed, and what that means for the container.
-    pub fn failed(&self, migration: &str, error: &MigrationError, outlook: &str) {
-        self.send(migration, "failed", format!("{}; {outlook}", error.chain()), String::new());
-    }
 }
 
 #[cfg(test)]
