@@ -26,7 +26,8 @@ pub struct Config {
     /// host name by default.
     #[serde(default = "host_name")]
     pub node: String,
-    /// Address of the peer service, for example `10.0.0.1:7946`. Absent: this node has no peers.
+    /// Address of the peer service, for example `10.0.0.1:7946`. Absent: that of this node's own
+    /// table in `peers`, and without one no other node can reach this one.
     pub listen: Option<SocketAddr>,
     /// Required to listen on a network address: peers are neither authenticated nor encrypted yet.
     #[serde(default)]
@@ -343,9 +344,17 @@ pub enum ConfigError {
         "{0:?} cannot be a node's name: `node` (by default the host name) has letters, digits, '_', '.' and '-'"
     )]
     NodeName(String),
-    /// Two peers of one name, or a peer of this node's name.
+    /// Two peers of one name.
     #[error("peer name {0:?} is not unique")]
     PeerName(String),
+    /// The address of this node's own table in `peers` does not resolve.
+    #[error("cannot resolve {address:?}, this node's own address in `peers`")]
+    Own {
+        /// The address as configured.
+        address: String,
+        /// The resolver's error.
+        source: std::io::Error,
+    },
     /// Keys of the directory that do not fit together.
     #[error("[directory] {0}")]
     Directory(&'static str),
@@ -384,12 +393,28 @@ impl Config {
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+        let mut config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source: Box::new(source),
         })?;
+        config.take_own_peer()?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Takes this node's own table out of the peers, so that all nodes of a site can have one file.
+    /// Its address becomes `listen`, unless that is given.
+    fn take_own_peer(&mut self) -> Result<(), ConfigError> {
+        let Some(index) = self.peers.iter().position(|peer| peer.name == self.node) else {
+            return Ok(());
+        };
+        let own = self.peers.remove(index);
+        if self.listen.is_none() {
+            let address = own.address.clone();
+            let listen = own.resolve().map_err(|source| ConfigError::Own { address, source })?;
+            self.listen = Some(listen);
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), ConfigError> {
@@ -548,7 +573,27 @@ mod tests {
 
     #[test]
     fn two_peers_of_one_name_are_refused() {
-        let twice = "node = 'a'\n[[peers]]\nname = 'a'\naddress = 'x:1'";
-        assert!(matches!(read(twice), Err(ConfigError::PeerName(_))));
+        for name in ["a", "b"] {
+            let peer = format!("[[peers]]\nname = '{name}'\naddress = '127.0.0.1:1'\n");
+            let twice = format!("node = 'a'\n{peer}{peer}");
+            assert!(matches!(read(&twice), Err(ConfigError::PeerName(_))), "{name}");
+        }
+    }
+
+    #[test]
+    fn all_nodes_of_a_site_can_have_one_file() {
+        let peers = "[[peers]]\nname = 'a'\naddress = '127.0.0.1:1'\n\
+                     [[peers]]\nname = 'b'\naddress = '127.0.0.1:2'\n";
+        for (node, listen, other) in [("a", "127.0.0.1:1", "b"), ("b", "127.0.0.1:2", "a")] {
+            let config = read(&format!("node = '{node}'\n{peers}")).unwrap();
+            assert_eq!(config.listen, Some(listen.parse().unwrap()));
+            assert!(config.peers.iter().map(|peer| peer.name.as_str()).eq([other]));
+        }
+        let explicit = read(&format!("node = 'a'\nlisten = '127.0.0.1:9'\n{peers}")).unwrap();
+        assert_eq!(explicit.listen, Some("127.0.0.1:9".parse().unwrap()));
+        let network = "node = 'a'\n[[peers]]\nname = 'a'\naddress = '192.0.2.1:1'";
+        assert!(matches!(read(network), Err(ConfigError::Insecure(_))));
+        let odd = "node = 'a'\n[[peers]]\nname = 'a'\naddress = 'no port'";
+        assert!(matches!(read(odd), Err(ConfigError::Own { .. })));
     }
 }
