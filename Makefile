@@ -4,13 +4,15 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 # Arguments for the demo and the benchmarks, for example ARGS="--output json".
 ARGS ?=
+# Part of the names of the tests to run, for example `make test-faults TEST=a_full_disk`.
+TEST ?=
 
 CARGO := cargo
 TESTBED := $(CARGO) run --quiet --release --bin testbed --
 PROGRAMS := containerd-shim-godwit-v1 godwit-snapshotter godwit
 # Always the whole workspace: with fewer crates the dependencies would have other features, and be
 # built again.
-TEST := $(CARGO) test --release --workspace --locked
+CARGO_TEST := $(CARGO) test --release --workspace --locked
 # Suites of a crate of its own, which need no test nodes.
 LIGHT_SUITES := $(sort $(basename $(notdir $(wildcard criu-wrapper/tests/*.rs shim/tests/*.rs snapshotter/tests/*.rs))))
 SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
@@ -18,7 +20,7 @@ SUITES := $(sort $(basename $(notdir $(wildcard tests/tests/*.rs))))
 BOTH_CONTAINERDS := cri docker pull shim snapshots snapshotter
 # Suites that compare times, and so want the machine for themselves.
 ALONE := cooperation nodes
-# The others, the longest first. All suites are printed by `make test-list`.
+# The others, the longest first.
 SIDE_BY_SIDE := $(filter-out $(ALONE),$(SUITES)) $(BOTH_CONTAINERDS:%=%-containerd-2)
 # How many of them run at a time.
 TEST_JOBS ?= 2
@@ -27,8 +29,22 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 .DEFAULT_GOAL := help
 .PHONY: help prerequisites build demo test unit lint bench bench-peers bench-shim bench-snapshotter sim test-vm doc install clean clean-nodes require-root
 
-help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+# Seconds that each suite usually takes alone, on 2 processors; shown by `make help`.
+SECONDS_OF := caching=100 check=10 cooperation=165 crash=62 cri=48 directory=40 docker=33 faults=120 \
+	migration=40 moves=45 nodes=60 ownership=60 pull=103 quickstart=40 shim=94 siblings=28 sim=5 \
+	snapshots=13 snapshotter=10 soak=38 text=2 volumes=45
+
+help: ## list the targets and the suites
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@echo
+	@echo 'Suites: `make test-SUITE`, with TEST=name for the tests whose names have that part.'
+	@echo 'Those marked 2 run under containerd 2 by `make test-SUITE-containerd-2`.'
+	@for suite in $(SUITES); do \
+		seconds=; for one in $(SECONDS_OF); do [ "$${one%=*}" != $$suite ] || seconds=$${one#*=}; done; \
+		second=; case " $(BOTH_CONTAINERDS) " in *" $$suite "*) second=2 ;; esac; \
+		printf '  %-12s %1s %4s s  %s\n' $$suite "$$second" "$${seconds:-?}" \
+			"$$(sed -n '1{s|^//! ||;s|[:.;].*||;p}' tests/tests/$$suite.rs)"; \
+	done
 
 prerequisites: ## install the Debian packages that are missing on this host
 	@tests/prerequisites.sh
@@ -43,26 +59,26 @@ demo: require-root build ## migrate a running redis between two test nodes, and 
 # each is printed when it has ended. Those that compare times come last, one at a time.
 test: require-root unit ## run every test; needs root
 	@begin=$$(date +%s); \
-	$(TEST) --no-run || exit 1; \
+	$(CARGO_TEST) --no-run || exit 1; \
 	echo "suites are built: $$(($$(date +%s) - begin)) s"
 	@$(MAKE) --no-print-directory --jobs=$(TEST_JOBS) --output-sync=target $(SIDE_BY_SIDE:%=test-%)
 	@$(MAKE) --no-print-directory $(ALONE:%=test-%)
 
 unit: build
 	@begin=$$(date +%s); \
-	$(TEST) --lib --bins $(LIGHT_SUITES:%=--test %) || exit 1; \
+	$(CARGO_TEST) --lib --bins $(LIGHT_SUITES:%=--test %) || exit 1; \
 	echo "suite unit: $$(($$(date +%s) - begin)) s"
 
 # One suite, for example `make test-nodes`. One test at a time: each has the machine to itself.
 test-%: require-root build
 	@begin=$$(date +%s); \
-	$(TEST) --test $* -- --test-threads=1 || exit 1; \
+	$(CARGO_TEST) --test $* -- --test-threads=1 $(TEST) || exit 1; \
 	echo "suite $*: $$(($$(date +%s) - begin)) s"
 
 # A suite under the other generation of containerd, for example `make test-shim-containerd-2`.
 test-%-containerd-2: require-root build
 	@begin=$$(date +%s); \
-	GODWIT_CONTAINERD=2 $(TEST) --test $* -- --test-threads=1 || exit 1; \
+	GODWIT_CONTAINERD=2 $(CARGO_TEST) --test $* -- --test-threads=1 $(TEST) || exit 1; \
 	echo "suite $*-containerd-2: $$(($$(date +%s) - begin)) s"
 
 # Under Debian's kernel, with cgroups of version 2 alone; ten times slower, so by default what
@@ -72,7 +88,7 @@ VM_TESTS ?= metrics memory update pause events checkpoint
 test-vm: require-root build ## run tests of a suite (VM_SUITE, VM_TESTS) in a virtual machine; not part of test
 	@tests/prerequisites.sh qemu-system-x86 e2fsprogs
 	env CARGO_TARGET_$$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')_RUNNER=$(abspath $(TARGET_DIR))/release/vm \
-		$(TEST) --test $(VM_SUITE) -- --test-threads=1 $(VM_TESTS)
+		$(CARGO_TEST) --test $(VM_SUITE) -- --test-threads=1 $(VM_TESTS)
 
 lint: prerequisites ## check formatting and lints
 	$(CARGO) fmt --all --check

@@ -30,6 +30,8 @@ pub struct BedOptions {
     pub generation: Containerd,
     /// Start the daemon in every node, before containerd.
     pub daemon: bool,
+    /// Put Godwit's programs and all configuration files into every node.
+    pub installed: bool,
     /// Further keys of every daemon's configuration.
     pub keys: String,
     /// Further tables of it, by the node's name.
@@ -52,6 +54,7 @@ impl BedOptions {
             containerd: true,
             generation: Containerd::V1,
             daemon: true,
+            installed: true,
             keys: String::new(),
             config: no_schedule,
         }
@@ -85,6 +88,11 @@ impl BedOptions {
     pub fn without_daemon(mut self) -> Self {
         self.daemon = false;
         self
+    }
+
+    /// The same with plain Debian nodes: nothing of Godwit is installed, configured or started.
+    pub fn plain_debian(self) -> Self {
+        Self { installed: false, ..self.bare() }
     }
 
     /// The same with nothing started in the nodes.
@@ -122,7 +130,8 @@ impl Bed {
             .collect();
         for (index, name) in (0..).zip(&options.nodes) {
             let keys = format!("{}{}", options.keys, (options.config)(name));
-            let node = bed.boot(&root, index, name, &addresses, &keys);
+            let keys = options.installed.then_some(keys.as_str());
+            let node = bed.boot(&root, index, name, &addresses, keys);
             bed.nodes.push(node.with_context(|| format!("start node {name}"))?);
         }
         std::thread::scope(|scope| {
@@ -146,7 +155,7 @@ impl Bed {
         index: u8,
         name: &str,
         addresses: &[(String, Ipv4Addr)],
-        keys: &str,
+        keys: Option<&str>,
     ) -> Result<Node> {
         let (own, peers): (Vec<_>, Vec<_>) =
             addresses.iter().cloned().partition(|(other, _)| other == name);

@@ -2,12 +2,12 @@
 //!
 //! Only what differs from node to node, or exists because this is a test, is text of this module.
 
-use std::fmt::Write;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use toml::{Table, Value};
 
 use crate::place;
 
@@ -60,35 +60,60 @@ pub(crate) fn configure(
     let drop_ins = etc.join("containerd/conf.d");
     fs::create_dir_all(&drop_ins)?;
     fs::write(etc.join("containerd/config.toml"), CONTAINERD)?;
-    let documented = place::workspace().join("docs/deploy/containerd/godwit.toml");
-    let text = fs::read_to_string(&documented)
-        .with_context(|| format!("read {}", documented.display()))?;
+    let text = documented("docs/deploy/containerd/godwit.toml")?;
     fs::write(drop_ins.join("godwit.toml"), text + CRI)?;
     fs::create_dir_all(etc.join("cni/net.d"))?;
     fs::write(etc.join("cni/net.d/pods.conflist"), CNI)?;
     fs::create_dir_all(etc.join("godwit"))?;
-    fs::write(etc.join("godwit/godwit.toml"), daemon(node, address, peers, keys))?;
+    fs::write(etc.join("godwit/godwit.toml"), daemon(node, address, peers, keys)?)?;
     Ok(())
 }
 
-/// The daemon's configuration; `keys` are further ones, those of tables last.
+/// The daemon's configuration: the documented one with this node's name, address and peers, and
+/// with further `keys`, which replace those of the same name.
 pub(crate) fn daemon(
     node: &str,
     address: Ipv4Addr,
     peers: &[(String, Ipv4Addr)],
     keys: &str,
-) -> String {
-    let mut text = format!(
-        "node = \"{node}\"\n\
-         listen = \"{address}:{PEER_PORT}\"\n\
-         insecure = true\n\
-         state_dir = \"/var/lib/godwit\"\n\
-         run_dir = \"/run/godwit\"\n\
-         containerd_socket = \"/run/containerd/containerd.sock\"\n{keys}\n"
-    );
-    for (name, address) in peers {
+) -> Result<String> {
+    let mut configuration: Table = documented("docs/deploy/godwit.toml")?.parse()?;
+    let own = format!("node = \"{node}\"\nlisten = \"{address}:{PEER_PORT}\"\ninsecure = true");
+    merge(&mut configuration, own.parse()?);
+    merge(&mut configuration, keys.parse().context("further keys of the configuration")?);
+    let peer = |(name, address): &(String, Ipv4Addr)| -> Value {
         let address = format!("{address}:{PEER_PORT}");
-        let _ = write!(text, "\n[[peers]]\nname = \"{name}\"\naddress = \"{address}\"\n");
+        Table::from_iter([("name", name.clone()), ("address", address)].map(entry)).into()
+    };
+    if !peers.is_empty() {
+        let peers: Vec<Value> = peers.iter().map(peer).collect();
+        configuration.insert("peers".to_owned(), peers.into());
     }
-    text
+    Ok(configuration.to_string())
+}
+
+fn entry((key, value): (&str, String)) -> (String, Value) {
+    (key.to_owned(), value.into())
+}
+
+/// The command line by which the documented unit file starts the daemon.
+pub(crate) fn daemon_command() -> Result<String> {
+    let unit = documented("docs/deploy/godwit-snapshotter.service")?;
+    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart="));
+    line.map(str::to_owned).context("the unit file has no line ExecStart=")
+}
+
+fn documented(path: &str) -> Result<String> {
+    let path = place::workspace().join(path);
+    fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+}
+
+/// Adds `from` to `to`: tables key by key, anything else replaces what was there.
+fn merge(to: &mut Table, from: Table) {
+    for (key, value) in from {
+        match (to.get_mut(&key), value) {
+            (Some(Value::Table(to)), Value::Table(from)) => merge(to, from),
+            (_, value) => drop(to.insert(key, value)),
+        }
+    }
 }

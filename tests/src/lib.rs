@@ -29,6 +29,7 @@ mod cgroups;
 pub mod command;
 pub mod criu;
 pub mod deploy;
+pub mod document;
 pub mod images;
 pub mod load;
 pub mod memhog;

@@ -98,7 +98,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) name: &'a str,
     pub(crate) address: Ipv4Addr,
     pub(crate) peers: Vec<(String, Ipv4Addr)>,
-    pub(crate) keys: &'a str,
+    /// Further keys of the daemon's configuration; `None` for a node without Godwit.
+    pub(crate) keys: Option<&'a str>,
     pub(crate) directory: PathBuf,
     pub(crate) port: Port,
 }
@@ -121,8 +122,10 @@ impl Node {
             fs::create_dir_all(directory.join(part))?;
         }
         fs::set_permissions(directory.join("godwit"), fs::Permissions::from_mode(0o700))?;
-        deploy::configure(&directory.join("upper/etc"), name, address, &peers, keys)?;
-        install_programs(&directory.join("upper/usr/local/bin"))?;
+        if let Some(keys) = keys {
+            deploy::configure(&directory.join("upper/etc"), name, address, &peers, keys)?;
+            install_programs(&directory.join("upper/usr/local/bin"))?;
+        }
         let script = directory.join("init.sh");
         fs::write(&script, INIT)?;
         let groups = cgroups::create(run, name)?;
@@ -270,14 +273,16 @@ impl Node {
     /// Writes the daemon's configuration anew, with these keys besides; it is read when the daemon
     /// starts.
     pub fn configure(&self, keys: &str) -> Result<()> {
-        let text = deploy::daemon(&self.name, self.address, &self.peers, keys);
+        let text = deploy::daemon(&self.name, self.address, &self.peers, keys)?;
         Ok(fs::write(self.path("/etc/godwit/godwit.toml"), text)?)
     }
 
     /// Starts the daemon and waits for its sockets.
     pub fn start_daemon(&self) -> Result<()> {
         let sockets = [SNAPSHOTTER_SOCKET, CONTROL_SOCKET];
-        self.start(&self.daemon, "daemon", &["godwit-snapshotter"], &sockets)
+        let command = deploy::daemon_command()?;
+        let words: Vec<&str> = command.split_whitespace().collect();
+        self.start(&self.daemon, "daemon", &words, &sockets)
     }
 
     /// Kills containerd as a crash would; its shims and containers go on.
@@ -447,19 +452,38 @@ fn end(slot: &Mutex<Option<Background>>, name: &str, signal: Signal) -> Result<(
     service.wait_for_group(STOP_TIMEOUT)
 }
 
-/// Words that run a command in a node of any run, put before it; what [`Node::command`] does
-/// inside.
+/// Words that run a command in a node of a run of this checkout, put before the command.
 ///
-/// `name` is a node's name; the first run that has such a node is taken. Errors: none has.
-pub fn enter(name: &str) -> Result<Vec<OsString>> {
-    let runs = place::testbed().join("runs");
-    let found = fs::read_dir(&runs).with_context(|| runs.display().to_string())?.find_map(|run| {
-        let run = run.ok()?;
-        let pid = fs::read_to_string(run.path().join(name).join("init.pid")).ok()?;
-        Some((run.file_name().to_str()?.parse().ok()?, pid.trim().to_owned()))
-    });
-    let (number, pid) = found.with_context(|| format!("no run has a node {name}"))?;
+/// `name` is a node's name, `number` its run's. Errors: no run has such a node; several have one and
+/// `number` does not choose.
+pub fn enter(name: &str, number: Option<u32>) -> Result<Vec<OsString>> {
+    let found = nodes_called(name, &place::testbed().join("runs"))?;
+    let (number, pid) = choose(name, found, number)?;
     Ok(enter_words(&cgroups::groups_of_node(number, name)?, &pid))
+}
+
+/// The runs below `runs` that have a node `name`, each with the node's process 1.
+fn nodes_called(name: &str, runs: &Path) -> Result<Vec<(u32, String)>> {
+    let mut found = Vec::new();
+    for run in fs::read_dir(runs).with_context(|| runs.display().to_string())? {
+        let run = run?;
+        let Ok(pid) = fs::read_to_string(run.path().join(name).join("init.pid")) else { continue };
+        let number = run.file_name().to_str().and_then(|number| number.parse().ok());
+        found.push((number.context("a run without a number")?, pid.trim().to_owned()));
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn choose(name: &str, found: Vec<(u32, String)>, number: Option<u32>) -> Result<(u32, String)> {
+    let mut matching = found;
+    matching.retain(|(run, _)| number.is_none_or(|number| number == *run));
+    if matching.len() > 1 {
+        let runs: Vec<String> = matching.iter().map(|(run, _)| run.to_string()).collect();
+        bail!("runs {} have a node {name}: choose one by --run N", runs.join(", "));
+    }
+    let run = number.map(|number| format!(" {number}")).unwrap_or_default();
+    matching.pop().with_context(|| format!("no run{run} has a node {name}"))
 }
 
 fn enter_words(groups: &[PathBuf], pid: &str) -> Vec<OsString> {
@@ -485,4 +509,28 @@ fn install_programs(directory: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_entered_by_its_name_only_if_one_run_has_it() -> Result<()> {
+        let runs = tempfile::tempdir()?;
+        for (run, pid) in [("3", "1003\n"), ("12", "1012\n")] {
+            let directory = runs.path().join(run).join("edge-a");
+            fs::create_dir_all(&directory)?;
+            fs::write(directory.join("init.pid"), pid)?;
+        }
+        let found = nodes_called("edge-a", runs.path())?;
+        let ambiguous = choose("edge-a", found.clone(), None).unwrap_err().to_string();
+        assert_eq!(ambiguous, "runs 3, 12 have a node edge-a: choose one by --run N");
+        assert_eq!(choose("edge-a", found.clone(), Some(12))?, (12, "1012".to_owned()));
+        assert_eq!(choose("edge-a", found[..1].to_vec(), None)?, (3, "1003".to_owned()));
+        let missing = choose("edge-a", found, Some(4)).unwrap_err().to_string();
+        assert_eq!(missing, "no run 4 has a node edge-a");
+        assert!(nodes_called("edge-z", runs.path())?.is_empty());
+        Ok(())
+    }
 }

@@ -14,6 +14,9 @@ use crate::images::{self, Image};
 
 /// Where it listens.
 const PORT: u16 = 5000;
+/// Where containerd looks for images of `docker.io`.
+const DOCKER_HUB: &str = "registry-1.docker.io";
+const DOCKER_HUB_PORT: u16 = 443;
 /// Where nodes look for authorities that they trust.
 const CERTIFICATE: &str = "/etc/ssl/certs/registry.crt";
 const KEY: &str = "/etc/registry.key";
@@ -26,6 +29,7 @@ const PULL_TIMEOUT: Duration = Duration::from_secs(60);
 /// A running registry. Dropping it kills it.
 pub struct Registry<'a> {
     node: &'a Node,
+    port: u16,
     server: Background,
 }
 
@@ -33,9 +37,22 @@ impl<'a> Registry<'a> {
     /// Starts a registry in a node and waits until it answers. It and the nodes of `clients` trust
     /// its certificate.
     pub fn start(node: &'a Node, clients: &[Node]) -> Result<Self> {
+        Self::start_at(node, clients, &format!("IP:{}", node.address()), PORT)
+    }
+
+    /// Starts one in place of Docker Hub: the nodes of `clients` reach it by Docker Hub's name and
+    /// trust it.
+    pub fn start_as_docker_hub(node: &'a Node, clients: &[Node]) -> Result<Self> {
+        for one in clients.iter().chain([node]) {
+            one.sh(&format!("echo '{} {DOCKER_HUB}' >> /etc/hosts", node.address()))?;
+        }
+        Self::start_at(node, clients, &format!("DNS:{DOCKER_HUB}"), DOCKER_HUB_PORT)
+    }
+
+    fn start_at(node: &'a Node, clients: &[Node], subject: &str, port: u16) -> Result<Self> {
         let scratch = tempfile::tempdir()?;
         let [certificate, key] = ["crt", "key"].map(|name| scratch.path().join(name));
-        let name = format!("subjectAltName=IP:{}", node.address());
+        let name = format!("subjectAltName={subject}");
         let mut command =
             vec!["openssl", "req", "-x509", "-nodes", "-days", "3650", "-newkey", "ec"];
         command.extend(["-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=registry"]);
@@ -47,28 +64,34 @@ impl<'a> Registry<'a> {
             fs::copy(&certificate, one.path(CERTIFICATE))?;
         }
         fs::copy(&key, node.path(KEY))?;
-        let server = serve(node)?;
-        Ok(Self { node, server })
+        let server = serve(node, port)?;
+        Ok(Self { node, port, server })
     }
 
     /// Its address, as image references name it.
     pub fn address(&self) -> String {
-        format!("{}:{PORT}", self.node.address())
+        format!("{}:{}", self.node.address(), self.port)
     }
 
     /// Puts an image into it, and returns the reference by which it is pulled. The node keeps
     /// nothing of it.
     pub fn push(&self, image: Image) -> Result<String> {
+        let (_, name) = image.reference().rsplit_once('/').context("a name")?;
+        let reference = format!("{}/{name}", self.address());
+        self.push_as(image, &reference)?;
+        Ok(reference)
+    }
+
+    /// Puts an image into it under a name of its own.
+    pub fn push_as(&self, image: Image, reference: &str) -> Result<()> {
         let (node, own) = (self.node, image.reference());
         images::import(node, image, "overlayfs")?;
-        let (_, name) = own.rsplit_once('/').context("a name")?;
-        let reference = format!("{}/{name}", self.address());
-        node.ok(&["ctr", "images", "tag", own, &reference])?;
-        node.command(&["ctr", "images", "push", "--local", &reference])
+        node.ok(&["ctr", "images", "tag", own, reference])?;
+        node.command(&["ctr", "images", "push", "--local", reference])
             .timeout(PUSH_TIMEOUT)
             .ok()?;
-        node.ok(&["ctr", "images", "rm", "--sync", own, &reference])?;
-        Ok(reference)
+        node.ok(&["ctr", "images", "rm", "--sync", own, reference])?;
+        Ok(())
     }
 
     /// Digests of the blobs that it was asked for since it was started, one for each time.
@@ -86,7 +109,7 @@ impl<'a> Registry<'a> {
 
     /// Starts it again.
     pub fn restart(&mut self) -> Result<()> {
-        self.server = serve(self.node)?;
+        self.server = serve(self.node, self.port)?;
         Ok(())
     }
 }
@@ -102,17 +125,17 @@ pub fn pull(node: &Node, reference: &str) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-fn serve(node: &Node) -> Result<Background> {
+fn serve(node: &Node, port: u16) -> Result<Background> {
     let text = format!(
         "version: 0.1\n\
          log: {{accesslog: {{disabled: false}}, level: error}}\n\
          storage: {{filesystem: {{rootdirectory: /var/lib/registry}}, delete: {{enabled: true}}}}\n\
-         http: {{addr: \":{PORT}\", tls: {{certificate: {CERTIFICATE}, key: {KEY}}}}}\n"
+         http: {{addr: \":{port}\", tls: {{certificate: {CERTIFICATE}, key: {KEY}}}}}\n"
     );
     fs::write(node.path(CONFIGURATION), text)?;
     let server = node.spawn(&["docker-registry", "serve", CONFIGURATION], LOG)?;
     wait_until("the registry answers", START_TIMEOUT, || {
-        node.in_network(|| Ok(std::net::TcpStream::connect((node.address(), PORT)).is_ok()))
+        node.in_network(|| Ok(std::net::TcpStream::connect((node.address(), port)).is_ok()))
     })?;
     Ok(server)
 }

@@ -42,6 +42,8 @@ macro_rules! with_both_handlers {
 
 #[path = "cri/checkpoints.rs"]
 mod checkpoints;
+#[path = "cri/example.rs"]
+mod example;
 #[path = "cri/streams.rs"]
 mod streams;
 

@@ -33,6 +33,9 @@ enum Command {
     },
     /// Run a command in a node that `up` keeps; a shell without one.
     Enter {
+        /// The run's number, which `up` prints; needed where several runs have such a node.
+        #[arg(long)]
+        run: Option<u32>,
         /// The node's name, for example edge-a.
         node: String,
         /// The command and its arguments.
@@ -50,8 +53,8 @@ fn main() -> Result<()> {
             let removed = run::clean()?;
             println!("{} killed runs removed", removed.len());
         }
-        Command::Enter { node, command } => {
-            let words = node::enter(&node)?;
+        Command::Enter { run, node, command } => {
+            let words = node::enter(&node, run)?;
             let shell = vec!["bash".to_owned()];
             let command = if command.is_empty() { shell } else { command };
             let [program, prefix @ ..] = words.as_slice() else { bail!("nothing to run") };
@@ -68,7 +71,8 @@ fn main() -> Result<()> {
             options.daemon = !without_daemon;
             let bed = Bed::start(&options)?;
             for node in bed.nodes() {
-                println!("{} {}: testbed enter {0}", node.name(), node.address());
+                let (name, address) = (node.name(), node.address());
+                println!("{name} {address}: testbed enter --run {} {name}", bed.number());
             }
             println!("run {}, Ctrl-C ends it", bed.number());
             std::io::stdout().flush()?;
