@@ -1,7 +1,7 @@
 //! What a killed restore leaves mounted.
 //!
 //! CRIU mounts cgroup hierarchies (`.criu.cgyard.*`) and the root to be (`criu.mntns.*`) below its
-//! work directory. When it is killed they stay: whoever then removed the directory recursively
+//! work directory. When it is killed they stay: removing the directory recursively then
 //! would remove cgroups. So: unmount first, always.
 
 use std::io;

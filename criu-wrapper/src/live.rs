@@ -110,7 +110,7 @@ pub fn scan_shared(
     let path =
         PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end));
     match read_data(&path, visit) {
-        // Whoever may not open it reads less beforehand, and more of the dump.
+        // Without the right to open it, less is read beforehand and more from the dump.
         Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         Err(source) => Err(ScanError::Io { path, source }),
         Ok(()) => Ok(()),

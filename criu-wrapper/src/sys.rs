@@ -95,7 +95,7 @@ fn descriptor(call: libc::c_long, first: i64, second: i64) -> io::Result<OwnedFd
     let fd = unsafe { libc::syscall(call, first, second, 0_i64) };
     let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0);
     let fd = fd.ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the kernel has just returned `fd` to us; nobody else owns it.
+    // SAFETY: the kernel has just returned `fd` to us; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -235,7 +235,7 @@ pub(crate) mod tests {
 
         #[expect(unsafe_code, reason = "std maps no memory")]
         pub(crate) fn bytes(&mut self) -> &mut [u8] {
-            // SAFETY: mapped readable and writable, with this length, until it is dropped; nobody
+            // SAFETY: mapped readable and writable, with this length, until it is dropped; nothing
             // else has it.
             unsafe { std::slice::from_raw_parts_mut(self.0.cast(), self.1) }
         }

@@ -87,7 +87,7 @@ impl Cgroup {
         })
     }
 
-    /// Processes that the kernel killed in this group for want of memory.
+    /// Processes that the kernel killed in this group for lack of memory.
     pub(crate) fn oom_kills(&self) -> u64 {
         let file = match self {
             Self::V1(_) => "memory.oom_control",

@@ -104,7 +104,7 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     /// Control groups of the init process, noted while it was alive.
     cgroup: OnceLock<Cgroup>,
-    /// Processes killed for want of memory that were reported.
+    /// Processes killed for lack of memory that were reported.
     oom_kills: AtomicU64,
     /// Processes that a signal had stopped when the container was frozen. Once it is, all look
     /// alike.
@@ -216,7 +216,7 @@ impl Container {
         running.map(|(id, _)| id.clone()).collect()
     }
 
-    /// Its control groups. Errors: it has none, for want of a living init process.
+    /// Its control groups. Errors: it has none, for lack of a living init process.
     pub(crate) fn cgroup(&self) -> Result<Cgroup, TaskError> {
         if let Some(cgroup) = self.cgroup.get() {
             return Ok(cgroup.clone());
@@ -236,9 +236,9 @@ impl Container {
         }
     }
 
-    /// Reports kills for want of memory, of which the kernel keeps a count per group. Looked at
-    /// when a process ends, so that the report comes before that end's, and when [`crate::oom`] is
-    /// told of one. Returns whether there was any.
+    /// Reports kills for lack of memory, of which the kernel keeps a count per group. Looked at
+    /// when a process ends, so that the report comes before that end's, and when [`crate::oom`]
+    /// hears of one. Returns whether there was any.
     pub(crate) fn report_oom(&self) -> bool {
         let kills = self.cgroup.get().map_or(0, Cgroup::oom_kills);
         let is_new = self.oom_kills.fetch_max(kills, Ordering::Relaxed) < kills;
@@ -395,7 +395,7 @@ impl Container {
         self.stop_tasks().await
     }
 
-    /// [`Container::pause`] for whoever holds the operation.
+    /// [`Container::pause`] for a caller that holds the operation.
     pub(crate) async fn stop_tasks(&self) -> Result<(), TaskError> {
         if self.init.phase() != Phase::Running {
             return Err(self.phase_error("a running container can be paused only"));

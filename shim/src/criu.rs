@@ -1,5 +1,5 @@
-//! What CRIU is told past the runtime: a configuration file per container, named to runc by the
-//! annotation `org.criu.config` and written afresh before every dump and every restore.
+//! CRIU's settings, given to it past the runtime: a configuration file per container, named to runc
+//! by the annotation `org.criu.config` and written afresh before every dump and every restore.
 //!
 //! It carries what the runtime has no flag for (or containerd's API no field): [`Settings`], what
 //! becomes of connections, and the script that holds a migrated container before its first
@@ -19,7 +19,7 @@ use crate::reap::Reaper;
 
 /// Name of the configuration file in a bundle.
 pub(crate) const CONFIG_FILE: &str = "criu.conf";
-/// Note in an image directory that open connections were asked for, by whoever made the image.
+/// Note in an image directory that open connections were asked for, by the maker of the image.
 const OPEN_TCP_FILE: &str = "godwit-open-tcp";
 /// From this version on lock backends may be asked for; 4.1.1 crashes on it.
 const NETWORK_LOCK_SINCE: (u32, u32) = (4, 2);
@@ -64,7 +64,7 @@ pub(crate) enum SettingError {
     TooOld(u32, u32),
 }
 
-/// What CRIU is told of every container, as far as its annotations do not say otherwise.
+/// CRIU's settings for every container, as far as its annotations do not say otherwise.
 /// docs/shim.md has the failure that each prevents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Settings {
@@ -91,7 +91,7 @@ impl Default for Settings {
 
 impl Settings {
     /// The settings of a container with these annotations. Others than `godwit.io/criu.*` are
-    /// passed over. Errors: one of those is unknown or has a value that it cannot have.
+    /// skipped. Errors: one of those is unknown or has a value that it cannot have.
     pub(crate) fn of<'a>(
         annotations: impl Iterator<Item = (&'a str, &'a str)>,
     ) -> Result<Self, SettingError> {

@@ -81,7 +81,7 @@ mod tests {
     use std::time::Duration;
     use tokio::sync::Notify;
 
-    /// Waits in every pause until it is told to go on, and tells when it has ended.
+    /// Waits in every pause for the word to go on, and tells when it has ended.
     #[derive(Default)]
     struct Slow {
         goes_on: Notify,

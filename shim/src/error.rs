@@ -30,7 +30,7 @@ pub(crate) enum TaskError {
     #[error("container {container} is {is}: {wanted}")]
     Phase { container: String, is: &'static str, wanted: &'static str },
     #[error(
-        "container {container} {text}; it runs there now; delete the container here to create it anew"
+        "container {container} {text}; it runs there now; delete the container here to create it again"
     )]
     Fenced { container: String, text: String },
     #[error("cannot tell whether container {container} moved away: {path}")]
@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(
             fenced.to_string(),
             "container ns/c moved to edge-b, epoch 3; it runs there now; delete the container here to \
-             create it anew"
+             create it again"
         );
         assert_eq!(code(fenced), Code::FAILED_PRECONDITION);
     }

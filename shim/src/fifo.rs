@@ -1,10 +1,10 @@
 //! Output into a FIFO that a client of containerd reads.
 //!
-//! The shim keeps its own reader while it copies, so that a client can go and another can come. When
-//! the process has closed its output, the shim waits until the client has read all of it, because a
-//! client may drop what is left: containerd 1.7's library closes its end as soon as Delete returns,
-//! whatever the FIFO still holds. The wait is bounded: a client that does not read for
-//! [`UNREAD_TIME_MAX`] holds back nothing, and without a client there is no wait.
+//! The shim keeps its own reader while it copies, so that a client can go and another can come.
+//! When the process has closed its output, the shim waits until the client has read all of it,
+//! because a client may drop what is left: containerd 1.7's library closes its end as soon as
+//! Delete returns, whatever the FIFO still holds. The wait is bounded: a client that does not read
+//! for [`UNREAD_TIME_MAX`] holds back nothing, and without a client there is no wait.
 
 use std::fs::File;
 use std::io;

@@ -1,8 +1,8 @@
-//! Kills for want of memory, told when they happen: also those that the init process survives.
+//! Kills for lack of memory, reported when they happen: also those that the init process survives.
 //!
 //! Version 1 of control groups signals an eventfd before it kills, version 2 changes a file after
 //! it has. Both keep a count of kills, and the report is of that count ([`Container::report_oom`]),
-//! so that a kill is told once, whether it shows here first or at the exit of the process. The
+//! so that a kill is reported once, whether it shows here first or at the exit of the process. The
 //! watch ends with the group: its removal signals as well.
 
 use std::fs::File;
@@ -52,7 +52,7 @@ pub(crate) fn watch(container: &Arc<Container>) {
     let source = match open(&cgroup, &dir) {
         Ok(source) => source,
         Err(error) => {
-            // Then kills are told at the next exit only.
+            // Then kills are reported at the next exit only.
             return tracing::warn!("watching the memory of {}: {error}", container.name);
         }
     };

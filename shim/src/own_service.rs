@@ -2,7 +2,7 @@
 //! the container does.
 //!
 //! What was begun is finished although the daemon dies: ttrpc drops a call's future with its
-//! connection, and a dump that nobody waits for would freeze the container again after a thaw,
+//! connection, and a dump without a caller would freeze the container again after a thaw,
 //! since CRIU leaves the freezer as it found it. So calls run on their own, and a thaw waits for a
 //! dump.
 

@@ -102,7 +102,7 @@ impl Process {
         }
     }
 
-    /// Notes its end and wakes whoever waits. The first end stands.
+    /// Notes its end and wakes all that wait. The first end stands.
     pub(crate) fn stop(&self, exit: Exit) {
         let mut state = self.state();
         if !matches!(state.1, Phase::Stopped(_)) {

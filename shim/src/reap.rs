@@ -1,15 +1,15 @@
 //! The one place where children end: programs that the shim started, and container processes that
 //! became its children because it is a subreaper.
 //!
-//! A single loop waits for SIGCHLD and calls `waitpid(-1)` until nothing is left; nobody else in
+//! A single loop waits for SIGCHLD and calls `waitpid(-1)` until nothing is left; nothing else in
 //! this process may wait for a child (`Child::wait`, `Command::output` and tokio's `Child` would
-//! race for the status). Whoever is interested in an exit gets a [`Waiter`]:
+//! race for the status). A caller that is interested in an exit gets a [`Waiter`]:
 //!
 //! - of a program: [`Reaper::spawn`] starts it under the lock, so its exit cannot be missed;
 //! - of a container process, known by pid only afterwards: [`Reaper::mark`] before the runtime
-//!   starts it, [`Reaper::watch`] once the pid is known. Exits since the mark that nobody claimed
-//!   are kept, so that a process which ended at once is not lost, and one that had the same pid
-//!   before is not taken for it.
+//!   starts it, [`Reaper::watch`] once the pid is known. Exits since the mark that no caller
+//!   claimed are kept, so that a process which ended at once is not lost, and one that had the same
+//!   pid before is not taken for it.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -26,7 +26,7 @@ use tokio::sync::oneshot;
 
 use crate::sys;
 
-/// Exits of processes that nobody waits for, kept for a later [`Reaper::watch`].
+/// Exits of processes without a waiter, kept for a later [`Reaper::watch`].
 const UNCLAIMED_MAX: usize = 1024;
 
 /// How a process ended.
@@ -110,7 +110,7 @@ impl Reaper {
         self.table().watch(pid.cast_signed(), since)
     }
 
-    /// Sends a signal to a process that somebody waits for. Errors: `ESRCH` when it has ended; its
+    /// Sends a signal to a process that has a waiter. Errors: `ESRCH` when it has ended; its
     /// pid may be another's by then, so nothing is sent.
     pub(crate) fn signal(&self, pid: u32, signal: Signal) -> Result<(), Errno> {
         self.signal_number(pid, signal as i32)

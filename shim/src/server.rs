@@ -165,7 +165,7 @@ pub(crate) async fn serve(flags: &Flags) -> Result<(), ServeError> {
 
     let Some(listener) = listen(socket_path(&flags.socket)).map_err(io_error(&flags.socket))?
     else {
-        // Another server was faster; whoever started this one will find it.
+        // Another server was faster; the client that started this one will find it.
         return close_stdout();
     };
     let ttrpc_address = std::env::var(TTRPC_ADDRESS)
@@ -192,7 +192,7 @@ pub(crate) async fn serve(flags: &Flags) -> Result<(), ServeError> {
     close_stdout()?;
     tracing::debug!("serving {}", flags.socket);
     exit.wait().await;
-    // First the name, so that nobody connects to a server that is going.
+    // First the name, so that no client connects to a server that is going.
     let _ = std::fs::remove_file(socket_path(&flags.socket));
     let _ = server.shutdown().await;
     Ok(())
@@ -223,7 +223,7 @@ fn listen(path: &Path) -> io::Result<Option<UnixListener>> {
     }
 }
 
-/// Tells whoever started the server that it serves: it waits for the end of our output.
+/// Tells the process that started the server that it serves: it waits for the end of our output.
 fn close_stdout() -> Result<(), ServeError> {
     let null =
         std::fs::File::options().write(true).open("/dev/null").map_err(io_error("/dev/null"))?;

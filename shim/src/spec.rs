@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 
 /// Names the CRIU configuration file of one container to runc.
 pub(crate) const CRIU_CONFIG: &str = "org.criu.config";
-/// Containers with the same value share a shim: the CRI plugin's pods, and whoever asks for it by
-/// hand.
+/// Containers with the same value share a shim: the CRI plugin's pods, and clients that ask for it
+/// by hand.
 const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
 /// Largest `config.json` that is read, in bytes.
 const SPEC_BYTES_MAX: u64 = 16 << 20;

@@ -109,7 +109,7 @@ pub(crate) struct LoopInfo {
 }
 
 impl LoopInfo {
-    /// Name that whoever configured the device gave it, up to its first NUL.
+    /// Name that the device got when it was configured, up to its first NUL.
     pub(crate) fn name(&self) -> &[u8] {
         self.file_name.split(|byte| *byte == 0).next().unwrap_or_default()
     }
@@ -124,7 +124,7 @@ struct LoopConfig {
     _reserved: [u64; 8],
 }
 
-/// The device goes when nobody has it open or mounted any more (`LO_FLAGS_AUTOCLEAR`).
+/// The device goes when it is neither open nor mounted any more (`LO_FLAGS_AUTOCLEAR`).
 const LOOP_AUTOCLEAR: u32 = 4;
 /// Reads and writes go past the page cache of the image (`LO_FLAGS_DIRECT_IO`).
 const LOOP_DIRECT_IO: u32 = 16;
@@ -221,7 +221,7 @@ pub(crate) fn mount_mapped(
         unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), tree_flags) };
     let tree = RawFd::try_from(tree).ok().filter(|fd| *fd >= 0);
     let tree = tree.ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the kernel has just returned the descriptor to us; nobody else owns it.
+    // SAFETY: the kernel has just returned the descriptor to us; nothing else owns it.
     let tree = unsafe { OwnedFd::from_raw_fd(tree) };
     // SAFETY: `mount_attr` is plain integers, for which all zeroes is a value.
     let mut attributes: libc::mount_attr = unsafe { std::mem::zeroed() };
@@ -233,7 +233,7 @@ pub(crate) fn mount_mapped(
     attributes.userns_fd = u64::from(namespace.as_raw_fd().cast_unsigned());
     let (fd, empty) = (tree.as_raw_fd(), c"".as_ptr());
     // SAFETY: both descriptors are open for the call, and the kernel only reads `attributes`, whose
-    // size it is told.
+    // size that it is given.
     let done = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

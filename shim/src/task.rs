@@ -117,7 +117,7 @@ impl TaskService {
         if user_criu_config.is_none() {
             let config = bundle.join(criu::CONFIG_FILE);
             spec.annotate(CRIU_CONFIG, &config.display().to_string());
-            // Whoever drives the runtime past this shim finds a file there.
+            // A client that drives the runtime past this shim finds a file there.
             let settings = criu_settings.clone();
             criu::Config { settings, ..Default::default() }.write(&bundle)?;
             changed = true;
@@ -197,7 +197,7 @@ fn origin_of(
     }
 }
 
-/// What is told of a process: with its id, if it was added under one.
+/// What the shim reports of a process: with its id, if it was added under one.
 fn process_info(container: &Container, pid: u32) -> containerd_shim::Result<ProcessInfo> {
     let details = container
         .exec_id_of(pid)

@@ -7,7 +7,7 @@
 //! Each container has a mount of its own; the image has one loop device however many containers use
 //! it, so that the kernel has one file system for it and never two that know nothing of each other.
 //! A device is found again by the name that we give it, which is made of the image's device and
-//! inode number. It goes with the last mount (`LO_FLAGS_AUTOCLEAR`), whoever dies.
+//! inode number. It goes with the last mount (`LO_FLAGS_AUTOCLEAR`), whichever process dies.
 //!
 //! For a cut the file system is frozen after the tasks ([`freeze`]) and thawed before them. A
 //! frozen file system outlives its mounts, so whatever unmounts thaws first ([`release`]): also the
@@ -84,7 +84,7 @@ pub(crate) fn mount_image(
     let mut options = File::options();
     let file = options.read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(image);
     let file = file.map_err(io_at(image))?;
-    // Whoever comes second finds the first one's device.
+    // The second caller finds the first one's device.
     let lock = Flock::lock(file, FlockArg::LockExclusive);
     let file = lock.map_err(|(_, errno)| io_at(image)(errno.into()))?;
     let (device, number) =
@@ -128,7 +128,7 @@ fn attach(image: &File) -> io::Result<(File, u32)> {
     Err(Errno::EBUSY.into())
 }
 
-/// The device of this name. Open it stays ours, whoever unmounts meanwhile.
+/// The device of this name. Open it stays ours, also if it is unmounted meanwhile.
 fn find(name: &str) -> io::Result<Option<(File, u32)>> {
     for entry in std::fs::read_dir("/sys/block")? {
         let entry = entry?;

@@ -75,7 +75,7 @@ impl Sink {
             return Ok(match uri {
                 "" => Self::None,
                 path if is_fifo(path) => Self::Fifo(path.to_owned()),
-                // Made by whoever wants it, unlike one with a scheme: a path that leads nowhere is
+                // Its user makes it, unlike one with a scheme: a path that leads nowhere is
                 // a FIFO that is gone.
                 path if Path::new(path).exists() => Self::File(path.into()),
                 _ => return Err(unusable("there is no such FIFO")),
@@ -129,7 +129,7 @@ fn decoded(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// What a process gets for a stream that nobody asked for.
+/// What a process gets for a stream that was not asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unasked {
     /// `/dev/null`: the runtime opens the container's own.
@@ -492,7 +492,7 @@ async fn receive_fd(stream: &UnixStream) -> io::Result<File> {
         });
         match received {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+            // SAFETY: the kernel has just made this descriptor for us; nothing else owns it.
             received => return received.map(|fd| unsafe { File::from_raw_fd(fd) }),
         }
     }

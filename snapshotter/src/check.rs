@@ -21,7 +21,7 @@
 //! repeated.
 //!
 //! It goes through the daemon while it runs (the control socket), and opens the state itself while
-//! it does not; then nobody can be asked, and steps 7 and 9 are left out. Opening is what the
+//! it does not; then no peer can be asked, and steps 7 and 9 are left out. Opening is what the
 //! daemon's start does: what was cut short is finished or taken back, and what it mends by itself
 //! is not found any more.
 
@@ -247,7 +247,7 @@ impl Kept {
         Ok(quarantined)
     }
 
-    /// Step 8. What cannot be laid out again is told by the next look.
+    /// Step 8. The next look reports what cannot be laid out again.
     fn lay_out_again(&self) -> Result<(), VolumeError> {
         for digest in self.volumes.laid_out()? {
             if !matches!(self.volumes.compare(&digest), Err(VolumeError::Damaged { .. })) {

@@ -328,7 +328,7 @@ pub enum ConfigError {
         "refusing to listen on {0}: peers are not authenticated yet; on a trusted network, say `insecure = true`"
     )]
     Insecure(SocketAddr),
-    /// Whoever reaches the mirror reads every image.
+    /// Every client that reaches the mirror can read every image.
     #[error(
         "refusing to serve the mirror on {0}: it is for this node alone, on a loopback address"
     )]

@@ -26,7 +26,7 @@ use crate::node::Node;
 use crate::peer::{PING_INTERVAL, SILENCE_MAX};
 use crate::snapshots;
 
-/// How long calls that are under way may take to end when the daemon is told to stop; what is
+/// How long calls that are under way may take to end when the daemon stops; what is
 /// frozen waits for it.
 pub const STOP_MAX: Duration = Duration::from_secs(3);
 
@@ -91,7 +91,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         () = late => tracing::warn!("calls are still under way; stopping nevertheless"),
     }
     let _ = tokio::time::timeout(STOP_MAX, control_server.shutdown()).await;
-    // Nobody would thaw what stays frozen.
+    // Nothing would thaw what stays frozen.
     migrate::release::take_offers_back(&node).await;
     let _ = tokio::time::timeout(STOP_MAX, publishing).await;
     tracing::info!("stopped");

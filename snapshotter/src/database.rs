@@ -23,7 +23,7 @@ use room::Roomy;
 /// Making: 1. write `<path>.new`, 2. rename it to `path`, 3. fsync the directory. On open: a
 /// `<path>.new` was never used and is removed.
 ///
-/// Caller: whoever must not take a database that is missing for a new one looks before. Errors:
+/// Caller: looks first where a missing database must not be taken for a new one. Errors:
 /// redb's, and the system's; also for an empty file, which redb would take for a new database. What
 /// is there is left as it is.
 pub(crate) fn open(

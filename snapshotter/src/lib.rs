@@ -1,4 +1,4 @@
-//! The node's daemon: what a node holds, whom it asks, and how a container moves.
+//! The node's daemon: what a node holds, which peers it asks, and how a container moves.
 //!
 //! One process per node. From the disk up:
 //!
@@ -13,7 +13,8 @@
 //! - [`directory`]: who holds what, asked of the neighbours or of etcd.
 //! - [`migrate`]: the procedure itself, both sides; [`ownership`]: who may run a container, and the
 //!   journal of it.
-//! - [`policy`]: when to capture, where to put copies, what to give up, whom to ask: pure rules.
+//! - [`policy`]: when to capture, where to put copies, what to give up, which peers to ask: pure
+//!   rules.
 //! - [`check`]: whether all of it is what it should be.
 //! - [`api`]: the sockets for shims, for `godwit` and for peers; [`daemon`]: all of it put
 //!   together; [`config`]: the daemon's file.

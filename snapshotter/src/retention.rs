@@ -30,8 +30,8 @@ pub fn record(node: &Node, snapshots: &[Snapshot]) -> Result<Vec<SnapshotId>, St
     Ok(ids)
 }
 
-/// Of snapshots that arise by themselves, those that this node keeps: none of memory if it is told
-/// so.
+/// Of snapshots that arise by themselves, those that this node keeps: none of memory if it is
+/// configured so.
 pub fn admitted(node: &Node, mut snapshots: Vec<Snapshot>) -> Vec<Snapshot> {
     if node.config.cache.memory == CacheMemory::Off {
         let plain = [Kind::Tree as u8, Kind::Image as u8];
@@ -148,7 +148,7 @@ fn worse(over_budget: u64, short_of_disk: u64) -> Option<(u64, Lack)> {
 fn make_room(node: &Node) -> Result<Option<Lack>, VolumeError> {
     for _ in 0..ROUNDS_MAX {
         if let Err(error) = node.sweep(Thrift::Tight) {
-            // Leased: whoever uses the store comes first.
+            // Leased: users of the store come first.
             tracing::debug!(error = crate::error::chain(&error), "no room is made now");
             return Ok(None);
         }

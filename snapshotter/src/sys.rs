@@ -80,7 +80,7 @@ pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::
 }
 
 /// Says that the directories in `directory` have nothing to do with each other (`T` of chattr(1)):
-/// ext4 then puts each into a part of the disk of its own. Without a journal it passes over inodes
+/// ext4 then puts each into a part of the disk of its own. Without a journal it skips inodes
 /// that were deleted in the minutes before (`recently_deleted` of `fs/ext4/ialloc.c`), one by one
 /// and with every new file, which lie where the last layer or volume was. Advice as well, and kept
 /// on disk; other file systems refuse it.

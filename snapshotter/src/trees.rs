@@ -242,7 +242,7 @@ fn lift_guards(directory: &OwnedFd, name: &CStr) -> io::Result<()> {
 /// Calls `visit` with all that is in `top`, itself included.
 ///
 /// The tree may change meanwhile: what disappears between being listed and being looked at is
-/// passed over.
+/// skipped.
 /// Errors: the system's, with the path; more than [`WALK_DEPTH_MAX`] directories inside one
 /// another.
 pub(crate) fn walk(top: &Path, mut visit: impl FnMut(&Stat)) -> Result<(), (PathBuf, io::Error)> {

@@ -6,7 +6,7 @@
 //! versions) they lie below the group of this process, in each hierarchy. On hosts with version 2
 //! alone they lie at the top, since a group with processes cannot give controllers to its children.
 //!
-//! The group also is the list of a node's processes: whoever cleans up needs no other record.
+//! The group also is the list of a node's processes: cleaning up needs no other record.
 
 use std::fs;
 use std::io::ErrorKind;

@@ -2,7 +2,7 @@
 //!
 //! Each command is the leader of a process group of its own, so that ending it ends what it started
 //! in that group (`nsenter` has the real command as a child). Output goes to files, not pipes: a
-//! daemon that a command leaves behind and that holds its output open then delays nobody.
+//! daemon that a command leaves behind and that holds its output open then delays no caller.
 //!
 //! On a machine that is slow by a known factor, the environment variable `GODWIT_PATIENCE`
 //! multiplies every deadline.
@@ -22,7 +22,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-/// How long a command may take unless it is told otherwise.
+/// How long a command may take unless its caller sets a deadline.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the kernel may take to end what was killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);

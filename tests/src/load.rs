@@ -7,8 +7,8 @@
 //! and a write that a frozen server still had in its buffers must not overwrite a later one.
 //!
 //! Every acknowledgement is a *beat*. The client knows several addresses and goes to the next when
-//! one fails, with short deadlines and shorter ones while nobody answers, so that the longest gap
-//! between two beats is the outage as a client sees it, at most one short deadline too long.
+//! one fails, with short deadlines and shorter ones while no server answers, so that the longest
+//! gap between two beats is the outage as a client sees it, at most one short deadline too long.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,7 +24,7 @@ use crate::redis::{Client, RedisError};
 
 /// Deadline of an answer while all is well.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(100);
-/// Deadline of an attempt while nobody answers.
+/// Deadline of an attempt while no server answers.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(20);
 /// Pause after a failed attempt: a refused connection fails at once.
 const RETRY_PAUSE: Duration = Duration::from_millis(1);
@@ -178,7 +178,7 @@ struct Writer {
     client: Option<Client>,
     begin: Instant,
     last_beat: Instant,
-    /// Since when nobody answers.
+    /// Since when no server answers.
     outage: bool,
 }
 

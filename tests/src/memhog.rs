@@ -15,7 +15,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// What the workload says of itself.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct Stat {
-    /// Tells this process from one that was started anew.
+    /// Tells this process from one that was started again.
     pub incarnation: u64,
     /// Beats so far, one every 5 ms.
     pub beats: u64,

@@ -150,7 +150,7 @@ impl Port {
         Ok(())
     }
 
-    /// Cuts the link: packets vanish in both directions, and nobody is told.
+    /// Cuts the link: packets vanish in both directions, without an error.
     pub(crate) fn cut(&self) -> Result<()> {
         batch(&self.switch.namespace("switch"), &format!("link set {} nomaster\n", self.port))
     }

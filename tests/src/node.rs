@@ -270,7 +270,7 @@ impl Node {
         self.start(&self.containerd, "containerd", argv, &[CONTAINERD_SOCKET])
     }
 
-    /// Writes the daemon's configuration anew, with these keys besides; it is read when the daemon
+    /// Writes the daemon's configuration again, with these keys besides; it is read when the daemon
     /// starts.
     pub fn configure(&self, keys: &str) -> Result<()> {
         let text = deploy::daemon(&self.name, self.address, &self.peers, keys)?;
@@ -339,7 +339,7 @@ impl Node {
         self.port.shape(mbit)
     }
 
-    /// Cuts the node's link: packets vanish, nobody is told.
+    /// Cuts the node's link: packets vanish, without an error.
     pub fn cut_link(&self) -> Result<()> {
         self.port.cut()
     }
@@ -454,8 +454,8 @@ fn end(slot: &Mutex<Option<Background>>, name: &str, signal: Signal) -> Result<(
 
 /// Words that run a command in a node of a run of this checkout, put before the command.
 ///
-/// `name` is a node's name, `number` its run's. Errors: no run has such a node; several have one and
-/// `number` does not choose.
+/// `name` is a node's name, `number` its run's. Errors: no run has such a node; several have one
+/// and `number` does not choose.
 pub fn enter(name: &str, number: Option<u32>) -> Result<Vec<OsString>> {
     let found = nodes_called(name, &place::testbed().join("runs"))?;
     let (number, pid) = choose(name, found, number)?;

@@ -1,7 +1,7 @@
 //! The Debian root that every node's overlay lies on. Made once per list of packages, then only
 //! read.
 //!
-//! 1. take the lock `root.lock` (whoever comes second waits and then finds the root);
+//! 1. take the lock `root.lock` (the second process waits and then finds the root);
 //! 2. `debootstrap` Debian 13 with [`PACKAGES`] into `root/<key>.tmp`, packages cached in `debs`;
 //! 3. install CRIU from forky: Debian 13's cannot dump a process with a socket on Linux >= 6.16;
 //!    put containerd 2 from sid beside Debian 13's, and unpack Docker and what only images are made

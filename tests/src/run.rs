@@ -1,14 +1,14 @@
 //! Runs: who owns which names on this machine, and how all of it is removed again.
 //!
 //! A run is a number with a lock file, `/run/godwit-testbed/<N>`; its text names the run's
-//! directory. Whoever holds the lock owns everything that is derived from the number:
+//! directory. The holder of the lock owns everything that is derived from the number:
 //!
 //! ```text
 //! gwN-*          network namespaces        10.(100+N).0.0/24   addresses
 //! godwit-N.*     cgroups                   runs/<N>            directory with all state
 //! ```
 //!
-//! 1. lock the first number that nobody holds; a text in it means that its owner was killed: tear
+//! 1. lock the first free number; a text in it means that its owner was killed: tear
 //!    that run down first;
 //! 2. write our directory into it, and only then make anything;
 //! 3. tear down: kill every process of the cgroups, remove cgroups, network namespaces (their links
@@ -213,7 +213,8 @@ fn directory_of(number: u32) -> PathBuf {
     place::testbed().join("runs").join(number.to_string())
 }
 
-/// Sees to it that runs end with the process: also shared ones that nobody drops, also on Ctrl-C.
+/// Sees to it that runs end with the process: also shared ones that are never dropped, also on
+/// Ctrl-C.
 fn prepare_for_the_end() -> Result<()> {
     static ONCE: Once = Once::new();
     let mut outcome = Ok(());

@@ -114,7 +114,7 @@ fn copies_follow_the_neighbourhood() -> Result<()> {
     let bed = Bed::start(&BedOptions::nodes(3).rate_mbit(400).config(eager))?;
     let [a, b, c] = [0, 1, 2].map(|index| bed.node(index));
     start(&bed, a, name, 0, 16)?;
-    wait_until("somebody has a copy", SOON, || Ok(has(b, "memory|")? || has(c, "memory|")?))?;
+    wait_until("a neighbour has a copy", SOON, || Ok(has(b, "memory|")? || has(c, "memory|")?))?;
     let (first, other) = if has(b, "memory|")? { (b, c) } else { (c, b) };
     // A copy goes where the one before is, so that only the difference travels.
     std::thread::sleep(Duration::from_secs(6));
@@ -249,7 +249,7 @@ fn a_container_comes_back_from_a_consistent_snapshot_after_its_host_died() -> Re
         let newest = all.last().context("a snapshot of the container")?;
         Ok(newest["id"].as_str().context("an id")?.to_owned())
     };
-    // While the original runs, and while nobody knows.
+    // While the original runs, and while it is unknown.
     let refused = restore(b, &newest()?, &[])?;
     ensure!(!refused.succeeded() && refused.stderr.contains("runs on edge-a"), "{refused:?}");
     let memory = of(b, "memory|")?.last().and_then(|one| one["id"].as_str().map(str::to_owned));

@@ -193,7 +193,7 @@ impl Content {
     }
 }
 
-/// Method: at first nobody else has the volume, so that only the two copies here can help each
+/// Method: at first no other node has the volume, so that only the two copies here can help each
 /// other.
 fn a_laid_out_volume_and_the_store_mend_each_other(neighbour: &Node, node: &Node) -> Result<()> {
     neighbour.stop_daemon()?;
@@ -280,7 +280,7 @@ fn a_missing_directory_of_a_snapshot_is_told(node: &Node) -> Result<()> {
     let (code, report) = check(node, &[])?;
     ensure!(code == 0, "{code}: {report}");
 
-    // What nobody would miss is made anew, when the snapshots are opened or as they are used.
+    // What would not be missed is made again, when the snapshots are opened or as they are used.
     let at = node.path(work);
     fs::remove_dir(&at)?;
     let (code, report) = check(node, &[])?;

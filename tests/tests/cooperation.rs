@@ -118,13 +118,13 @@ fn a_plan_of_what_cannot_be_moved_says_why_and_moves_nothing() -> Result<()> {
     let unknown = node(3).run(&[
         "godwit",
         "plan",
-        "nobody",
+        "edge-z",
         "--from",
         node(2).name(),
         "--to",
         node(3).name(),
     ])?;
-    ensure!(!unknown.succeeded() && unknown.stderr.contains("nobody"), "{unknown:?}");
+    ensure!(!unknown.succeeded() && unknown.stderr.contains("edge-z"), "{unknown:?}");
     // The name is taken at the destination.
     images::import(node(3), Image::Memhog, "godwit")?;
     node(3).ok(&[
@@ -180,7 +180,7 @@ fn with_neighbours_of_no_use_everything_comes_from_the_source() -> Result<()> {
     Ok(())
 }
 
-/// Method: one neighbour has it; it is mounted where it never was, and where nobody has it.
+/// Method: one neighbour has it; it is mounted where it never was, and where no node has it.
 #[test]
 fn a_read_only_volume_is_brought_from_whoever_has_it_by_digest() -> Result<()> {
     let (here, there) = (node(0), node(3));
@@ -218,8 +218,8 @@ fn a_read_only_volume_is_brought_from_whoever_has_it_by_digest() -> Result<()> {
     let again = here.run(&["godwit", "volume", "export", digest, "/srv/copy"])?;
     ensure!(!again.succeeded() && again.stderr.contains("/srv/copy"), "{again:?}");
 
-    let nobody = format!("sha256:{}", "5".repeat(64));
-    let refused = run("nobody", &nobody)?;
+    let unknown = format!("sha256:{}", "5".repeat(64));
+    let refused = run("unknown", &unknown)?;
     ensure!(
         !refused.succeeded() && refused.stderr.contains("neither on this node nor"),
         "{refused:?}"
@@ -239,7 +239,7 @@ fn a_read_only_volume_is_brought_from_whoever_has_it_by_digest() -> Result<()> {
         Ok(workload::task(here, "reader")?.as_deref() == Some("STOPPED"))
     })?;
     here.ok(&["ctr", "tasks", "rm", "reader"])?;
-    here.sh("ctr containers rm reader; ctr containers rm nobody || true")?;
+    here.sh("ctr containers rm reader; ctr containers rm unknown || true")?;
     here.ok(&remove)?;
     ensure!(!here.ok(&["godwit", "volume", "ls"])?.contains(digest), "it is still here");
     Ok(())

@@ -45,7 +45,7 @@ struct Load {
     /// Grows when the daemon is about to be killed and again when containerd has found the next
     /// one: odd in between.
     disturbances: AtomicU64,
-    /// Held by whoever works, so that nobody does while the state is looked at.
+    /// Held by each worker, so that none works while the state is looked at.
     gate: RwLock<()>,
     /// What failed although the daemon was there all along.
     failed: Mutex<Vec<String>>,
@@ -55,7 +55,7 @@ struct Load {
 }
 
 impl Load {
-    /// Works until it is told to stop. Whatever a kill falls into may fail, and nothing else.
+    /// Works until it is stopped. Whatever a kill falls into may fail, and nothing else.
     fn work(&self, mut act: impl FnMut(u64) -> Result<()>) {
         for number in 0.. {
             let before = self.disturbances.load(Ordering::SeqCst);
@@ -113,7 +113,8 @@ fn images_are_mounted(number: u64) -> Result<()> {
         .map(drop)
 }
 
-/// Their output goes to a file: `ctr run` of containerd 1.7 closes the FIFO of a container that has ended, read or not.
+/// Their output goes to a file: `ctr run` of containerd 1.7 closes the FIFO of a container that has
+/// ended, read or not.
 fn containers_run_to_their_end(number: u64) -> Result<()> {
     let said = format!("/run/said-{number}");
     let log = format!("file://{said}");
@@ -167,7 +168,7 @@ impl Steady {
 
     /// It is the same process, and has gone on counting.
     fn goes_on(&mut self) -> Result<()> {
-        ensure!(pid_of(self.name)? == self.pid, "{} was started anew", self.name);
+        ensure!(pid_of(self.name)? == self.pid, "{} was started again", self.name);
         let read = ["ctr", "tasks", "exec", "--exec-id", "look", self.name, "cat", "/count"];
         let counted = node().ok(&read)?.trim().parse()?;
         ensure!(counted > self.counted, "{} stands still at {counted}", self.name);
@@ -469,7 +470,7 @@ fn a_daemon_killed_before_any_step_leaves_a_whole_store() -> Result<()> {
     let mut stored = Steady::start("stored", &[])?;
     let steps = Steps::install(node())?;
     node().stop_daemon()?;
-    // Or captures that nobody asked for would keep the sweep waiting.
+    // Or captures by schedule would keep the sweep waiting.
     node().configure("[cache]\nschedule = false")?;
     node().start_daemon()?;
     for operation in OF_STORE {

@@ -399,7 +399,7 @@ fn execs_answer_with_output_and_code(handler: Handler) -> Result<()> {
 }
 
 /// Method: what a kubelet does: the file is moved away while the container writes, then opened
-/// anew.
+/// again.
 fn logs_can_be_rotated(handler: Handler) -> Result<()> {
     let pod = Pod::run(handler, "logs", NamespaceMode::Container)?;
     let script = "i=0; while [ $i -lt 300 ]; do i=$((i+1)); echo $i; echo e$i >&2; sleep 0.005; done; \

@@ -238,7 +238,7 @@ fn without_etcd_a_migration_asks_the_neighbours_and_entries_come_back() -> Resul
     kill_etcd();
     node(3).sh("rm -rf /var/lib/etcd")?;
     start_etcd()?;
-    wait_until("all are published anew", NOTICE, || {
+    wait_until("all are published again", NOTICE, || {
         let keys = keys()?;
         Ok((0..3).all(|at| keys.contains(&key(at))))
     })?;
@@ -259,7 +259,7 @@ fn entries_of_a_dead_node_vanish_those_of_a_leaving_one_at_once_and_a_name_is_a_
 
     dead.kill_daemon()?;
     let killed = Instant::now();
-    ensure!(is_published(old)?, "nobody could know yet");
+    ensure!(is_published(old)?, "no node could know yet");
     wait_until("its lease ends", LEASE_TTL + Duration::from_secs(5), || Ok(!is_published(old)?))?;
     eprintln!("entries of a killed daemon lasted {:?}", killed.elapsed());
     dead.start_daemon()?;
@@ -270,7 +270,7 @@ fn entries_of_a_dead_node_vanish_those_of_a_leaving_one_at_once_and_a_name_is_a_
     ensure!(!is_published(old)?, "it has left");
     ensure!(leaving.elapsed() < LEASE_TTL / 2, "that took {:?}", leaving.elapsed());
 
-    // Under another name it is nobody's peer: found by etcd, asked by no one.
+    // Under another name it is no node's peer: found by etcd, asked by no one.
     dead.sh("sed -i 's/^node = .*/node = \"edge-z\"/' /etc/godwit/godwit.toml")?;
     dead.start_daemon()?;
     wait_until("it publishes under its new name", NOTICE, || is_published("edge-z"))?;
@@ -291,10 +291,11 @@ fn entries_that_are_stale_or_lies_cost_a_refused_request() -> Result<()> {
     let lie = format!(
         r#"{{"snapshots":[{{"sequence":99,"manifest":"{digest}","size_bytes":1,"age_ms":1}}],"siblings":true}}"#
     );
-    // The third node has nothing; the other is nobody; the last key says nothing that can be read.
+    // The third node has nothing; the other does not exist; the last key says nothing that can be
+    // read.
     let key = |node: &str| format!("subject/{}/{node}", memory(name));
     put(key(node(2).name()), lie.clone())?;
-    put(key("nobody"), lie)?;
+    put(key("unknown"), lie)?;
     put(key(node(3).name()), "{".to_owned())?;
     let found = candidates(name, 0, 1)?;
     ensure!(found.is_empty(), "{found:?}");

@@ -209,9 +209,9 @@ fn redis_is_watched_by_a_client_that_checks_every_value() -> Result<()> {
         &command,
     )?;
     let address = SocketAddr::from((network.address, 6379));
-    let nobody = SocketAddr::from((bed.container_address(2), 6379));
+    let unused = SocketAddr::from((bed.container_address(2), 6379));
     let options = LoadOptions {
-        addresses: vec![nobody, address],
+        addresses: vec![unused, address],
         bytes_per_s: 4 << 20,
         value_bytes: 4096,
         keys: 500,
@@ -364,7 +364,7 @@ fn a_run_that_is_killed_is_removed_by_clean() -> Result<()> {
     let (mut child, number) = testbed_up()?;
     let trace = PathBuf::from(format!("/run/netns/gw{number}-edge-a"));
     assert!(trace.exists());
-    // As long as its owner lives, it is nobody else's business.
+    // As long as its owner lives, no other process touches it.
     assert!(!run::clean()?.contains(&number));
     signal(&child, "-KILL")?;
     child.wait()?;

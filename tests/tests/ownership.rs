@@ -1,4 +1,5 @@
-//! Who may run a container after faults of containerd, of daemons and of machines: fences, tombstones, claims.
+//! Who may run a container after faults of containerd, of daemons and of machines: fences,
+//! tombstones, claims.
 
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
@@ -57,8 +58,9 @@ fn remove(at: &Node, name: &str) -> Result<()> {
     at.ok(&["ctr", "containers", "rm", name]).map(drop)
 }
 
-/// Method: a restart policy would start the source's container again. containerd runs for a while on an
-/// empty root, as when a disk is mounted late, and then on a metadata database from before the container.
+/// Method: a restart policy would start the source's container again. containerd runs for a while
+/// on an empty root, as when a disk is mounted late, and then on a metadata database from before
+/// the container.
 #[test]
 fn a_fence_outlives_a_containerd_that_lost_its_records() -> Result<()> {
     let (name, renamed) = ("fenced", "fenced-there");
@@ -101,7 +103,8 @@ fn a_fence_outlives_a_containerd_that_lost_its_records() -> Result<()> {
     remove(destination(), renamed)
 }
 
-/// Method: the daemon misses the deletion; a container of that name is created before it comes back.
+/// Method: the daemon misses the deletion; a container of that name is created before it comes
+/// back.
 #[test]
 fn a_container_that_was_created_again_while_the_daemon_was_away_is_not_fenced() -> Result<()> {
     let (name, renamed) = ("again", "again-there");

@@ -140,7 +140,7 @@ fn layers_come_from_a_neighbour_and_go_on_from_whoever_got_them() -> Result<()> 
     let image = fresh(Image::Redis)?;
     ensure!(image.1.len() == 3, "{image:?}");
     let all: BTreeSet<String> = registry().asked_for().into_iter().collect();
-    ensure!(image.1.is_subset(&all), "the first had nobody else to ask: {all:?}");
+    ensure!(image.1.is_subset(&all), "the first had no other node to ask: {all:?}");
     let (asked, _) = pull_from(node(1), &image)?;
     ensure!(asked.is_empty(), "the registry gave {asked:?}");
     let first = seen(node(0), &image.0)?;
@@ -306,7 +306,7 @@ fn a_neighbour_that_passes_one_layer_off_as_another_is_found_out() -> Result<()>
     neighbours::start(node(1))?;
     ensure!(asked.len() == 3 && took < BOUND, "{took:?}, the registry gave {asked:?}");
     let log = node(2).log_since("daemon", told);
-    ensure!(log.contains("bytes do not match"), "nobody noticed: {log}");
+    ensure!(log.contains("bytes do not match"), "no node noticed: {log}");
     let sent = node(0).traffic()?.sent - sent;
     ensure!(sent > 512 << 10, "the liar sent only {sent} bytes");
     ensure!(seen(node(1), &image.0)? == seen(node(2), &image.0)?, "the trees differ");
@@ -357,7 +357,7 @@ fn neighbours_that_stall_or_die_are_waited_for_only_so_long() -> Result<()> {
     Ok(())
 }
 
-/// Method: killed while containerd waits for a layer that a neighbour sends; nobody asked the
+/// Method: killed while containerd waits for a layer that a neighbour sends; no node asked the
 /// registry for one by then.
 #[test]
 fn a_daemon_that_dies_while_it_brings_a_layer_fails_the_pull_and_leaves_nothing() -> Result<()> {
@@ -427,7 +427,7 @@ fn the_cri_pulls_layers_from_neighbours() -> Result<()> {
     Ok(())
 }
 
-/// Nobody has the compressed layers of the image any more, and nobody can ask the registry.
+/// No node has the compressed layers of the image any more, and none can ask the registry.
 #[test]
 fn a_container_whose_layers_came_from_neighbours_moves_without_the_registry() -> Result<()> {
     let image = fresh(Image::Redis)?;
@@ -493,7 +493,7 @@ fn counted(node: &Node, name: &str) -> Result<(String, u64)> {
     wait_until("it counts", BOUND, || {
         let text =
             node.ok(&["ctr", "tasks", "exec", "--exec-id", "look", name, "cat", "/count"])?;
-        // Nothing at all while it is written anew.
+        // Nothing at all while it is written again.
         found = text.trim().split_once(' ').map(|(id, count)| (id.to_owned(), count.to_owned()));
         Ok(found.is_some())
     })?;

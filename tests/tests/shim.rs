@@ -363,7 +363,7 @@ fn a_checkpoint_comes_back_under_its_own_and_another_id(runtime: &Runtime) -> Re
             Ok(counts(&restored, &format!("r{round}"))?.len() > before + 10)
         })?;
         let all = counts(&restored, "all")?;
-        // One number after the other: nothing was lost, done twice or begun anew.
+        // One number after the other: nothing was lost, done twice or begun again.
         assert!(all.iter().copied().eq(1001..1001 + all.len() as u64), "{all:?}");
         assert_eq!(restored.exec("x", "exit 6")?.code, 6);
         ctr_ok(&["task", "kill", "-s", "SIGKILL", &restored.id])?;

@@ -73,7 +73,7 @@ fn last_row(at: &Node, name: &str) -> Result<u64> {
     let path = format!("{}/last", mounted(name));
     let mut last = None;
     wait_until("the writer has written", SOON, || {
-        // It is made anew with every row.
+        // It is made again with every row.
         last = at.run(&["cat", &path])?.stdout.trim().parse().ok();
         Ok(last.is_some())
     })?;
@@ -164,7 +164,7 @@ fn a_sqlite_writer_with_a_write_ahead_log_goes_on_after_a_move() -> Result<()> {
     migrated(name, 0, 1)?;
     ensure!(last_row(node(1), name)? >= before, "rows are lost");
     goes_on(node(1), name, 30)?;
-    // Nobody else may open it while the writer has it open.
+    // No other process may open it while the writer has it open.
     ends_whole(node(1), name)
 }
 
@@ -279,7 +279,7 @@ fn a_frozen_image_is_clean_and_a_daemon_that_dies_meanwhile_thaws_it() -> Result
     ends_whole(node(0), name)
 }
 
-/// Method: the node offers the container to nobody but itself, and its daemon is away for a while.
+/// Method: the node offers the container only to itself, and its daemon is away for a while.
 #[test]
 fn a_daemon_that_dies_during_a_consistent_snapshot_thaws_the_volume() -> Result<()> {
     let name = "cut-off";
@@ -488,7 +488,7 @@ fn a_node_that_admits_no_images_refuses_a_block_volume() -> Result<()> {
     ensure!(plan["obstacles"].to_string().replace('\\', "").contains(admit), "{plan}");
     let refused = workload::migrate(node(2), name, node(0), node(2), &[])?;
     ensure!(!refused.succeeded() && refused.stderr.contains(admit), "{}", refused.stderr);
-    // Whoever sets the annotation asks for nothing beforehand.
+    // A client that sets the annotation asks for nothing beforehand.
     let from = format!("edge-a/default/{name}");
     let refused =
         writer(name, "delete").annotation("godwit.io/migrate-from", &from).run(node(2))?;

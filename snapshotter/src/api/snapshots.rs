@@ -1,10 +1,10 @@
 //! The gRPC side of [`Snapshots`]: containerd's snapshots service, which a proxy plugin of type
 //! "snapshot" calls.
 //!
-//! It has a thread of its own ([`serve`]), on which what waits for nobody is answered; the rest is
-//! on others. A call whose caller has gone away still ends. The request's `snapshotter` field is
-//! containerd's name for us and is ignored. SnapshotError codes are what containerd's callers act
-//! on: the unpacker, for one, takes `ALREADY_EXISTS` for "somebody else was faster".
+//! It has a thread of its own ([`serve`]), on which calls that wait for nothing are answered; the
+//! rest is on others. A call whose caller has gone away still ends. The request's `snapshotter`
+//! field is containerd's name for us and is ignored. SnapshotError codes are what containerd's
+//! callers act on: the unpacker, for one, takes `ALREADY_EXISTS` for "another unpacker was faster".
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error as _;
@@ -76,8 +76,8 @@ pub fn serve(
 }
 
 impl Service {
-    /// Answers in place what waits for nobody: a way to another thread and back would take as long
-    /// again. Caller: has no more to do on its thread than this.
+    /// Answers in place calls that wait for nothing: a way to another thread and back would take as
+    /// long again. Caller: has no more to do on its thread than this.
     fn at_once<T>(
         &self,
         call: &'static str,
@@ -317,7 +317,7 @@ mod tests {
     use crate::snapshots::KEY_BYTES_MAX;
     use crate::snapshots::tests::{fixture, holding_a_change, layer, none};
 
-    /// Method: somebody else's change takes a second. The calls have one thread, as they have in
+    /// Method: another caller's change takes a second. The calls have one thread, as they have in
     /// the daemon.
     #[tokio::test]
     async fn who_only_asks_does_not_wait_behind_a_change_that_waits() {

@@ -287,7 +287,7 @@ impl Runner {
         }
     }
 
-    /// Begins anew with a container after a failure, not before the shortest period has passed: it
+    /// Begins again with a container after a failure, not before the shortest period has passed: it
     /// may be another one of the same name, so the next look describes it again.
     fn postpone(&mut self, container: &ContainerRef) {
         let pause = Duration::from_secs(self.node.config.cache.period_min_s);

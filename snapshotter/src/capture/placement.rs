@@ -2,7 +2,7 @@
 //!
 //! After a capture the nearest neighbours ([`place`]) are asked to keep what was taken: they fetch
 //! it from here, object by object, so what they have already does not travel again. Who they are is
-//! decided anew each time; the copies of one that is no longer chosen grow old and are retired
+//! decided again each time; the copies of one that is no longer chosen grow old and are retired
 //! there.
 //!
 //! What a peer asks to be kept is bounded: by its announced size, by the room on this disk, and to
@@ -50,7 +50,7 @@ const SIZE_SLACK: u64 = 16 << 20;
 /// How fast a short round trip is forgotten: what makes one longer is noise, unless it stays so.
 const FORGET: f64 = 1.1;
 
-/// How long peers are told of a removal at least.
+/// How long this node tells peers of a removal at least.
 const TELL_MIN: Duration = Duration::from_secs(60);
 
 /// How often it is looked for removals that a peer has not heard of.
@@ -138,7 +138,7 @@ pub async fn tell_removals(node: Arc<Node>) {
     }
 }
 
-/// How long peers are told of a removal: until it has expired here.
+/// How long this node tells peers of a removal: until it has expired here.
 fn tell_for(node: &Node) -> Duration {
     node.config.cache.rules().expire_removed.max(TELL_MIN)
 }
@@ -253,7 +253,7 @@ fn parse(asked: &KeepRequest) -> Result<Vec<Snapshot>, String> {
             .parse()
             .map_err(|error: godwit_protos::ParseNameError| error.to_string())?;
         if matches!(subject, Subject::ImageLayer(_)) {
-            return Err(format!("{subject}: nobody but this node says what it holds of an image"));
+            return Err(format!("{subject}: only this node says what it holds of an image"));
         }
         if one.sequence > SEQUENCE_MAX {
             return Err(format!("{subject}: a place in a lineage that is never reached"));

@@ -1,7 +1,7 @@
 //! Blobs in containerd's content store.
 //!
 //! Writing a blob is a dialogue on one stream, one answer to each message: `STAT` opens the ref
-//! (ours is the blob's digest, so whoever writes it next goes on where the last one stopped) and
+//! (ours is the blob's digest, so the next writer goes on where the last one stopped) and
 //! tells how much is there; `WRITE` appends at that offset; `COMMIT` has containerd check length
 //! and digest, and gives the blob its name.
 

@@ -44,8 +44,8 @@ impl Client {
         Ok(Lease { client, namespace: namespace.to_owned(), id, is_released: false })
     }
 
-    /// Deletes the leases, in every namespace, of daemons that died: what they held, nobody goes on
-    /// with.
+    /// Deletes the leases, in every namespace, of daemons that died: what they held, no daemon goes
+    /// on with.
     pub async fn delete_abandoned_leases(&self) -> Result<(), ClientError> {
         let mut deleted = Ok(());
         for namespace in self.namespaces().await? {

@@ -14,7 +14,7 @@
 //! Everything before the image has a name and the container a snapshot happens under a [`Lease`],
 //! or containerd's garbage collection would take it away in between.
 //!
-//! Promises: a [`Client`] outlives containerd's restarts, since it connects anew when asked for
+//! Promises: a [`Client`] outlives containerd's restarts, since it connects again when asked for
 //! something; every call but [`Client::wait_task`] and the streams has a deadline; blobs are
 //! checked against their digests; an error names the object. Nothing is retried here except a write
 //! whose ref another writer holds.

@@ -11,7 +11,7 @@ use godwit_protos::Digest;
 use super::images::child_label;
 use super::{Client, ClientError, Descriptor, ImageContent, Mount, parse_digest, present};
 
-/// How often a layer is prepared again when somebody else unpacks it at the same time.
+/// How often a layer is prepared again when another caller unpacks it at the same time.
 const ATTEMPTS_MAX: u32 = 3;
 
 /// Asks a remote snapshotter for the layer: it may answer "already exists" and have it.
@@ -187,7 +187,8 @@ fn labels_of(children: &[Descriptor]) -> HashMap<String, String> {
     labels
 }
 
-/// A key that nobody else uses; the form is containerd's own, by which snapshotters know an unpack.
+/// A key that no other caller uses; the form is containerd's own, by which snapshotters know an
+/// unpack.
 fn extract_key(chain_id: &Digest) -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);

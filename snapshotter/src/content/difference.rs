@@ -260,7 +260,7 @@ mod tests {
         all
     }
 
-    /// Method: whoever holds the base and receives the difference holds everything.
+    /// Method: a node that holds the base and receives the difference holds everything.
     #[test]
     fn base_and_difference_together_are_the_new_version() {
         let from = tempfile::tempdir().unwrap();

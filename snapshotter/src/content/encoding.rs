@@ -67,7 +67,7 @@ impl Codec {
     /// The object that `data` stands for, checked against `digest`.
     ///
     /// - `size` is what the sender announces, in bytes; `base` the object that a patch names.
-    /// - Errors: [`DecodeError`]; ask somebody else.
+    /// - Errors: [`DecodeError`]; ask another peer.
     pub fn decode(
         &mut self,
         digest: &Digest,

@@ -8,7 +8,7 @@
 //!
 //! An image is read while it is mounted, except at the cut: then it may be torn, and only what
 //! changed is sent again. Each capture reads and hashes all of its data: what a loop device wrote
-//! to is nowhere to be had cheaply, and the image's times do not tell, since they change when a
+//! to cannot be had cheaply, and the image's times do not tell, since they change when a
 //! write begins and not when it is done.
 //!
 //! On failure an image that was being written is neither the old nor the new one: throw it away.

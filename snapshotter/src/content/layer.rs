@@ -1,6 +1,6 @@
 //! The uncompressed bytes of an image's layer as a [`Layer`] object, and back.
 //!
-//! The object keeps every byte of the stream, so that whoever has it can give on exactly what its
+//! The object keeps every byte of the stream, so that every holder can pass on exactly what its
 //! diff ID names. Whether the bytes are those is for the caller to see: the object names chunks,
 //! not their sum.
 

@@ -52,7 +52,7 @@ pub const OBJECT_BYTES_MAX: usize = 4 << 20;
 /// Longest name of a directory entry, in bytes (`NAME_MAX` of Linux).
 const NAME_BYTES_MAX: usize = 255;
 
-/// What an object is. The digest alone does not tell; whoever refers to an object knows.
+/// What an object is. The digest alone does not tell; the object that refers to it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Kind {
@@ -561,7 +561,7 @@ fn is_entry_name(name: &[u8]) -> bool {
         && name != b".."
 }
 
-/// Blocks are other objects: only whoever reads them sees whether they add up.
+/// Blocks are other objects: only their reader sees whether they add up.
 fn check_content(bytes: u64, content: &Content) -> Result<(), &'static str> {
     let Content::Pieces(pieces) = content else { return Ok(()) };
     check_pieces(pieces)?;

@@ -32,7 +32,7 @@ struct State {
     is_due: bool,
     /// With it, what comes first.
     is_first_due: bool,
-    /// One of the thread's has failed: nobody knows what is on disk.
+    /// One of the thread's has failed: what is on disk is unknown.
     failed: Option<io::ErrorKind>,
     is_closed: bool,
 }

@@ -1,7 +1,7 @@
 //! Room on the disk for a database's file before it is needed.
 //!
 //! redb takes no change any more once it could not write one, until it is opened again, and its
-//! file has holes where nothing was written yet. So that whoever fills the disk is not the end of
+//! file has holes where nothing was written yet. So that a full disk is not the end of
 //! it, every byte of the file has its place, and beyond its end there is room for the next growth:
 //! as much again (`grow` of redb's `page_manager.rs`), unless one value takes more than half of it.
 
@@ -46,7 +46,7 @@ impl Room {
         Ok(())
     }
 
-    /// The same, where nobody can do anything about it yet.
+    /// The same, where nothing can be done about it yet.
     pub(super) fn try_to_keep(&self) {
         if let Err(error) = self.ensure() {
             tracing::warn!(%error, "no room for a database to grow");
@@ -54,7 +54,7 @@ impl Room {
     }
 }
 
-/// A file whose place is kept. redb finds no locks: whoever uses it has one of his own.
+/// A file whose place is kept. redb finds no locks: its user has one of its own.
 #[derive(Debug)]
 pub(super) struct Roomy {
     inner: FileBackend,

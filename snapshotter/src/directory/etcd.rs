@@ -14,10 +14,10 @@
 //! A lookup is one round of reads, answered by whichever member is asked from what it has. If etcd
 //! is away or takes longer than [`ETCD_MAX`], the neighbours are asked in what is left of
 //! [`LOOKUP_MAX`], and until a renewal succeeds they are asked at once. Keys and values are
-//! whatever somebody wrote: counts and sizes are limited, what cannot be read is skipped, and nodes
+//! whatever any host wrote: counts and sizes are limited, what cannot be read is skipped, and nodes
 //! that are not this node's peers are ignored.
 //!
-//! An age is written as a duration and grows while it lies there. It is written anew when it has
+//! An age is written as a duration and grows while it lies there. It is written again when it has
 //! doubled, so that what is read is at least about half the true age, and no two nodes' clocks are
 //! compared.
 
@@ -71,7 +71,7 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 const VALUE_BYTES_MAX: usize = 4096;
 const SNAPSHOTS_MAX: usize = 16;
 
-/// How much an age may grow beyond its double before it is written anew.
+/// How much an age may grow beyond its double before it is written again.
 const AGE_SLACK_MS: u64 = 60_000;
 
 /// How long one endpoint has to answer.
@@ -189,7 +189,7 @@ impl Etcd {
         Ok(by_node.into_values().flat_map(|entries| query.select(entries)).collect())
     }
 
-    /// What a key says, if it is written as nodes write, by a peer of this node, for whoever asks.
+    /// What a key says, if it is written as nodes write, by a peer of this node, for any caller.
     fn understood(&self, pair: &KeyValue, query: &Query) -> Option<Parsed> {
         let Some(parsed) = parse(&self.prefix, pair) else {
             if !self.has_complained.swap(true, Ordering::Relaxed) {
@@ -293,7 +293,7 @@ impl Directory for Etcd {
             (Ok(()), Some(session)) => self.note_connected(session.kv.clone()),
             (Ok(()), None) => {}
             (Err(status), _) => {
-                // Nobody knows what of it was written.
+                // What of it was written is unknown.
                 *session = None;
                 self.note_away(&status);
             }

@@ -1,6 +1,6 @@
 //! The directory: which nodes hold a snapshot of a subject, and which hold a manifest.
 //!
-//! A migration asks it once, while its source captures the first round, and then asks nobody for
+//! A migration asks it once, while its source captures the first round, and then asks no node for
 //! objects but the nodes that it names, and the source. One trait, two backends: [`neighbours`]
 //! asks every configured peer, [`etcd`] asks etcd, where each node publishes what it holds. A
 //! [`Lookup`] collects what is found until its caller has waited long enough.
@@ -68,11 +68,11 @@ pub struct Query {
     pub subjects: Vec<Subject>,
     /// Memory of any user of these.
     pub services: Vec<ServiceRef>,
-    /// Whoever has these whole.
+    /// The nodes that have these whole.
     pub manifests: Vec<Digest>,
 }
 
-/// Who holds what. Implementations differ in whom they ask, never in what they answer.
+/// Who holds what. Implementations differ in the nodes that they ask, never in what they answer.
 #[async_trait]
 pub trait Directory: Debug + Send + Sync {
     /// Adds to `found` who holds what is asked for, as it becomes known.
@@ -86,8 +86,8 @@ pub trait Directory: Debug + Send + Sync {
     /// to publish.
     fn renewal(&self) -> Option<Duration>;
 
-    /// Makes `held`, and nothing else, known as what this node holds. What cannot be told now is
-    /// told with a later call.
+    /// Makes `held`, and nothing else, known as what this node holds. What cannot be published now
+    /// is published with a later call.
     async fn publish(&self, held: Vec<Entry>);
 
     /// Makes it known at once that this node is leaving.
@@ -242,7 +242,7 @@ pub struct Lookup {
 
 impl Lookup {
     /// Begins to look for what `query` asks. One that asks for nothing finds nothing, and asks
-    /// nobody.
+    /// no node.
     pub fn begin(directory: &Arc<dyn Directory>, query: Query, neighbours: Joined) -> Self {
         let (directory, found) = (directory.clone(), Found::new(query));
         let task = tokio::spawn({

@@ -81,7 +81,7 @@ fn request(query: &Query) -> LocateRequest {
     }
 }
 
-/// The question of a peer; names of no known form are nobody's.
+/// The question of a peer; names of no known form belong to no peer.
 pub fn query(asked: &LocateRequest) -> Query {
     Query {
         subjects: asked.subjects.iter().filter_map(|text| text.parse().ok()).collect(),

@@ -199,7 +199,7 @@ async fn a_question_for_nothing_is_asked_of_nobody() {
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
 }
 
-/// An etcd that has what it was given, and fails as it is told.
+/// An etcd that has what it was given, and fails on command.
 #[derive(Debug, Default)]
 struct FakeEtcd {
     keys: BTreeMap<Vec<u8>, (Vec<u8>, i64)>,
@@ -341,7 +341,7 @@ async fn look_up(directory: &Arc<dyn Directory>, query: &Query, joined: Joined) 
     found.entries()
 }
 
-fn nobody() -> Joined {
+fn no_peer() -> Joined {
     watch::channel(Vec::new()).1
 }
 
@@ -382,7 +382,7 @@ async fn what_was_half_written_is_written_again() {
 #[tokio::test]
 async fn of_two_endpoints_the_second_is_asked_where_the_first_is_dead() {
     let fake = Fake::default();
-    // Nobody listens on port 1.
+    // No process listens on port 1.
     let directory = etcd_at(&["127.0.0.1:1".parse().unwrap(), fake.serve().await], "");
     directory.publish(vec![entry("a", OWN, 1, 5)]).await;
     assert_eq!(fake.keys().len(), 1);
@@ -398,7 +398,7 @@ async fn what_strangers_wrote_is_not_believed() {
     fake.put(&format!("{SUBJECT_KEYS}/{OWN}/a"), &value(false));
     fake.put(&format!("{SUBJECT_KEYS}/{OWN}/c"), b"no json");
     fake.put(&format!("{SUBJECT_KEYS}/{OWN}/deeper/b"), &value(false));
-    let found = look_up(&directory, &query(&[OWN], &[]), nobody()).await;
+    let found = look_up(&directory, &query(&[OWN], &[]), no_peer()).await;
     assert_eq!(nodes(&found), ["b"]);
 }
 
@@ -411,10 +411,10 @@ async fn another_users_memory_is_found_only_if_its_node_gives_it_and_in_its_name
     fake.put(&format!("{SUBJECT_KEYS}/{OTHER}/c"), &value(true));
     fake.put(&format!("{SUBJECT_KEYS}/memory|k8s.io|redis:7|other/c"), &value(true));
     fake.put(&format!("{SUBJECT_KEYS}/memory|default|redis:70|other/c"), &value(true));
-    let found = look_up(&directory, &query(&[OWN], &["default|redis:7"]), nobody()).await;
+    let found = look_up(&directory, &query(&[OWN], &["default|redis:7"]), no_peer()).await;
     let found: Vec<_> = found.iter().map(|one| (one.node.as_str(), one.subject.clone())).collect();
     assert_eq!(found, [("c", Some(subject(OTHER)))]);
-    assert_eq!(look_up(&directory, &query(&[OWN], &[]), nobody()).await, []);
+    assert_eq!(look_up(&directory, &query(&[OWN], &[]), no_peer()).await, []);
 }
 
 /// Method: etcd is reached, then hangs, then answers again.

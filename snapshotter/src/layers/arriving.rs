@@ -75,7 +75,7 @@ pub(super) fn bytes_of(
             piece.extend_from_slice(&data);
             piece.len() < PIECE_BYTES || send.blocking_send(Ok(piece.split().freeze())).is_ok()
         });
-        // Whoever does not listen any more does not mind.
+        // A reader that does not listen any more does not mind.
         let _ = send.blocking_send(read.map(|()| piece.freeze()).map_err(io::Error::other));
     });
     ReceiverStream::new(receive)

@@ -2,7 +2,7 @@
 //!
 //! The neighbour names the blob and its diff ID. Only a blob that this node's containerd has
 //! unpacked, under that very diff ID, is read; it is decompressed, hashed and cut into chunks, one
-//! layer at a time. The answer is a stream, so that whoever asked knows that somebody works; the
+//! layer at a time. The answer is a stream, so that the caller knows that the node works; the
 //! work is finished whether he still listens or not, and its result is kept like a layer that came
 //! from elsewhere.
 
@@ -152,7 +152,7 @@ impl Maker {
                 () = tokio::time::sleep(PROGRESS) => {
                     let done_bytes = done.load(Ordering::Relaxed);
                     let progress = MakeLayerProgress { done_bytes, ..MakeLayerProgress::default() };
-                    // Whoever does not listen any more may come back.
+                    // A caller that does not listen any more may come back.
                     let _ = send.try_send(Ok(progress));
                 }
             }

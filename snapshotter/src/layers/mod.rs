@@ -5,9 +5,9 @@
 //! answers "already exists"; containerd then does not download the layer. So:
 //!
 //! 1. find out which layer is meant: the image's configuration is here by now, and commits to its
-//!    diff ID. If nobody has anything, containerd goes on as with any snapshotter;
+//!    diff ID. If no neighbour has anything, containerd goes on as with any snapshotter;
 //! 2. look up in the directory who keeps the layer as an object ([`crate::content::layer`]); if
-//!    nobody does, or it cannot be had of them, have other neighbours make one of the blob that
+//!    no neighbour does, or those fail to deliver, have other neighbours make one of the blob that
 //!    their containerd unpacked ([`make`]);
 //! 3. fetch it from all of them at once, as long as that goes on fast enough ([`guard`]), and at
 //!    the same time give the uncompressed bytes, in their order, to containerd under the diff ID
@@ -16,13 +16,13 @@
 //! 5. commit the snapshot, and record the object, so that this node can give on the same bytes.
 //!
 //! Once containerd was told that a layer is not there, it begins to download all those above at
-//! once, whatever it is told of them later. So a layer whose blob is here is supplied too if one
+//! once, whatever it hears of them later. So a layer whose blob is here is supplied too if one
 //! above is missing.
 //!
-//! Promise: a snapshot is committed only with the bytes that its chain ID stands for, whoever sent
-//! them. Whatever else happens ends in "not supplied" within [`SUPPLY_MAX`], nothing is left but
-//! objects that the sweep takes, and containerd asks the registry. A neighbour that let us wait, or
-//! lied, is not asked for a while; one whose bytes this node failed to keep is.
+//! Promise: a snapshot is committed only with the bytes that its chain ID stands for, whichever
+//! node sent them. Whatever else happens ends in "not supplied" within [`SUPPLY_MAX`], nothing is
+//! left but objects that the sweep takes, and containerd asks the registry. A neighbour that let us
+//! wait, or lied, is not asked for a while; one whose bytes this node failed to keep is.
 
 mod arriving;
 mod guard;
@@ -78,7 +78,7 @@ const QUEUE: usize = 4;
 /// What containerd calls the uncompressed bytes of a layer.
 const MEDIA_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// Why a layer was not supplied although somebody seems to have it.
+/// Why a layer was not supplied although a neighbour seems to have it.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
     /// containerd failed, or found that the bytes are not the layer's.
@@ -134,7 +134,7 @@ impl LayerError {
         self.is_lie() || self.content().is_some_and(is_lost)
     }
 
-    /// How long those who gave the object are passed over; `None` if it is this node that failed.
+    /// How long those who gave the object are skipped; `None` if it is this node that failed.
     fn shuns(&self) -> Option<Duration> {
         match self {
             _ if self.is_lie() => Some(SHUN_LIAR),
@@ -232,8 +232,8 @@ struct Inner {
 }
 
 impl Layers {
-    /// For this node and its snapshots. Caller: is on the runtime that is to do the work, whoever
-    /// asks for it.
+    /// For this node and its snapshots. Caller: is on the runtime that is to do the work, whichever
+    /// thread asks for it.
     pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
         let runtime = tokio::runtime::Handle::current();
         let (turns, busy) = (Semaphore::new(SUPPLIES_MAX), std::sync::Mutex::default());
@@ -242,7 +242,7 @@ impl Layers {
 
     /// Commits the layer if it can be had without the registry, and says whether it is there now.
     ///
-    /// Cancel: it goes on; what nobody asks for again, containerd has removed.
+    /// Cancel: it goes on; what no caller asks for again, containerd has removed.
     pub async fn supply(&self, wanted: Wanted) -> bool {
         let here = self.0.clone();
         let supplied = self.0.runtime.spawn(async move {

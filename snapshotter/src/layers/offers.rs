@@ -49,8 +49,8 @@ impl<'a> Neighbours<'a> {
         Self { node, connections }
     }
 
-    /// Who has the layer in this way; the object that most have comes first. Whoever was found
-    /// wanting meanwhile is not asked again.
+    /// Who has the layer in this way; the object that most have comes first. A neighbour that was
+    /// found wanting meanwhile is not asked again.
     pub(super) async fn offers(&mut self, way: Way, layer: &FoundLayer) -> Vec<Offer> {
         let shunned = self.node.shunned.names();
         self.connections.retain(|peer| !shunned.contains(&peer.node));

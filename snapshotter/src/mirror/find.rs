@@ -34,7 +34,7 @@ pub(super) struct Found {
     pub(super) pieces: Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>,
 }
 
-/// A blob of this node, or of a neighbour if it has at most `most` bytes; `None` if nobody has it.
+/// A blob of this node, or of a neighbour if it has at most `most` bytes; `None` if no node has it.
 pub(super) async fn blob(node: &Arc<Node>, digest: Digest, most: u64) -> Option<Found> {
     match here(node, digest).await {
         Ok(Some(found)) => return Some(found),
@@ -81,7 +81,7 @@ async fn neighbours(node: &Arc<Node>) -> Vec<Arc<Connection>> {
     connections
 }
 
-/// How long a blob of this node is, or as most of the neighbours say who have it; `None` if nobody
+/// How long a blob of this node is, or as most of the neighbours say who have it; `None` if no node
 /// has it.
 pub(super) async fn size(node: &Arc<Node>, digest: Digest) -> Option<u64> {
     match node.containerd.find_blob(digest).await {

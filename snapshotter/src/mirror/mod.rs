@@ -49,7 +49,7 @@ const CONNECTIONS_MAX: usize = 64;
 /// How long a client may take to say what it wants.
 const HEADER_MAX: Duration = Duration::from_secs(30);
 
-/// Pause after the system refused a connection, for want of descriptors for example.
+/// Pause after the system refused a connection, for lack of descriptors for example.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 type Body = UnsyncBoxBody<Bytes, io::Error>;

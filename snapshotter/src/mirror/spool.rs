@@ -2,12 +2,12 @@
 //!
 //! 1. ask one who has it, from its beginning;
 //! 2. where one breaks off or ends early, the next one goes on;
-//! 3. hash what has come. If it is something else and came from one alone, he lied: he is passed
-//!    over, and the others are asked from the beginning. If it came from several, nobody knows
+//! 3. hash what has come. If it is something else and came from one alone, it lied: it is
+//!    skipped, and the others are asked from the beginning. If it came from several, it is unknown
 //!    which: the last of them is asked for all of it, alone.
 //!
-//! Promise: whoever lies or breaks off costs time, and never the blob while somebody has it and
-//! sends it well: with every turn one of those asked is done with.
+//! Promise: a neighbour that lies or breaks off costs time, and never the blob while another has it
+//! and sends it well: with every turn one of those asked is done with.
 
 use std::io;
 use std::path::Path;
@@ -55,7 +55,7 @@ enum SpoolError {
 }
 
 /// Brings the blob from `holders`, the last of them first, into a file without a name below `dir`,
-/// and returns that with its length. `None`: nobody sent it well. Whoever is to blame for that goes
+/// and returns that with its length. `None`: no neighbour sent it well. Those to blame for that go
 /// to `shunned`.
 ///
 /// Errors: this node's disk. `fits` says whether there is room for so many bytes.
@@ -175,7 +175,7 @@ mod tests {
     use super::*;
     use crate::peer::tests::{Sends, sending};
 
-    /// What `script` brings of `blob`, the last one asked first, and who is passed over for it as
+    /// What `script` brings of `blob`, the last one asked first, and who is skipped for it as
     /// silent and as a liar.
     async fn brought(
         blob: &[u8],

@@ -32,7 +32,7 @@ impl Events {
 
     fn send(&self, migration: &str, step: &str, text: String, report_json: String) {
         tracing::info!(migration, step, text);
-        // Nobody may be watching.
+        // There may be no watcher.
         let _ = self.sender.send(Progress {
             migration: migration.to_owned(),
             step: step.to_owned(),

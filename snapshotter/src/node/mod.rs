@@ -38,7 +38,7 @@ pub use observed::Observed;
 /// How often unreferenced objects are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
 
-/// How often removing a dump is tried while somebody writes into it, and the time between: ten
+/// How often removing a dump is tried while a process writes into it, and the time between: ten
 /// seconds in all.
 const CLEAR_TRIES: usize = 200;
 const CLEAR_PAUSE: Duration = Duration::from_millis(50);
@@ -66,7 +66,7 @@ pub struct Node {
     pub shunned: Shunned,
     /// What was seen of containers and volumes.
     pub observed: Observed,
-    /// What happens, for whoever watches.
+    /// What happens, for watchers.
     pub events: Events,
     /// What `criu --version` says; empty when there is no CRIU.
     pub criu_version: String,
@@ -287,7 +287,7 @@ fn is_leaf(kind: u8) -> bool {
 mod tests {
     use super::*;
 
-    /// Method: somebody who goes on making files for a while, as long as the directory is there.
+    /// Method: a thread that goes on making files for a while, as long as the directory is there.
     #[test]
     fn what_is_being_written_to_can_be_cleared() {
         let dir = tempfile::tempdir().unwrap();

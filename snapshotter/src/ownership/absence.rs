@@ -1,15 +1,16 @@
 //! When a container counts as deleted, so that its entry and its fence may end.
 //!
-//! containerd's "not found" alone proves nothing: it may run on an empty root because a disk is mounted
-//! late, or on a metadata database that was restored from a copy. A container counts as deleted when
+//! containerd's "not found" alone proves nothing: it may run on an empty root because a disk is
+//! mounted late, or on a metadata database that was restored from a copy. A container counts as
+//! deleted when
 //!
 //! 1. containerd reported its deletion, or lists a younger container of that name, or
-//! 2. containerd has not listed it for [`ABSENCE_MIN`] without a pause, while neither a task, a bundle nor
-//!    a process in a control group of that name was found;
+//! 2. containerd has not listed it for [`ABSENCE_MIN`] without a pause, while neither a task, a
+//!    bundle nor a process in a control group of that name was found;
 //!
-//! and in both cases only if it is the containerd in which the container was (its server UUID, which lies
-//! below its root). Everything else keeps the entry: a fence too many refuses a start and is reported, a
-//! fence too few makes a second runner.
+//! and in both cases only if it is the containerd in which the container was (its server UUID,
+//! which lies below its root). Everything else keeps the entry: a fence too many refuses a start
+//! and is reported, a fence too few makes a second runner.
 
 use std::time::{Duration, Instant};
 

@@ -1,11 +1,13 @@
 //! What must survive the daemon: who owns a container, and which volumes are here.
 //!
-//! One embedded database, `node.redb`. Every change is one transaction, durable (fsynced by redb) before the
-//! function returns: the caller acts only afterwards.
+//! One embedded database, `node.redb`. Every change is one transaction, durable (fsynced by redb)
+//! before the function returns: the caller acts only afterwards.
 //!
-//! Releasing is two steps on disk: 1. write the fence that shims read, 2. journal `Released`. So an error means that
-//! nothing was released. Whatever else happens, a return among it, is the other way round: 1. journal, 2. remove the fence.
-//! On open: a fence is written for each `Released` entry and removed where there is none, so a crash between the two heals.
+//! Releasing is two steps on disk: 1. write the fence that shims read, 2. journal `Released`. So an
+//! error means that nothing was released. Whatever else happens, a return among it, is the other
+//! way round: 1. journal, 2. remove the fence.
+//! On open: a fence is written for each `Released` entry and removed where there is none, so a
+//! crash between the two heals.
 
 use std::collections::HashSet;
 use std::fs;
@@ -70,12 +72,13 @@ pub struct VolumeEntry {
     pub file_system: Option<FileSystem>,
 }
 
-/// Why the journal could not be read or written. The daemon must not act on what it wanted to journal.
+/// Why the journal could not be read or written. The daemon must not act on what it wanted to
+/// journal.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// There is none, or an empty one, beside what only a journal explains.
     #[error(
-        "journal {} is missing or empty, but there is {}: restore the journal. Without it nobody knows which containers \
+        "journal {} is missing or empty, but there is {}: restore the journal. Without it, it is unknown which containers \
          and volumes belong to other nodes", path.display(), beside.display()
     )]
     Missing {
@@ -138,8 +141,9 @@ pub struct Journal {
 impl Journal {
     /// Opens or creates the journal at `path`, with the fences below `fences`.
     ///
-    /// On open: a journal that is missing or empty while there are fences or volumes is an error, as an empty one would
-    /// undo the fences of containers that run elsewhere. Each released container gets its fence, and no other has one.
+    /// On open: a journal that is missing or empty while there are fences or volumes is an error,
+    /// as an empty one would undo the fences of containers that run elsewhere. Each released
+    /// container gets its fence, and no other has one.
     ///
     /// Errors: [`JournalError`], also when another daemon has it open.
     pub fn open(path: &Path, fences: &Path) -> Result<Self, JournalError> {
@@ -200,7 +204,8 @@ impl Journal {
         Ok(entries)
     }
 
-    /// Takes `event`, changes the rest of the entry by `change`, and returns the new entry once it is durable.
+    /// Takes `event`, changes the rest of the entry by `change`, and returns the new entry once it
+    /// is durable.
     ///
     /// Errors: [`JournalError::OutOfPhase`] when the state does not allow it; nothing changed then.
     pub fn apply(
@@ -250,7 +255,7 @@ impl Journal {
         if !matches!(entry.ownership, Ownership::Released(..))
             && let Err(error) = self.remove_fence(container)
         {
-            // It keeps the container from being created anew here, no more; opening removes it.
+            // It keeps the container from being created again here, no more; opening removes it.
             tracing::error!(%container, %error, "a fence stays");
         }
         Ok(entry)
@@ -261,7 +266,8 @@ impl Journal {
         self.note(container, |entry| entry.resumed = true)
     }
 
-    /// Changes what an entry says besides the ownership. A container without an entry is left without one.
+    /// Changes what an entry says besides the ownership. A container without an entry is left
+    /// without one.
     pub fn note(
         &self,
         container: &ContainerRef,
@@ -381,7 +387,8 @@ impl Journal {
             move |source| JournalError::Fence { path, source }
         };
         fs::create_dir_all(&self.fences).map_err(failed(&self.fences))?;
-        // At no moment is a released container without its fence: its shim looks whether we run or not.
+        // At no moment is a released container without its fence: its shim looks whether we run or
+        // not.
         let mut wanted = HashSet::new();
         for (container, entry) in self.containers()? {
             if matches!(entry.ownership, Ownership::Released(..)) {
@@ -400,7 +407,8 @@ impl Journal {
 }
 
 impl Entry {
-    /// Whether the tasks of this container came here by this annotation and were let run: the annotation is spent.
+    /// Whether the tasks of this container came here by this annotation and were let run: the
+    /// annotation is spent.
     pub fn has_spent(&self, migrate_from: &str) -> bool {
         matches!(self.ownership, Ownership::Owner(_))
             && self.resumed

@@ -8,10 +8,11 @@
 //!                    '-----give back------'--> Returned      only while no task has run
 //! ```
 //!
-//! Promise: a node lets the container run only in [`Ownership::Owner`]. The source journals `Released` before it says
-//! so; the destination journals `Claiming` before it asks, and runs the tasks only once it has heard the release; if
-//! the message is lost it asks again. So a fault can delay a hand-off but never make two runners. Read next: [`journal`]
-//! for the bytes on disk, docs/failure-model.md for each fault.
+//! Promise: a node lets the container run only in [`Ownership::Owner`]. The source journals
+//! `Released` before it says so; the destination journals `Claiming` before it asks, and runs the
+//! tasks only once it has heard the release; if the message is lost it asks again. So a fault can
+//! delay a hand-off but never make two runners. Read next: [`journal`] for the bytes on disk,
+//! docs/failure-model.md for each fault.
 
 pub mod absence;
 pub mod journal;
@@ -29,8 +30,8 @@ impl Epoch {
     }
 }
 
-/// What this node knows of a container's owner. A container that was never offered has no entry and is ours.
-/// The text is the container's name at the other node: `NODE/NAMESPACE/CONTAINER`.
+/// What this node knows of a container's owner. A container that was never offered has no entry and
+/// is ours. The text is the container's name at the other node: `NODE/NAMESPACE/CONTAINER`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ownership {
     /// This node may run it.
@@ -48,7 +49,8 @@ pub enum Ownership {
 /// What happens to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The source freezes the container and offers it under this name, with an epoch beyond the one given.
+    /// The source freezes the container and offers it under this name, with an epoch beyond the one
+    /// given.
     Offer(String, Epoch),
     /// The source takes an offer back.
     Abort(Epoch),
@@ -84,8 +86,8 @@ impl std::fmt::Display for Event {
 impl Ownership {
     /// The state after `event`, or `None` if the event is stale or out of phase.
     ///
-    /// Pure: the caller journals the new state first and only then acts on it. `None` as the state before
-    /// is a container that this node never saw.
+    /// Pure: the caller journals the new state first and only then acts on it. `None` as the state
+    /// before is a container that this node never saw.
     pub fn on(before: Option<&Self>, event: &Event) -> Option<Self> {
         use {Event as E, Ownership as S};
         match (before, event) {
@@ -99,7 +101,8 @@ impl Ownership {
             }
             (Some(S::Released(now, _)), E::Returned(of)) => (of == now).then_some(S::Owner(*now)),
             (None, E::Claim(epoch, from)) => Some(S::Claiming(*epoch, from.clone())),
-            // It was here before and comes back with a newer epoch, or an earlier attempt is superseded.
+            // It was here before and comes back with a newer epoch, or an earlier attempt is
+            // superseded.
             (
                 Some(
                     S::Owner(now) | S::Released(now, _) | S::Claiming(now, _) | S::Returned(now, _),
@@ -110,7 +113,7 @@ impl Ownership {
             (Some(S::Claiming(now, _) | S::Owner(now)), E::GiveBack(of, to)) => {
                 (of == now).then(|| S::Returned(*now, to.clone()))
             }
-            // Listed, not `_`: whoever adds a state or an event must decide here.
+            // Listed, not `_`: a new state or event must be decided here.
             (
                 None,
                 E::Abort(_) | E::Release(_) | E::Returned(_) | E::Granted(_) | E::GiveBack(..),
@@ -206,8 +209,8 @@ mod tests {
     }
 
     proptest! {
-        /// Method: any order of messages, each delivered only if its sender's journal allows it; at no time may
-        /// both nodes run the container.
+        /// Method: any order of messages, each delivered only if its sender's journal allows it; at
+        /// no time may both nodes run the container.
         #[test]
         fn there_is_never_a_second_runner(moves in moves()) {
             let (mut source, mut destination) = (Some(Ownership::Owner(Epoch(0))), None);

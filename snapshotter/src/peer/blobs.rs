@@ -19,7 +19,7 @@ pub const RATE_MIN: f64 = 256e3;
 /// ... once it has had this long.
 const RATE_AFTER: Duration = Duration::from_millis(250);
 
-/// What is expected of whoever sends a blob.
+/// What is expected of a peer that sends a blob.
 #[derive(Clone, Copy, Debug)]
 pub struct Demand {
     /// Longest wait for the next piece.

@@ -1,7 +1,7 @@
 //! What is known of the way to each peer: measured by migrations, kept across restarts.
 //!
 //! Measurements only: a file that is lost or damaged costs the next migration some waiting, so it
-//! is begun anew then. It is replaced as a whole (docs/formats.md, "Directories").
+//! is begun again then. It is replaced as a whole (docs/formats.md, "Directories").
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -41,7 +41,7 @@ impl Channels {
     pub fn open(path: &Path) -> Self {
         let known = match fs::read(path) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!(path = %path.display(), %error, "peers are measured anew");
+                tracing::warn!(path = %path.display(), %error, "peers are measured again");
                 BTreeMap::new()
             }),
             Err(_) => BTreeMap::new(),
@@ -107,7 +107,7 @@ mod tests {
         channels.measured(&[("near".to_owned(), 200.0), ("far".to_owned(), 8.0)]);
         let again = Channels::open(&path);
         assert_eq!(again.rates(), [("far".to_owned(), 8.0), ("near".to_owned(), 150.0)]);
-        assert_eq!(again.of("nobody"), Channel::default());
+        assert_eq!(again.of("unknown"), Channel::default());
     }
 
     #[test]

@@ -1,18 +1,18 @@
-//! Bringing what is missing from whoever has it.
+//! Fetches missing objects from several peers in parallel.
 //!
 //! Versions are fetched level by level from their roots, all together: objects that the store lacks
 //! are asked for, and what arrives tells the next level. Within a level ([`super::queue`]):
 //!
 //! - Every neighbour takes batches from one shared queue, each as fast as it can; what one lacks,
 //!   fails to deliver in time or delivers wrongly goes back and is asked elsewhere.
-//! - The source is asked for what every neighbour that still answers has been asked for in vain,
+//! - The source is asked for what every neighbour that still answers failed to supply,
 //!   and helps where the neighbours are slower than it is. Content that no node is the source of
 //!   comes from neighbours alone.
 //!
-//! So a byte comes from the source only if nobody else has it or brings it as fast, a dead
+//! So a byte comes from the source only if no neighbour has it or brings it as fast, a dead
 //! neighbour costs one grace, and a lying one nothing but its own bytes: each object is checked
 //! against its digest before it is kept. What was learnt of a peer ([`Standings`]) holds for the
-//! whole migration; whoever failed once is not asked again.
+//! whole migration; a peer that failed once is not asked again.
 //!
 //! On failure everything that arrived stays in the store, durable up to the last [`SYNC_INTERVAL`];
 //! fetching again goes on from there.
@@ -55,7 +55,7 @@ pub struct Patience {
     pub grace: Duration,
     /// After this a neighbour is not asked again.
     pub neighbour: Duration,
-    /// Longer, as nobody can replace it.
+    /// Longer, as no other node can replace it.
     pub source: Duration,
 }
 
@@ -151,7 +151,7 @@ impl Standings {
     }
 }
 
-/// Whom to ask: neighbours in any order, and the one who has everything, if there is one.
+/// The peers to ask: neighbours in any order, and the one that has everything, if there is one.
 #[derive(Clone, Debug)]
 pub struct Peers {
     /// Nodes that may have some of it.
@@ -512,7 +512,7 @@ fn keep(
         let Some(digest) =
             Digest::try_from(&object.digest[..]).ok().filter(|digest| wanted.contains(digest))
         else {
-            wrong = Some("it sent an object that nobody asked for".to_owned());
+            wrong = Some("it sent an object that was not requested".to_owned());
             continue;
         };
         let size = u64::from(object.size_bytes);

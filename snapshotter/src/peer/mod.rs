@@ -1,9 +1,9 @@
 //! What daemons ask each other: gRPC over TCP, one connection per peer and purpose.
 //!
 //! [`Connection::open`] says hello, agrees on a version and counts every byte that crosses the
-//! socket, so that a report can name what came from whom. [`fetch`] brings objects from several
-//! peers at once; `api::peer` answers them. Every call has a deadline, and a peer that went silent
-//! is noticed by HTTP/2 pings within [`SILENCE_MAX`].
+//! socket, so that a report can name what came from which node. [`fetch`] brings objects from
+//! several peers at once; `api::peer` answers them. Every call has a deadline, and a peer that went
+//! silent is noticed by HTTP/2 pings within [`SILENCE_MAX`].
 
 pub mod blobs;
 pub mod channel;
@@ -92,7 +92,7 @@ pub enum PeerError {
     /// No peer of this name is configured.
     #[error("node {0:?} is not among this node's peers; add it to [[peers]] in the configuration")]
     Unknown(String),
-    /// Its address does not resolve or nobody answers there.
+    /// Its address does not resolve or no daemon answers there.
     #[error("node {node} does not answer at {address}")]
     Unreachable {
         /// Its name.

@@ -1,6 +1,6 @@
 //! How fast a peer is, as far as this node has seen: what decides whether it is waited for.
 //!
-//! Pure: every call is told the time. A pace is kept per peer and migration
+//! Pure: every call takes the time as an argument. A pace is kept per peer and migration
 //! ([`super::fetch::Standings`]), and begins with what earlier migrations measured
 //! ([`super::channel`]).
 
@@ -26,7 +26,7 @@ pub(super) struct Pace {
     busy_since: Option<Instant>,
     /// How long each of the last messages was waited for.
     waits: VecDeque<Duration>,
-    /// Time waited in vain since its last word.
+    /// Time waited since its last response.
     silent: Duration,
 }
 
@@ -87,7 +87,7 @@ impl Pace {
     }
 
     /// How long its next message may take before it is overtaken: twice the 95th percentile of its
-    /// own history, at least `grace`; nothing for one that was waited for in vain.
+    /// own history, at least `grace`; nothing for one that did not respond.
     pub(super) fn hedge_delay(&self, grace: Duration) -> Duration {
         if !self.silent.is_zero() {
             return Duration::ZERO;
@@ -98,7 +98,7 @@ impl Pace {
         high.map_or(grace, |high| (*high * 2).max(grace))
     }
 
-    /// Time waited in vain since its last word.
+    /// Time waited since its last response.
     pub(super) fn silent(&self) -> Duration {
         self.silent
     }

@@ -1,7 +1,7 @@
 //! A frozen container's difference goes before everything else that this node sends.
 //!
 //! While the source sends what changed last, its answers to peers pause between two batches:
-//! whoever asks for the bases of another migration runs meanwhile, the frozen container does not. A
+//! the container of another migration runs while its bases are fetched, the frozen one does not. A
 //! pause is bounded, and a peer that waits asks elsewhere (`peer::queue`); the simulation shows
 //! what it is worth (docs/evaluation.md, "Downtime").
 

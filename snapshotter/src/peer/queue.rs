@@ -1,4 +1,4 @@
-//! Which object is asked of whom, and when somebody else is asked as well.
+//! Request scheduling: which peer gets which request, and when a hedged duplicate is sent.
 //!
 //! The queue of one level. Pure: the workers of [`super::fetch`] tell it the time and what came, so
 //! that every order of answers can be tried without a network.
@@ -41,11 +41,11 @@ const BATCH_TIME: Duration = Duration::from_millis(250);
 /// of cooperation is never to cost more than this, and the grace.
 const COST_MAX: f64 = 1.05;
 
-/// Bytes per second of a source that nobody has measured, 100 Mbit/s: neighbours that are faster
+/// Bytes per second of a source that was never measured, 100 Mbit/s: neighbours that are faster
 /// are left alone.
 const RATE_UNKNOWN: f64 = 12.5e6;
 
-/// Objects to ask for, each with the set of neighbours that were asked in vain.
+/// Objects to ask for, each with the neighbours that failed to supply it.
 pub(super) type Batch = Vec<(Digest, u64)>;
 
 /// How a request ended.
@@ -53,8 +53,8 @@ pub(super) type Batch = Vec<(Digest, u64)>;
 pub(super) enum Ending {
     /// With a word on every object.
     Answered,
-    /// Nobody waits for it any more, which says nothing against the peer but that it may have been
-    /// late.
+    /// No request waits for it any more, which says nothing against the peer but that it may have
+    /// been late.
     GivenUp,
     /// The peer is not to be asked again, and why.
     Failed(String),
@@ -73,7 +73,7 @@ struct Flight {
 pub(super) struct Queue {
     /// What is not here yet, each with the root that it is fetched for.
     wanted: HashMap<Digest, usize>,
-    /// Objects to be asked of neighbours, by the set of those that were asked in vain, which never
+    /// Objects to be asked of neighbours, keyed by those that failed to supply them, which never
     /// holds all that are alive. May name objects that have come meanwhile.
     open: BTreeMap<u64, VecDeque<Digest>>,
     /// Objects that only the source can have. May name objects that have come meanwhile.

@@ -1,11 +1,11 @@
-//! Neighbours that are passed over for a while when an image is brought, so that one who does not
+//! Neighbours that are skipped for a while when an image is brought, so that one who does not
 //! answer is waited for once and not for every layer.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a neighbour is passed over that did not answer, or did not deliver ...
+/// How long a neighbour is skipped that did not answer, or did not deliver ...
 pub const SHUN_SILENT: Duration = Duration::from_secs(30);
 
 /// ... and one that gave other bytes than it said.
@@ -16,7 +16,7 @@ pub const SHUN_LIAR: Duration = Duration::from_secs(600);
 pub struct Shunned(Mutex<HashMap<String, Instant>>);
 
 impl Shunned {
-    /// Those that are passed over now.
+    /// Those that are skipped now.
     pub fn names(&self) -> Vec<String> {
         let now = Instant::now();
         let mut all = self.lock();
@@ -34,7 +34,7 @@ impl Shunned {
         }
     }
 
-    /// How long one is passed over yet.
+    /// How long one is skipped yet.
     #[cfg(test)]
     pub(crate) fn time_left(&self, node: &str) -> Option<Duration> {
         Some(self.lock().get(node)?.saturating_duration_since(Instant::now()))

@@ -2,8 +2,8 @@
 //! up.
 //!
 //! Each test makes some content (a memory image with its file tree: every kind of object, five
-//! levels), lets scripted nodes serve parts of it, and looks at what arrived, from whom, and who
-//! was asked how often.
+//! levels), lets scripted nodes serve parts of it, and looks at what arrived, from which node, and
+//! which was asked how often.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -149,7 +149,7 @@ impl Scripted {
 
     /// What a lying peer makes of an honest answer.
     fn twist(&self, mut batch: ObjectBatch) -> ObjectBatch {
-        let stray = b"a sound object that nobody asked for";
+        let stray = b"a sound object that was not requested";
         match self.script {
             Script::Unasked => batch.objects.insert(0, object(&Digest::of(stray), stray)),
             Script::Twice => {
@@ -875,7 +875,7 @@ async fn a_connection_is_not_opened_to_a_node_that_does_not_say_a_proper_hello()
     let config = greet(Greeting::Welcomes).await;
     let other = Connection::open(&config, "other", LIMIT).await;
     assert!(matches!(other, Err(PeerError::Impostor { found, .. }) if found == "near"));
-    let unknown = Connection::open(&config, "nobody", LIMIT).await;
+    let unknown = Connection::open(&config, "unknown", LIMIT).await;
     assert!(matches!(unknown, Err(PeerError::Unknown(_))));
     assert!(Connection::open(&config, "near", LIMIT).await.is_ok());
 }

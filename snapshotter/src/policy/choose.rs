@@ -1,4 +1,4 @@
-//! Whom a destination asks for a subject, and what that is expected to bring.
+//! The neighbours that a destination asks for a subject, and what that is expected to bring.
 //!
 //! The model. Of a subject written at a set rate, a snapshot of some age leaves a difference
 //! ([`predict::changed`](changed)), which the source must send; what it has besides, a fresher
@@ -7,7 +7,7 @@
 //! instant T all of it can be here if
 //!
 //! ```text
-//! for every k:  what the k freshest and the source have and nobody else  <=  what they send until T
+//! for every k:  what only the k freshest and the source have           <=  what they send until T
 //!               all that is missing                                      <=  what the destination takes in until T
 //! ```
 //!
@@ -18,11 +18,11 @@
 //! with T, so the earliest T is also the earliest end of the whole.
 //!
 //! Candidates are ranked by the time that each would save alone, and taken in that order while
-//! another one makes the end earlier than those taken before it by [`GAIN_MIN`]. Nobody is asked in
-//! vain: a question to a node that adds nothing costs that node something. Should the measurements
-//! be wrong, the source helps all the same (`peer::queue`); the choice only says who is asked
-//! first. Of a subject whose write rate nobody measured nobody knows what a snapshot has that a
-//! fresher one lacks: then whoever is of use is asked.
+//! another one makes the end earlier than those taken before it by [`GAIN_MIN`]. No node is asked
+//! without use: a request to a node that adds nothing costs that node something. Should the
+//! measurements be wrong, the source helps all the same (`peer::queue`); the choice only says who
+//! is asked first. Of a subject whose write rate was never measured it is unknown what a snapshot
+//! has that a fresher one lacks: then every useful neighbour is asked.
 
 use std::fmt;
 use std::time::Duration;

@@ -1,12 +1,13 @@
-//! What a node keeps for later, where it puts copies of it, and whom it asks. Rules without hands.
+//! What a node keeps for later, where it puts copies of it, and which peers it asks. Rules without
+//! hands.
 //!
 //! ```text
 //!  schedule ── when a subject is captured ──► place ── on which neighbours a copy goes
 //!                                                         │
-//!  choose ◄── whom a destination asks ◄───────── retain ◄─┘   what is given up, in which order
+//!  choose ◄── peers of a destination ◄────────── retain ◄─┘   what is given up, in which order
 //! ```
 //!
-//! Every function here is pure: it is told ages, rates and loads, and returns a decision with its
+//! Every function here is pure: it takes ages, rates and loads, and returns a decision with its
 //! reason. There is no clock, no I/O and no randomness but a seed that the caller gives. So the
 //! daemon and the simulation of large sites run the same code, and every order of events can be
 //! tried in tests.

@@ -4,7 +4,7 @@
 //! where an earlier snapshot lies already, so such a neighbour counts as half as far away; without
 //! that, two that are about as near would take turns with every hello, and each turn would cost a
 //! whole copy. When the neighbourhood changes by more than that, the placement follows by itself,
-//! since it is made anew for every snapshot.
+//! since it is made again for every snapshot.
 
 use std::collections::BTreeMap;
 

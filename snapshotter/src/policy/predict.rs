@@ -1,25 +1,27 @@
 //! What a migration will cost, from what is wanted and who has it. Pure.
 //!
-//! The model is the procedure's own: what neighbours hold comes from them, each in proportion to its rate; the source
-//! sends the rest and helps where they are slower (`peer::queue`); rounds follow [`rounds::another`]; what is written
-//! meanwhile hits the same pages again, so that of `size` bytes written at `rate` after `t` seconds
-//! `size * (1 - exp(-rate * t / size))` differ.
+//! The model is the procedure's own: what neighbours hold comes from them, each in proportion to
+//! its rate; the source sends the rest and helps where they are slower (`peer::queue`); rounds
+//! follow [`rounds::another`]; what is written meanwhile hits the same pages again, so that of
+//! `size` bytes written at `rate` after `t` seconds `size * (1 - exp(-rate * t / size))` differ.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::rounds;
 
-/// Bytes per second of a peer that was never measured: about what a destination takes in from a fast link.
+/// Bytes per second of a peer that was never measured: about what a destination takes in from a
+/// fast link.
 pub const RATE_UNKNOWN: f64 = 30e6;
 
-/// CRIU's dump and restore: a fixed part, and seconds per byte of memory (0.6-0.8 and 0.7-1.0 s per GiB, measured with
-/// CRIU 4.2 on two virtual processors; `make bench`).
+/// CRIU's dump and restore: a fixed part, and seconds per byte of memory (0.6-0.8 and 0.7-1.0 s per
+/// GiB, measured with CRIU 4.2 on two virtual processors; `make bench`).
 const DUMP: (f64, f64) = (0.15, 0.7 / GIB);
 const RESTORE: (f64, f64) = (0.2, 0.85 / GIB);
 const GIB: f64 = 1_073_741_824.0;
 
-/// Seconds for connecting, the image's lists and the new container; and for staging what a round has brought.
+/// Seconds for connecting, the image's lists and the new container; and for staging what a round
+/// has brought.
 const BEGIN: f64 = 0.3;
 const STAGE: f64 = 0.15;
 
@@ -94,7 +96,8 @@ pub fn write_rate(size: f64, changed: f64, seconds: f64) -> f64 {
     -size / seconds * (1.0 - share).ln()
 }
 
-/// Divides what several neighbours hold among them in proportion to their rates; none brings more than it has.
+/// Divides what several neighbours hold among them in proportion to their rates; none brings more
+/// than it has.
 fn divide(part: &Part, rate: impl Fn(&str) -> f64) -> BTreeMap<String, f64> {
     let (mut open, mut left): (Vec<&Held>, f64) = (part.holders.iter().collect(), part.held);
     let mut shares = BTreeMap::new();
@@ -251,8 +254,8 @@ mod tests {
     }
 
     proptest! {
-        /// Method: any holders; every byte is somebody's, nobody brings more than it has, and time is never
-        /// longer than the source alone would take.
+        /// Method: any holders; every byte has a holder, no holder brings more than it has, and
+        /// time is never longer than the source alone would take.
         #[test]
         fn shares_add_up_and_cooperation_is_never_predicted_to_cost(
             missing in 0.0f64..1000.0,

@@ -8,7 +8,7 @@
 //!    migration asks for.
 //!
 //! Pinned and leased snapshots are never given up; they count among the newest of their subject all
-//! the same. What cannot be known keeps a snapshot: a subject that is gone since nobody knows when
+//! the same. What cannot be known keeps a snapshot: a subject that is gone since an unknown time
 //! is not expired.
 
 use std::cmp::{Ordering, Reverse};
@@ -34,7 +34,7 @@ pub struct Kept {
     pub age: Duration,
     /// Bytes that go if it alone goes; 0 if others share all its chunks.
     pub bytes_freed: u64,
-    /// Whether somebody wants it kept whatever happens.
+    /// Whether it is pinned: kept whatever happens.
     pub is_pinned: bool,
     /// Whether something is using it now.
     pub is_leased: bool,
@@ -42,7 +42,7 @@ pub struct Kept {
     pub subject_exists: bool,
     /// How long its container or volume has been gone, as far as known.
     pub removed_for: Option<Duration>,
-    /// How long ago somebody was served from it.
+    /// How long ago it served a request.
     pub last_used: Option<Duration>,
 }
 

@@ -1,8 +1,9 @@
 //! When pre-copy has done what it can.
 //!
-//! A pure rule, the same in both modes, so that comparing them shows what cooperation is worth. Each round sends what
-//! changed during the one before, so rounds shrink as long as the link is faster than the container writes (Clark et al.,
-//! "Live Migration of Virtual Machines", NSDI 2005).
+//! A pure rule, the same in both modes, so that comparing them shows what cooperation is worth.
+//! Each round sends what changed during the one before, so rounds shrink as long as the link is
+//! faster than the container writes (Clark et al., "Live Migration of Virtual Machines", NSDI
+//! 2005).
 
 /// Rounds unless the request says otherwise.
 pub const ROUNDS_DEFAULT: u32 = 5;
@@ -13,7 +14,8 @@ pub const ROUNDS_MAX: u32 = 30;
 /// A round this small is not worth another: sending it takes less than the freeze itself.
 const SMALL_BYTES: u64 = 256 << 10;
 
-/// Whether another round is worth it after rounds that found `changed` bytes each, the first one everything.
+/// Whether another round is worth it after rounds that found `changed` bytes each, the first one
+/// everything.
 ///
 /// `max` is the number of rounds allowed; 0 stands for [`ROUNDS_DEFAULT`].
 pub fn another(changed: &[u64], max: u32) -> bool {

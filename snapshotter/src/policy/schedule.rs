@@ -72,7 +72,7 @@ impl Schedule {
 
     /// How long after one capture the next is due.
     ///
-    /// A subject whose write rate nobody has measured is captured again after `min`: two captures
+    /// A subject whose write rate was never measured is captured again after `min`: two captures
     /// tell the rate. The jitter comes after the bounds, or subjects at a bound would all keep
     /// step.
     ///
@@ -125,8 +125,8 @@ impl Budget {
     }
 }
 
-/// Whether a node of this load may capture anything now. Runnable tasks per processor, as peers are
-/// told too; a load that is not known is too high.
+/// Whether a node of this load may capture anything now. Runnable tasks per processor, as peers
+/// hear too; a load that is not known is too high.
 pub fn may_run(load: f64, load_max: f64) -> bool {
     load <= load_max
 }

@@ -22,7 +22,7 @@ impl Snapshots {
     ///    without `key`.
     ///
     /// On open: before step 3 `name` is missing still, or not any more; `key` is there, and after
-    /// step 2 it is made anew, empty. containerd does not know it and has it removed.
+    /// step 2 it is made again, empty. containerd does not know it and has it removed.
     ///
     /// Caller: nothing writes to it any more, and it is what `name` was. Errors:
     /// [`SnapshotError::NotFound`] for either; [`SnapshotError::AlreadyExists`] if `name` is whole,
@@ -34,7 +34,7 @@ impl Snapshots {
         }
         step::reach("put back 1");
         write_out(&self.upper(from.number), from.created)?;
-        // Inside it nobody removes either.
+        // Inside it nothing is removed either.
         let change = self.metadata.begin()?;
         let to = self.metadata.get(name)?;
         if to.kind != Kind::Committed || self.missing_of(&to).is_none() {
@@ -42,7 +42,7 @@ impl Snapshots {
         }
         let number = change.remove(key)?;
         if number != from.number {
-            // It was removed and prepared anew meanwhile.
+            // It was removed and prepared again meanwhile.
             return Err(SnapshotError::NotFound(key.to_owned()));
         }
         let (source, target) = (self.tree(number), self.tree(to.number));

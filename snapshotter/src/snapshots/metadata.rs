@@ -323,7 +323,7 @@ impl Change<'_> {
         if self.get(name)?.is_some() {
             return Err(SnapshotError::AlreadyExists(name.to_owned()));
         }
-        // Another number: it was removed and prepared anew since its usage was measured.
+        // Another number: it was removed and prepared again since its usage was measured.
         let row = self.get(key)?.filter(|row| row.number == number);
         let row = row.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?;
         if row.kind != Kind::Active {
@@ -407,7 +407,7 @@ impl Change<'_> {
         Ok((rows, found))
     }
 
-    /// Makes the table of children anew from the snapshots.
+    /// Makes the table of children again from the snapshots.
     pub(super) fn relink(&self) -> Result<(), SnapshotError> {
         let mut rows = BTreeMap::new();
         for entry in self.txn.open_table(SNAPSHOTS).map_err(failed)?.iter().map_err(failed)? {
@@ -535,7 +535,7 @@ mod tests {
         std::os::unix::fs::symlink(SPARES, dir.path().join(SPARES)).unwrap();
         relabel().unwrap();
         relabel().unwrap();
-        // Whoever comes first after the flush has failed is told.
+        // The first caller after the flush has failed gets the error.
         add("b").and_then(|()| relabel()).unwrap_err();
     }
 

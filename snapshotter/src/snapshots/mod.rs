@@ -14,22 +14,22 @@
 //! an overlay of the whole chain; containerd mounts it, we never do.
 //!
 //! Promises: what the database names has a directory, whenever the machine stops; a committed layer
-//! is on disk before the database calls it committed, and that before containerd is told; what else
-//! was answered survives the daemon's death, and a power cut unless it was the last change, which
-//! is on its way to the disk then; nothing is deleted that the database on disk names; two daemons
-//! never work on one state; a damaged database is an error that leaves everything as it is. On
-//! open, in this order:
+//! is on disk before the database calls it committed, and that before containerd gets the answer;
+//! what else was answered survives the daemon's death, and a power cut unless it was the last
+//! change, which is on its way to the disk then; nothing is deleted that the database on disk
+//! names; two daemons never work on one state; a damaged database is an error that leaves
+//! everything as it is. On open, in this order:
 //!
 //! 1. take the lock, or fail;
 //! 2. open the database and check it, or fail;
 //! 3. delete what the database does not name under `fs/`: prepares and removals that did not
 //!    finish, and what was made in advance;
-//! 4. make anew what the directories of active snapshots lack: prepares that the file system had
+//! 4. make again what the directories of active snapshots lack: prepares that the file system had
 //!    not written yet.
 //!
-//! Read next: `api::snapshots` for the gRPC side, [`filter`] for how containerd asks for some of all
-//! snapshots. Source: containerd's `core/snapshots/snapshotter.go` (the contract) and its overlayfs
-//! snapshotter (the mounts).
+//! Read next: `api::snapshots` for the gRPC side, [`filter`] for how containerd asks for some of
+//! all snapshots. Source: containerd's `core/snapshots/snapshotter.go` (the contract) and its
+//! overlayfs snapshotter (the mounts).
 
 mod error;
 mod filter;
@@ -100,7 +100,7 @@ pub enum Kind {
     Committed,
 }
 
-/// What containerd is told of a snapshot.
+/// A snapshot as containerd sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Info {
     /// Key of a view or an active snapshot, name of a committed one.
@@ -202,7 +202,7 @@ impl Snapshots {
     ///
     /// On open: without step 2 the database does not name the directory, and it is deleted. What is
     /// renamed is on disk, and its name is flushed before the database; if a stopped machine had
-    /// written the database only, the directory is made anew, since nothing in it can have been
+    /// written the database only, the directory is made again, since nothing in it can have been
     /// synced.
     fn add(
         &self,
@@ -412,7 +412,7 @@ impl Snapshots {
         for row in rows.values() {
             let Some(missing) = self.missing_of(row) else { continue };
             let advice = match row.kind {
-                _ if missing.ends_with("work") => "`godwit check --repair` makes it anew",
+                _ if missing.ends_with("work") => "`godwit check --repair` recreates it",
                 Kind::View | Kind::Active => "remove the container that uses it",
                 Kind::Committed => {
                     "`godwit check --repair` unpacks its layer again, if the daemon runs and the layer can be \
@@ -471,9 +471,9 @@ impl Snapshots {
         Ok(found.into_iter().filter(is_orphan).map(|name| self.trees.join(name)).collect())
     }
 
-    /// That of a committed snapshot cannot be made anew: its layer is lost, and with it the owner
-    /// of what lies directly above. What cannot be made is told, and does not keep the others from
-    /// being served.
+    /// That of a committed snapshot cannot be made again: its layer is lost, and with it the owner
+    /// of what lies directly above. What cannot be made is reported, and does not keep the others
+    /// from being served.
     fn make_missing_trees(&self) -> Result<(), SnapshotError> {
         let mut has_placed = false;
         for (name, row) in self.metadata.all()? {
@@ -495,7 +495,7 @@ impl Snapshots {
                 placed.inspect(|()| has_placed = true)
             };
             if let Err(error) = made {
-                tracing::warn!(snapshot = name, %path, %error, "cannot make it anew");
+                tracing::warn!(snapshot = name, %path, %error, "cannot recreate it");
             }
         }
         // The database names them already.

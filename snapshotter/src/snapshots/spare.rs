@@ -2,7 +2,7 @@
 //!
 //! Making one takes ext4 0.15 ms, and without a journal, when many files were deleted in the
 //! minutes before, 1 ms; renaming one takes 0.03 ms. They wait under `fs/.spare`, where a thread
-//! makes more: when nobody has wanted one for a moment, or when few are left. What is there when
+//! makes more: when no prepare has taken one for a moment, or when few are left. What is there when
 //! the snapshots are opened belongs to none and is deleted.
 //!
 //! Where a file system puts a directory is decided when it is made, and here it is asked to give
@@ -26,7 +26,7 @@ const COUNT: usize = 32;
 /// With fewer than these the thread does not wait.
 const FEW: usize = 8;
 
-/// How long nobody has wanted one.
+/// How long none was taken.
 const QUIET: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
@@ -50,7 +50,7 @@ struct State {
     next: u64,
     /// How many were wanted.
     wanted: u64,
-    /// None can be made; whoever wants one tries again, and is told.
+    /// None can be made; the next prepare tries again, and gets the error.
     has_failed: bool,
     is_closed: bool,
 }
@@ -91,7 +91,7 @@ impl Spares {
             let made_now = spare.is_none();
             let spare = spare.map_or_else(|| self.shared.make(), Ok)?;
             match fs::rename(&spare, path) {
-                // Somebody has deleted it.
+                // It was deleted meanwhile.
                 Err(_) if !made_now && !spare.exists() => (),
                 Err(error) => {
                     discard(&spare);

@@ -1,6 +1,6 @@
 //! Semantics, error codes and crash points.
 //!
-//! The crash points stop a numbered procedure; then the state is opened anew.
+//! The crash points stop a numbered procedure; then the state is opened again.
 
 mod model;
 
@@ -329,8 +329,8 @@ fn what_the_file_system_had_not_written_is_made_anew_but_never_a_layer() {
     assert_eq!(snapshots.mounts("x").unwrap(), above);
     let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().mode() & 0o7777;
     assert_eq!((mode("fs/2/fs"), mode("fs/2/work"), mode("fs/2")), (0o755, 0o711, 0o700));
-    assert!(snapshots.check().unwrap().1[0].contains("fs/4/fs"), "a lost layer is told");
-    // Without the layer below, nobody knows whose the directory above it was.
+    assert!(snapshots.check().unwrap().1[0].contains("fs/4/fs"), "a lost layer is reported");
+    // Without the layer below, it is unknown whose the directory above it was.
     drop(snapshots);
     for number in [1, 2] {
         fs::remove_dir_all(dir.path().join(format!("fs/{number}"))).unwrap();

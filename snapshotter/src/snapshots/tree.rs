@@ -43,7 +43,7 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
 
 /// Whether a directory is as it was when a snapshot that was prepared `since` got it: made in
 /// advance, and on disk ([`super::spare`]). Whatever is done to a directory gives it a new time of
-/// change, which is later than `since`; or another one, if somebody sets the clock. Where the umask
+/// change, which is later than `since`; or another one, if the clock is set. Where the umask
 /// takes something from its mode, none counts as untouched.
 pub(super) fn is_untouched(upper: &Path, since: SystemTime) -> io::Result<bool> {
     let found = fs::symlink_metadata(upper)?;

@@ -5,7 +5,7 @@
 //! tenth of memory is (`dirty_expire_centisecs` and `dirty_background_ratio` in
 //! Documentation/admin-guide/sysctl/vm.rst). So a thread for each layer goes through its tree again
 //! and again and has the kernel begin with what is new. That is advice: nothing depends on it, and
-//! what cannot be read is passed over.
+//! what cannot be read is skipped.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -28,8 +28,8 @@ use rustix::io::Errno;
 use super::tree::{TICK, time};
 use crate::sys::begin_writing;
 
-/// Layers that are followed at a time: as many as containerd unpacks at once, and a few that nobody
-/// will finish.
+/// Layers that are followed at a time: as many as containerd unpacks at once, and a few that no
+/// unpacker will finish.
 const FOLLOWED_MAX: usize = 8;
 
 /// What the paths of a layer's directories may take, in bytes: some hundred thousand of usual ones.
@@ -238,7 +238,7 @@ mod tests {
             growing.write_all(b"x").unwrap();
             assert_eq!(pass(), 1);
         }
-        // A directory that somebody has put a link in the place of, or of one above, and one that
+        // A directory that was replaced by a link, or of one above, and one that
         // is gone.
         fs::create_dir(outside.path().join("d")).unwrap();
         for replaced in ["c/d", "c"] {

@@ -89,7 +89,7 @@ pub enum OpenError {
     InUse(PathBuf),
     /// There are packs but no index. Making a new index would declare them all garbage.
     #[error(
-        "store {0} has packs but no index; restore index.redb, or remove the packs to begin anew"
+        "store {0} has packs but no index; restore index.redb, or remove the packs to begin again"
     )]
     IndexMissing(PathBuf),
     /// The index cannot be opened.

@@ -35,7 +35,7 @@ pub struct Examined {
 impl Store {
     /// Reads and hashes every object that was there when the call began.
     ///
-    /// The store may be used meanwhile: what was removed is passed over, what was moved is read
+    /// The store may be used meanwhile: what was removed is skipped, what was moved is read
     /// where it is now. Errors: the disk's; damage is none.
     pub fn examine(&self) -> Result<Examined, StoreError> {
         let mut examined = Examined::default();

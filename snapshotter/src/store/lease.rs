@@ -1,9 +1,9 @@
 //! Leases: while one is live, nothing is swept.
 //!
-//! Whoever writes objects that no snapshot names yet, or relies on objects being there, holds a
-//! lease. It ends when it is dropped or when its time runs out, so a caller that hangs delays
+//! A caller that writes objects that no snapshot names yet, or relies on objects being there, holds
+//! a lease. It ends when it is dropped or when its time runs out, so a caller that hangs delays
 //! sweeping but does not prevent it for ever. Leases live in memory: after a restart there are
-//! none, and nobody sweeps before the interrupted work has taken its own again.
+//! none, and nothing sweeps before the interrupted work has taken its own again.
 //!
 //! The rule that everything rests on: a sweep removes objects only under [`Leases::exclusive`],
 //! that is, when no lease is live now and none was taken since it began to mark. So a lease that

@@ -153,7 +153,7 @@ struct Inner {
     leftovers: Leftovers,
     /// Grows when objects leave the index; tells writers that what they have read is out of date.
     removals: AtomicU64,
-    /// Tells whoever follows that the snapshots are others than before.
+    /// Tells followers that the snapshots are others than before.
     snapshots_changed: watch::Sender<()>,
 }
 

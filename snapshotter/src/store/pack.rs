@@ -42,7 +42,7 @@ pub(super) const HEADER_BYTES: u32 = 24;
 /// Length of a record without its stored bytes.
 pub(super) const RECORD_BYTES: usize = 44;
 
-/// Bytes after which the kernel is told to begin writing.
+/// Bytes after which the kernel begins writing.
 const WRITE_BEHIND_BYTES: u32 = 8 << 20;
 
 /// Open files kept for readers.

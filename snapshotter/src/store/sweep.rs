@@ -154,8 +154,8 @@ struct Move {
 impl Store {
     /// Removes every object that hangs neither on a snapshot nor on one of `extra_roots`.
     ///
-    /// - `extra_roots` is asked once it is known that no lease is live: whoever names a root and
-    ///   then lets go of its lease is either in the answer, or noticed in step 2.
+    /// - `extra_roots` is asked once it is known that no lease is live: a caller that names a root
+    ///   and then lets go of its lease is either in the answer, or noticed in step 2.
     /// - `children` gives kinds and digests of what an object of some kind refers to; its bytes
     ///   have been verified.
     /// - `is_leaf` says of which kinds the objects refer to nothing; they are not read.
@@ -369,7 +369,7 @@ impl Inner {
             let mut packs = write.open_table(index::PACKS)?;
             for Move { digest, from, to } in moves {
                 let current = objects.get(digest.as_bytes())?.map(|value| *value.value());
-                // Quarantined or written anew meanwhile: that is newer than the copy.
+                // Quarantined or written again meanwhile: that is newer than the copy.
                 if current == Some(from.to_bytes()) {
                     objects.insert(digest.as_bytes(), &to.to_bytes())?;
                 }

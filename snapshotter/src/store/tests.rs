@@ -193,7 +193,7 @@ fn one_process_has_the_store_and_a_store_reopens_with_everything_synced() {
     drop(store);
     let store = open(dir.path());
     assert!(all_whole(&store, &digests) && store.damage().is_empty());
-    // The pack is gone on with, not begun anew.
+    // The pack is gone on with, not begun again.
     put_all(&store, &[page(3)]);
     assert_eq!(pack_files(dir.path()), BTreeSet::from([1]));
 }
@@ -410,8 +410,8 @@ fn what_was_removed_is_there_again_with_its_next_snapshot() {
     let store = open(dir.path());
     let (id, _) = record(&store, 1..3);
     let (_, mut one) = store.all_snapshots().unwrap().remove(0);
-    let nobody = "layer|default|nobody".parse().unwrap();
-    store.note_removed(&nobody, 5).unwrap();
+    let unknown = "layer|default|unknown".parse().unwrap();
+    store.note_removed(&unknown, 5).unwrap();
     store.note_removed(&one.subject, 6).unwrap();
     store.note_removed(&one.subject, 7).unwrap();
     assert_eq!(store.removed().unwrap(), [(one.subject.to_string(), 6)].into());

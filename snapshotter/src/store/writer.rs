@@ -47,7 +47,7 @@ impl Writer {
         }
     }
 
-    /// Nobody is about to read what it writes: no copy of it is kept in memory.
+    /// Nothing is about to read what it writes: no copy of it is kept in memory.
     #[must_use]
     pub fn cold(mut self) -> Self {
         self.is_cold = true;

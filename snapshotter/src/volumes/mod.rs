@@ -38,7 +38,7 @@ const IMPORT_LEASE: Duration = Duration::from_secs(3600);
 /// Why a volume cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// Nobody created it.
+    /// It was never created.
     #[error("volume {0} is not on this node; create it with `godwit volume create {0}`")]
     Unknown(VolumeId),
     /// It went with a container.
@@ -54,10 +54,10 @@ pub enum VolumeError {
     /// Its name is taken.
     #[error("volume {0} exists on this node already")]
     Exists(VolumeId),
-    /// Somebody else makes or removes it now.
+    /// Another call makes or removes it now.
     #[error("volume {0} is being made or removed; try again")]
     Busy(VolumeId),
-    /// Something lies in its place that is nobody's.
+    /// Something lies in its place that belongs to no volume.
     #[error("{} belongs to no volume that the journal has here: move it away, or restore the journal", .0.display())]
     Unjournalled(PathBuf),
     /// Read-only content that is not here.

@@ -214,7 +214,7 @@ impl Places {
         let journalled = self.journal.volumes()?.into_iter().map(|(id, _)| id);
         let mut found = self.unrecovered.to_vec();
         for id in on_disk.chain(journalled).collect::<BTreeSet<VolumeId>>() {
-            // Nobody begins meanwhile.
+            // No caller begins meanwhile.
             let busy = self.busy();
             if busy.contains(&id) {
                 continue;
@@ -239,7 +239,7 @@ impl Places {
     /// 5. rename `new` to `data`, 6. fsync `ID`.
     ///
     /// One that arrives with a container is not synced: it is as good as not here until that has
-    /// run, and before that is told to anybody, the file system is flushed.
+    /// run, and before that is reported, the file system is flushed.
     ///
     /// Errors: [`VolumeError::Unjournalled`] for a `data` that is there; [`VolumeError::Busy`];
     /// what `make` says. Before step 4 there is no such volume then; after it, opening finishes.
@@ -378,9 +378,9 @@ impl Places {
     ///    `content`,
     /// 6. remove `trash/NAME`.
     ///
-    /// Caller: the store has the tree whole. Errors: [`VolumeError::Mounted`], since whoever has it
-    /// mounted would see its files go; what `make` says; the disk's. What is laid out is then as it
-    /// was. Stopped between steps 3 and 4, it is laid out when it is next mounted.
+    /// Caller: the store has the tree whole. Errors: [`VolumeError::Mounted`], since a container
+    /// that has it mounted would see its files go; what `make` says; the disk's. What is laid out
+    /// is then as it was. Stopped between steps 3 and 4, it is laid out when it is next mounted.
     pub(super) fn replace_content(
         &self,
         digest: &Digest,
@@ -401,7 +401,7 @@ impl Places {
         self.keep(digest)?;
         reach("replace 3");
         let gone = self.to_trash(&path, &digest.hex())?;
-        // Somebody may have mounted it by its old name until just now, and nobody can any more.
+        // A caller may have mounted it by its old name until just now; none can any more.
         if is_mounted("trash", &gone.file_name().unwrap_or_default().to_string_lossy())? {
             fs::rename(&gone, &path).map_err(on("move back", &path))?;
             self.leftovers.remove(&partial);
@@ -409,7 +409,7 @@ impl Places {
         }
         reach("replace 4");
         match fs::rename(&partial, &path) {
-            // Somebody has laid it out meanwhile.
+            // Another caller has laid it out meanwhile.
             Err(_) if path.is_dir() => self.leftovers.remove(&partial),
             renamed => renamed.map_err(on("move into place", &path))?,
         }

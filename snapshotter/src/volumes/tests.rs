@@ -240,7 +240,7 @@ fn an_arrival_that_stops_anywhere_leaves_the_old_volume_none_or_the_new_one() {
             3..8 => assert!(matches!(found, Err(VolumeError::Unknown(_))), "{step}"),
             _ => assert_eq!(found.unwrap(), b"second", "{step}"),
         }
-        // The session is begun anew, or given up.
+        // The session is begun again, or given up.
         let (path, kind) = staged(dir.path(), "third");
         volumes.install(&id, (&path, kind), &container).unwrap();
         volumes.uninstall(&id).unwrap();

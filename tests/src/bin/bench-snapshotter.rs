@@ -42,7 +42,7 @@ const SNAPSHOTTERS: [&str; 2] = ["godwit", "overlayfs"];
 const LAYERS: usize = 10;
 /// Pairs of lifecycles for each run.
 const LIFECYCLES: usize = 10;
-/// Before a lifecycle: containerd has collected what was removed, and directories are made anew.
+/// Before a lifecycle: containerd has collected what was removed, and directories are made again.
 const PAUSE: Duration = Duration::from_millis(300);
 /// How long one import may take.
 const WORK_MAX: Duration = Duration::from_secs(300);

@@ -42,7 +42,7 @@ struct Arguments {
 struct Hog {
     memory: Vec<u8>,
     sequences: Vec<u64>,
-    /// Tells this process from one that was started anew.
+    /// Tells this process from one that was started again.
     incarnation: u64,
     random: u64,
     beats: u64,

@@ -1,4 +1,4 @@
-//! The policies that are compared: whom a destination asks for a subject.
+//! The policies that are compared: the nodes that a destination asks for a subject.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use godwit_snapshotter::policy::choose::{Candidate, Source, Wanted, choose};
 
 use super::parameters::ASKED_MAX;
 
-/// Whom a destination asks besides the source.
+/// Nodes that a destination asks besides the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Policy {
-    /// Nobody; no node keeps snapshots by schedule either.
+    /// None; no node keeps snapshots by schedule either.
     None,
     /// The node with the newest snapshot; of equal ones the nearest.
     Newest,

@@ -3,7 +3,7 @@
 //! A migration is the daemon's, phase by phase: looking up and choosing, a first round from
 //! neighbours and source at once, rounds from the source alone as long as `migrate::rounds` says
 //! so, then freeze, dump, difference and restore. What is written while one round goes on is the
-//! source's in the next. The rules are told what a daemon knows: rates that earlier migrations *to
+//! source's in the next. The rules know what a daemon knows: rates that earlier migrations *to
 //! the same node* measured, loads as nodes tell them, ages by clocks that may be wrong, write rates
 //! as the last two captures showed them. They are never told what holds at that moment.
 

@@ -4,7 +4,7 @@
 //!  world ── nodes, links, ways of users: the same for every policy
 //!    │
 //!  engine ── events ──► schedule, place, retain (policy/)   captures, copies, sweeps      cache
-//!    │                  choose or a policy to compare with  whom a destination asks       asking
+//!    │                  choose or a policy to compare with  nodes that are asked          asking
 //!    │                  rounds, predict (migrate/)          phases of a migration
 //!    ▼                                                      who sends how fast            network
 //!  report ── JSON, CSV, plots

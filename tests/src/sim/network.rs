@@ -1,22 +1,22 @@
 //! Links and what flows over them.
 //!
-//! The model: max-min fairness at both ends. A node divides its way out so that nobody gets more
+//! The model: max-min fairness at both ends. A node divides its way out so that none gets more
 //! than it can take where it goes, and all others the same; a destination divides its way in
 //! likewise among what is offered to it. A flow never exceeds a window per round trip. When a flow
-//! begins or ends, its neighbours in both nodes are computed anew and theirs are not, so that for
+//! begins or ends, its neighbours in both nodes are computed again and theirs are not, so that for
 //! seconds the rates are a little off what is fair in a whole site.
 //!
 //! A [`Transfer`] is one phase of a migration: *pools* of bytes, each with the set of senders that
 //! have them, and the senders. Each takes from the pool that fewest others have, so all end
 //! together if they can. The source is sender 0; it has everything, but does of itself only what
-//! nobody else has, and helps under the same condition as in `peer/queue.rs`: when the neighbours
+//! no other node has, and helps under the same condition as in `peer/queue.rs`: when the neighbours
 //! would take longer for what is left than the source alone for everything.
 //!
 //! A difference that a frozen container waits for is urgent: others get what it leaves of the way
 //! out of its node, as in `peer/precedence.rs`.
 //!
 //! Only what changes costs: when a flow begins or ends, those that share a link with it are
-//! computed anew.
+//! computed again.
 
 use std::collections::BTreeSet;
 
@@ -39,7 +39,7 @@ const NOTHING: f64 = 1.0;
 /// there: a share.
 const LEFT_BY_URGENT: f64 = 0.01;
 
-/// Rates are computed anew after this many seconds at the latest, since other traffic changes.
+/// Rates are computed again after this many seconds at the latest, since other traffic changes.
 const REFRESH: f64 = 30.0;
 
 /// One that sends.
@@ -239,7 +239,7 @@ impl<'w> Network<'w> {
         Some(transfer)
     }
 
-    /// Computes anew what a transfer takes, and all that share a link with it.
+    /// Computes again what a transfer takes, and all that share a link with it.
     fn settle(&mut self, now: f64, first: usize) {
         let mut todo = vec![first];
         let mut touched = BTreeSet::new();
@@ -412,7 +412,7 @@ mod tests {
             let (done, at) = alone(&world, into, &[10, 11, 12, 13], pools);
             assert!((sent(&done) / given::MIB - 260.0).abs() < 0.01, "{done:?}");
             assert!(at >= 260.0 * given::MIB / given::INGEST, "all channels together: {at}");
-            assert!(done.senders[0].sent >= 9.99 * given::MIB, "what nobody else has");
+            assert!(done.senders[0].sent >= 9.99 * given::MIB, "what no other node has");
         }
     }
 

@@ -1,8 +1,8 @@
 //! What the simulation takes for granted, and where each figure comes from.
 //!
 //! *Measured*: a run on test nodes or of the tools themselves, named after the figure. *Assumed*:
-//! nobody measured it; the range is wide for that reason. Nothing here was chosen by its effect on
-//! the comparison: this file is older than the first run that compares policies.
+//! it was never measured; the range is wide for that reason. Nothing here was chosen by its effect
+//! on the comparison: this file is older than the first run that compares policies.
 
 use std::time::Duration;
 
@@ -38,12 +38,12 @@ pub const CAPTURE: f64 = 400e6;
 /// and down alike.
 pub const LINKS: [(f64, f64); 3] = [(12.5e6, 0.3), (25e6, 0.3), (125e6, 0.4)];
 
-/// Part of a link that other traffic takes, up to this; drawn anew for every node and [`WEATHER`].
+/// Part of a link that other traffic takes, up to this; drawn again for every node and [`WEATHER`].
 /// Assumed.
 pub const BACKGROUND_MAX: f64 = 0.8;
 
 /// Runnable tasks per processor besides ours: evenly spread below the first, and for this share of
-/// nodes below the second. Drawn anew for every node and [`WEATHER`]. Assumed.
+/// nodes below the second. Drawn again for every node and [`WEATHER`]. Assumed.
 pub const LOAD: (f64, f64) = (1.0, 8.0);
 /// See [`LOAD`].
 pub const LOADED_SHARE: f64 = 0.15;

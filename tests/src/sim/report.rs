@@ -28,7 +28,7 @@ pub struct Row {
     pub nodes: usize,
     /// How users move.
     pub mobility: &'static str,
-    /// Whom destinations ask.
+    /// Nodes that destinations ask.
     pub policy: &'static str,
     /// Migrations counted.
     pub migrations: usize,

@@ -262,7 +262,8 @@ fn clients_attach_to_a_terminal(handler: Handler) -> Result<()> {
     Ok(())
 }
 
-/// Method: two ports on one connection, one of a server on the pod's loopback, one of nobody.
+/// Method: two ports on one connection, one of a server on the pod's loopback, one without a
+/// server.
 fn ports_are_forwarded_into_the_pod(handler: Handler) -> Result<()> {
     let pod = Pod::run(handler, "ports", NamespaceMode::Container)?;
     let script =

@@ -147,7 +147,7 @@ pub(crate) async fn conforms(directory: &str) -> Result<()> {
         let status = node.directory.status();
         assert!(!status.contains("not reachable"), "{status}");
     }
-    assert_eq!(site.told(of(&[OWN])?).await?, [], "nobody holds anything");
+    assert_eq!(site.told(of(&[OWN])?).await?, [], "no node holds anything");
 
     // The lineage decides, whatever the ages; of equal places the younger is better.
     let minutes = |count: u64| Duration::from_secs(60 * count);

@@ -115,8 +115,8 @@ fn a_kubelet_pulls_through_a_mirror_while_the_registry_is_away() -> Result<()> {
 }
 
 /// Method: the only neighbour has lost the blob of the lowest layer, and keeps none as an object.
-/// Once containerd has heard that nobody supplies that one, it downloads all; a mirror then has
-/// what the neighbour has.
+/// Once containerd has heard that no neighbour supplies that one, it downloads all; a mirror then
+/// has what the neighbour has.
 #[test]
 fn of_layers_above_one_that_nobody_has_a_mirror_spares_the_registry_those_that_somebody_has()
 -> Result<()> {
@@ -174,7 +174,7 @@ fn spoil_blob(node: &Node, digest: &Digest) -> Result<()> {
     Ok(fs::write(&path, bytes)?)
 }
 
-/// Method: two have the blob, the one with a wrong byte. Whoever is asked first, he is it once; and
+/// Method: two have the blob, the one with a wrong byte. Each of them is asked first once; and
 /// he is the faster one.
 #[test]
 fn a_mirror_goes_on_to_an_honest_neighbour_after_a_liar() -> Result<()> {
@@ -218,7 +218,7 @@ fn wrong_bytes_do_not_come_through_a_mirror() -> Result<()> {
     let told = node(1).log_end("daemon");
     pull_plainly(node(1), &image.0)?;
     let log = node(1).log_since("daemon", told);
-    ensure!(log.contains("other bytes came"), "nobody noticed: {log}");
+    ensure!(log.contains("other bytes came"), "no node noticed: {log}");
     let text = node(1).sh(&format!("ctr content get {digest} | sha256sum"))?;
     ensure!(text.starts_with(&digest.hex()), "{digest} has {text}");
     // Or it would be there for the next test.

@@ -66,7 +66,7 @@ impl Fifo {
         Ok(fifo)
     }
 
-    /// A FIFO that nobody has open.
+    /// A FIFO that no client has open.
     pub(super) fn without_reader(name: &str) -> Result<Self> {
         let path = format!("/run/{name}.fifo");
         node().sh(&format!("rm -f {path}; mkfifo {path}"))?;
@@ -76,7 +76,7 @@ impl Fifo {
     /// What has come so far.
     pub(super) fn text(&mut self) -> Result<String> {
         let mut bytes = Vec::new();
-        match self.file.as_mut().context("nobody reads this")?.read_to_end(&mut bytes) {
+        match self.file.as_mut().context("this has no reader")?.read_to_end(&mut bytes) {
             Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error.into()),
             _ => Ok(String::from_utf8(bytes)?),
         }
@@ -378,7 +378,7 @@ fn a_program_that_is_missing_is_named(runtime: &Runtime) -> Result<()> {
             let (code, text) = refusal(task.start(&exec))?;
             assert_eq!(code, Code::Unknown, "{text}");
             assert!(text.contains("OCI runtime exec failed") && text.contains(program), "{text}");
-            // Whoever waits for it waits no longer. That it succeeded is not said by us.
+            // Its waiters wait no longer. That it succeeded is not said by us.
             let expected = if runtime.tag == "runc" { 0 } else { 255 };
             assert_eq!(wait.join().expect("no panic")?, expected);
             anyhow::Ok(())
@@ -435,7 +435,7 @@ fn processes_are_listed_with_their_exec(runtime: &Runtime) -> Result<()> {
     let request = ListPidsRequest { container_id: task.id() };
     let listed = call(async |tasks| tasks.list_pids(with_namespace!(request, "default")).await)?;
     let of_exec = listed.processes.iter().find(|process| process.pid == pid);
-    let info = of_exec.and_then(|process| process.info.as_ref()).context("nothing is told")?;
+    let info = of_exec.and_then(|process| process.info.as_ref()).context("no information")?;
     assert_eq!(info.type_url.rsplit('/').next(), Some("containerd.runc.v1.ProcessDetails"));
     // exec_id = 1
     assert_eq!(info.value, b"\x0a\x05named");
@@ -486,8 +486,8 @@ fn nonsense_is_refused_and_harms_nobody(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Method: each container shares the node's pid namespace, so that whoever loses its parent becomes
-/// the shim's child.
+/// Method: each container shares the node's pid namespace, so that a process that loses its parent
+/// becomes the shim's child.
 fn orphans_are_reaped_and_end_with_the_container(runtime: &Runtime) -> Result<()> {
     let shared = ["--with-ns", "pid:/proc/1/ns/pid"];
     let script = "(sleep 0.3; exit 1) & sh -c 'sleep 777 & exit 0'; while :; do sleep 0.1; done";
@@ -531,10 +531,10 @@ fn a_kill_for_want_of_memory_is_told_at_once(runtime: &Runtime) -> Result<()> {
         let log = events.log();
         log.lines().filter(|line| line.contains(topic) && line.contains(&container.id)).count()
     };
-    wait_until("the kill is told", SOON, || Ok(told("/tasks/oom") > 0))?;
+    wait_until("the kill is reported", SOON, || Ok(told("/tasks/oom") > 0))?;
     assert_eq!((container.status()?.as_str(), told("/tasks/exit")), ("RUNNING", 0));
     ctr_ok(&["task", "kill", "-s", "SIGKILL", &container.id])?;
-    wait_until("the exit is told", SOON, || Ok(told("/tasks/exit") > 0))?;
+    wait_until("the exit is reported", SOON, || Ok(told("/tasks/exit") > 0))?;
     assert_eq!(told("/tasks/oom"), 1);
     Ok(())
 }

@@ -348,14 +348,14 @@ fn added_processes_are_not_lost_silently(runtime: &Runtime) -> Result<()> {
     }
     node().sh(&format!("rm -r {}/image", subject.directory))?;
     subject.checkpoint(Options { exit: true, ..Options::default() })?;
-    // Its end is told as that of any other process.
+    // Its end is reported as that of any other process.
     assert_eq!((subject.task.wait("guest")?, subject.task.wait("")?), (137, 137));
     subject.restore(&Streams::default())?;
     assert_eq!(subject.says("pgrep -f '^sleep 656' || echo none")?, "none");
     Ok(())
 }
 
-/// Method: the namespace is made anew, so what was configured in it is not there.
+/// Method: the namespace is made again, so what was configured in it is not there.
 fn a_namespace_may_be_left_empty(runtime: &Runtime) -> Result<()> {
     let capability = ["--cap-add", "CAP_NET_ADMIN"];
     let script = "ip addr add 10.9.9.9/32 dev lo; touch /ready; sleep 600";
@@ -387,7 +387,7 @@ fn a_checkpoint_that_fails_is_told(runtime: &Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Method: what works by default and is told not to; and what makes no sense.
+/// Method: what works by default and is switched off; and what makes no sense.
 #[test]
 fn annotations_choose_what_criu_is_told() -> Result<()> {
     let no = "exec 5<>/big; rm /big; dd if=/dev/zero bs=64k count=1 >&5; \

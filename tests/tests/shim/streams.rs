@@ -76,7 +76,7 @@ fn input_may_be_more_than_the_process_reads(runtime: &Runtime) -> Result<()> {
     task.start("e")?;
     let mut options = std::fs::File::options();
     let writer = options.write(true).custom_flags(libc::O_NONBLOCK).open(node().path(&stdin.path));
-    // Whether the rest still fits, or nobody takes it any more, is not the point.
+    // Whether the rest still fits, or no client takes it any more, is not the point.
     let _ = writer?.write(&vec![b'x'; 1 << 16]);
     assert_eq!(task.wait("e")?, 3);
     assert_eq!(task.container.exec_ok("look", "cat /three")?, "xxx");
@@ -199,7 +199,7 @@ fn a_size_before_the_start_holds(runtime: &Runtime) -> Result<()> {
     task.resize("", 123, 45)?;
     task.start("")?;
     let mut text = String::new();
-    wait_until("its size is told", SOON, || {
+    wait_until("its size is reported", SOON, || {
         text.push_str(&stdout.text()?);
         Ok(text.ends_with('\n'))
     })?;
@@ -243,8 +243,9 @@ fn a_fifo_without_a_reader_holds_no_create() -> Result<()> {
     Ok(())
 }
 
-/// Not containerd's shim, which answers Delete at once: its client then closes a FIFO that it has not read, and `ctr tasks
-/// exec` prints nothing, with exit code 0, in one of some 150 calls on a busy machine (docs/shim.md).
+/// Not containerd's shim, which answers Delete at once: its client then closes a FIFO that it has
+/// not read, and `ctr tasks exec` prints nothing, with exit code 0, in one of some 150 calls on a
+/// busy machine (docs/shim.md).
 ///
 /// Method: the client reads late, and closes its end as soon as Delete has returned.
 #[test]

@@ -139,8 +139,8 @@ pub(crate) fn files_are_replaced_changed_and_removed(s: &Snapshotter) -> Result<
     add_up(s, &[&first, &second, &third, &|_| Ok(())])
 }
 
-/// Method: a directory is removed and made anew in the next layer: nothing of the old one may shine
-/// through. What takes the place of a file is a directory, and the other way round.
+/// Method: a directory is removed and made again in the next layer: nothing of the old one may
+/// shine through. What takes the place of a file is a directory, and the other way round.
 pub(crate) fn whiteouts_and_opaque_directories_hide_what_is_below(s: &Snapshotter) -> Result<()> {
     let first = |top: &Path| {
         for name in ["one", "two", "three"] {
@@ -207,7 +207,7 @@ pub(crate) fn a_directory_of_a_lower_layer_is_not_renamed_in_place(s: &Snapshott
         fs::remove_dir_all(top.join("replaced"))?;
         mkdir(top.join("replaced"), 0o711)?;
         write(top.join("replaced/new"), "new", 0o644)?;
-        Ok(fs::rename(top.join("replaced"), top.join("anew"))?)
+        Ok(fs::rename(top.join("replaced"), top.join("again"))?)
     };
     add_up(s, &[&first, &second])?;
     mounted(&s.prepare("active", "layer 1")?, |top| {
@@ -240,7 +240,7 @@ pub(crate) fn files_are_renamed_over_files_of_lower_layers(s: &Snapshotter) -> R
     add_up(s, &[&first, &second, &third])
 }
 
-/// Method: owners change with nothing else, down a path; and of what is removed and made anew, in
+/// Method: owners change with nothing else, down a path; and of what is removed and made again, in
 /// the same layer or in the next.
 pub(crate) fn owners_change_down_a_path_and_of_what_is_made_anew(s: &Snapshotter) -> Result<()> {
     const PATH: [&str; 4] = ["opt", "opt/a", "opt/a/b", "opt/a/b/file"];
@@ -248,12 +248,12 @@ pub(crate) fn owners_change_down_a_path_and_of_what_is_made_anew(s: &Snapshotter
     let first = |top: &Path| {
         mkdir(top.join("opt/a/b"), 0o700)?;
         write(top.join("opt/a/b/file"), "hello", 0o644)?;
-        for name in ["given-back", "removed", "given", "anew"] {
+        for name in ["given-back", "removed", "given", "again"] {
             mkdir(top.join(name), 0o700)?;
         }
         write(top.join("given/file"), "given", 0o644)?;
-        write(top.join("anew/file"), "old", 0o644)?;
-        let given = ["given-back", "removed", "anew", "anew/file"];
+        write(top.join("again/file"), "old", 0o644)?;
+        let given = ["given-back", "removed", "again", "again/file"];
         Ok(given.iter().try_for_each(|name| own(top, name, 1))?)
     };
     let second = |top: &Path| {
@@ -263,10 +263,10 @@ pub(crate) fn owners_change_down_a_path_and_of_what_is_made_anew(s: &Snapshotter
     };
     let third = |top: &Path| {
         mkdir(top.join("removed"), 0o700)?;
-        fs::remove_dir_all(top.join("anew"))?;
-        mkdir(top.join("anew"), 0o700)?;
+        fs::remove_dir_all(top.join("again"))?;
+        mkdir(top.join("again"), 0o700)?;
         own(top, "removed", 2)?;
-        own(top, "anew", 2)?;
+        own(top, "again", 2)?;
         Ok(own(top, "opt/a/b", 3)?)
     };
     add_up(s, &[&first, &second, &third])
@@ -381,19 +381,19 @@ pub(crate) fn extended_attributes_are_kept(s: &Snapshotter) -> Result<()> {
     add_up(s, &[&first, &second, &third])
 }
 
-/// Method: each layer replaces a file, adds one, and removes and makes anew a directory.
+/// Method: each layer replaces a file, adds one, and removes and makes again a directory.
 pub(crate) fn chains_of_128_layers_can_be_mounted(s: &Snapshotter) -> Result<()> {
     let change = |number: usize| {
         move |top: &Path| {
             write(top.join("last"), &number.to_string(), 0o644)?;
             mkdir(top.join("all"), 0o755)?;
             write(top.join(format!("all/{number}")), "one", 0o644)?;
-            let anew = top.join("anew");
-            if anew.exists() {
-                fs::remove_dir_all(&anew)?;
+            let again = top.join("again");
+            if again.exists() {
+                fs::remove_dir_all(&again)?;
             }
-            mkdir(&anew, 0o755)?;
-            write(anew.join(number.to_string()), "only this", 0o644)
+            mkdir(&again, 0o755)?;
+            write(again.join(number.to_string()), "only this", 0o644)
         }
     };
     let flat = plain_directory()?;

@@ -77,7 +77,7 @@ pub(crate) struct Migrate {
     /// Node that is to run it.
     #[arg(long)]
     pub(crate) to: String,
-    /// Whom the destination asks.
+    /// Nodes that the destination fetches from.
     #[arg(long, value_enum, default_value_t = Mode::Cooperative)]
     pub(crate) mode: Mode,
     /// Rounds of pre-copy at most, up to 30; 0 lets the change between rounds decide.

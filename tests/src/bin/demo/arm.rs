@@ -48,7 +48,7 @@ const LOAD_PATIENCE: Duration = Duration::from_secs(30);
 /// Deadline of the first answer of redis.
 const START_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Whom the destination asks.
+/// Nodes that the destination asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     /// The source alone.
@@ -84,7 +84,7 @@ pub(crate) struct Start {
 /// What an arm found.
 #[derive(Clone, Debug)]
 pub(crate) struct Outcome {
-    /// Whom the destination asked.
+    /// Nodes that the destination asked.
     pub(crate) mode: Mode,
     /// What it started from.
     pub(crate) start: Start,
@@ -252,7 +252,7 @@ impl<'a> Arm<'a> {
         let after = self.traffic()?;
         load.wait_for(LOAD_MARGIN, LOAD_PATIENCE).context("the client, after the move")?;
         let seen = load.stop()?;
-        ensure!(seen.beats[1] > 0, "nobody answers the client at {DESTINATION}");
+        ensure!(seen.beats[1] > 0, "no redis answers the client at {DESTINATION}");
         self.story.tell(&format!(
             "redis runs on {DESTINATION}: {:.1} s in all, {:.0} ms of downtime, {:.0} ms without an \
              answer to the client, which has {} writes acknowledged",
@@ -266,7 +266,7 @@ impl<'a> Arm<'a> {
         Ok(Moved { report, seen, uplinks: names.zip(deltas).collect() })
     }
 
-    /// Checks everything at the destination, where nobody writes any more.
+    /// Checks everything at the destination, where no client writes any more.
     fn check_arrival(
         &self,
         ledger: &Ledger,

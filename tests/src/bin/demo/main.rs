@@ -10,7 +10,7 @@
 //!   edge-d   neighbour   holds nothing either
 //! ```
 //!
-//! Each mode is an *arm* ([`arm`]): everything is built anew, with the same bytes, so that both
+//! Each mode is an *arm* ([`arm`]): everything is built again, with the same bytes, so that both
 //! start from the same state; the digests that show it are printed and compared. What is checked:
 //! every key and value after each move, the volumes, and in the end that redis, started over from
 //! nothing but its append-only file, has every value again ([`state`]). The results are a table and

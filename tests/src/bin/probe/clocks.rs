@@ -11,9 +11,9 @@ use crate::report;
 
 /// Interval of the timer that ticks.
 const TICK: Duration = Duration::from_millis(20);
-/// Interval of the timer that nobody reads.
+/// Interval of the timer that is never read.
 const LONG: Duration = Duration::from_secs(900);
-/// When this file appears the timer that nobody reads is asked for the time that it has left.
+/// When this file appears the timer that is never read is asked for the time that it has left.
 const ASK: &str = "/ask";
 
 /// `probe timers`: three timerfds. The line is `ticks N fired N late_ms N`.

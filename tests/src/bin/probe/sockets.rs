@@ -36,7 +36,7 @@ fn open() -> io::Result<(&'static str, OwnedFd)> {
     for (name, protocol) in protocols {
         let fd = undumped::socket(libc::AF_INET, libc::SOCK_STREAM, protocol);
         if let Some(fd) = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0) {
-            // SAFETY: the call has just returned the descriptor; nobody else has it.
+            // SAFETY: the call has just returned the descriptor; nothing else has it.
             return Ok((name, unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }

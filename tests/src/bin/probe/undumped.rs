@@ -27,7 +27,7 @@ pub(crate) fn hold(_arguments: &[String]) -> io::Result<()> {
     let mut held: Vec<(&str, OwnedFd)> = Vec::new();
     for (name, open) in THINGS {
         if let Some(fd) = RawFd::try_from(open()).ok().filter(|fd| *fd >= 0) {
-            // SAFETY: the call has just returned the descriptor; nobody else has it.
+            // SAFETY: the call has just returned the descriptor; nothing else has it.
             held.push((name, unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }
