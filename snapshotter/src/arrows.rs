@@ -20,10 +20,7 @@ const ROWS: &[&[&str]] = &[
     &["config"],
     &["containerd", "content", "ownership", "policy", "snapshots"],
     &["store"],
-    &["database", "leftovers"],
-    &["step", "trees"],
-    &["inode"],
-    &["error", "host", "sys"],
+    &["error", "host"],
 ];
 
 fn row(module: &str) -> Option<usize> {

@@ -28,23 +28,20 @@ pub mod config;
 pub mod containerd;
 pub mod content;
 pub mod daemon;
-mod database;
 pub mod directory;
 pub mod error;
 pub mod host;
-mod inode;
 pub mod layers;
-pub mod leftovers;
 pub mod migrate;
 pub mod mirror;
+#[cfg(test)]
+#[path = "../crates/disk/src/mounted.rs"]
+mod mounted;
 pub mod node;
 pub mod ownership;
 pub mod peer;
 pub mod policy;
 pub mod retention;
 pub mod snapshots;
-mod step;
 pub mod store;
-mod sys;
-mod trees;
 pub mod volumes;

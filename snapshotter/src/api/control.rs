@@ -26,7 +26,6 @@ use super::peer::{self as peer_api, Wanted};
 use crate::check;
 use crate::error::chain;
 use crate::host::unix_ms;
-use crate::leftovers::Leftovers;
 use crate::migrate::destination::{self, Acquire, Acquired, Sessions, Settings, Settlement};
 use crate::migrate::{MigrationError, Next, cut, describe, plan, restore, subjects};
 use crate::node::Node;
@@ -34,6 +33,7 @@ use crate::peer::Connection;
 use crate::snapshots::Snapshots;
 use crate::store::{SnapshotId, StoreError, Thrift};
 use crate::volumes::{Shape, VolumeError};
+use godwit_disk::leftovers::Leftovers;
 
 /// How long a peer has to answer `godwit peers`.
 const PEER_MAX: Duration = Duration::from_secs(2);

@@ -9,7 +9,7 @@
 //!
 //! A capture *records* a file if all of this holds, in this order:
 //! 1. its change time lies more than a clock tick in the past,
-//! 2. the kernel counts no writer of it ([`crate::sys::may_have_writer`]),
+//! 2. the kernel counts no writer of it ([`godwit_disk::sys::may_have_writer`]),
 //! 3. the file is read, and
 //! 4. its size and times are then what they were before step 1.
 //!
@@ -53,8 +53,8 @@ use serde_bytes::ByteBuf;
 
 use super::object::{Attributes, Content, Directory, Entry, Node, Piece, Tree};
 use super::{ContentError, Sink, chunks, on};
-use crate::inode::{self, Flags};
-use crate::sys::may_have_writer;
+use godwit_disk::inode::{self, Flags};
+use godwit_disk::sys::may_have_writer;
 
 /// Directories below each other that are followed.
 pub const DEPTH_MAX: usize = 200;

@@ -36,7 +36,7 @@ use nix::unistd::{
 
 use super::object::{Attributes, Content, Entry, Kind, Node, ObjectError, Piece, Tree};
 use super::{ContentError, Source, capture::DEPTH_MAX, on};
-use crate::inode::{self, Flags};
+use godwit_disk::inode::{self, Flags};
 
 /// Makes the existing directory `target` equal to the tree `new`.
 ///
@@ -302,7 +302,7 @@ impl<S: Source> Writer<'_, S> {
             Err(Errno::EISDIR) => {
                 // The kernel resolves the descriptor; what is removed lies below it.
                 let within = PathBuf::from(format!("/proc/self/fd/{}", at.as_raw_fd())).join(name);
-                crate::trees::remove(&within)
+                godwit_disk::trees::remove(&within)
                     .map_err(|error| on("remove", &self.path.join(name))(error.source))
             }
             done => done.map_err(on("remove", &self.path.join(name))),
@@ -613,8 +613,8 @@ mod tests {
         flag(&at("dir/sub/log"), IFlags::empty());
         fs::remove_dir_all(at("dir")).unwrap();
         round(&mut base);
-        crate::trees::clear(to.path()).unwrap();
-        crate::trees::clear(from.path()).unwrap();
+        godwit_disk::trees::clear(to.path()).unwrap();
+        godwit_disk::trees::clear(from.path()).unwrap();
     }
 
     #[test]
@@ -631,7 +631,7 @@ mod tests {
     /// another project.
     #[test]
     fn projects_are_kept_where_the_file_system_has_them() {
-        let file_system = crate::inode::tests::Mounted::xfs();
+        let file_system = crate::mounted::Mounted::xfs();
         let (from, to) = (file_system.path().join("from"), file_system.path().join("to"));
         fs::create_dir_all(from.join("dir")).unwrap();
         fs::create_dir(&to).unwrap();
@@ -649,7 +649,8 @@ mod tests {
         let before = take(&from, &mut objects);
         materialize(&objects, &before, None, &to).unwrap();
         assert_eq!(take(&to, &mut objects), before);
-        let project = |path: &str| crate::sys::project(File::open(to.join(path)).unwrap()).unwrap();
+        let project =
+            |path: &str| godwit_disk::sys::project(File::open(to.join(path)).unwrap()).unwrap();
         assert_eq!((project("dir"), project("dir/inherits"), project("dir/linked")), (300, 300, 0));
         fs::write(from.join("plain"), "y").unwrap();
         of(&from.join("dir"), 301);
@@ -657,7 +658,7 @@ mod tests {
         materialize(&objects, &after, Some(&before), &to).unwrap();
         assert_eq!(take(&to, &mut objects), after);
         // A file system without projects.
-        let without = crate::inode::tests::Mounted::ext4();
+        let without = crate::mounted::Mounted::ext4();
         let error = materialize(&objects, &after, None, &without.path()).unwrap_err();
         assert!(error.to_string().contains("set the flags of"), "{error}");
     }

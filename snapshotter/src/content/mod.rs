@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 use godwit_protos::Digest;
 
 use crate::store::StoreError;
-use crate::trees::RemoveError;
+use godwit_disk::trees::RemoveError;
 use object::{Object, ObjectError};
 
 /// Why content could not be read, stored or laid out.

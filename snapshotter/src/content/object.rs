@@ -24,8 +24,8 @@ use godwit_protos::{Digest, FileSystem};
 use serde::{Deserialize, Serialize};
 
 use super::alias::{Aliases, Area};
-use crate::inode;
 pub use children::children;
+use godwit_disk::inode;
 use raw::{digest, digests, optional_digest};
 
 /// Version byte in front of every object but chunks and memory images.

@@ -26,8 +26,8 @@ use crate::content::object::{Image, Kind};
 use crate::content::{ContentError, Source as _, memory, on};
 use crate::node::Node;
 use crate::store::{Lease, Store};
-use crate::trees;
 use crate::volumes::{VolumeError, Volumes};
+use godwit_disk::trees;
 
 /// A staged volume: its version, and what it holds if that is an image.
 #[derive(Clone, Debug)]

@@ -23,16 +23,16 @@ use crate::content::object::{self, Kind, ObjectError};
 use crate::content::on;
 use crate::directory::{self, Directory};
 use crate::host::unix_ms;
-use crate::leftovers::Leftovers;
 use crate::ownership::journal::Journal;
 use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
 use crate::peer::shunned::Shunned;
 use crate::store::{Options, SnapshotId, Store, StoreError, SweepReport, Thrift};
-use crate::trees::{self, RemoveError};
 use crate::volumes::fetch::Fetcher;
 use crate::volumes::{VolumeError, Volumes};
 pub use events::Events;
+use godwit_disk::leftovers::Leftovers;
+use godwit_disk::trees::{self, RemoveError};
 pub use observed::Observed;
 
 /// How often unreferenced objects are looked for.

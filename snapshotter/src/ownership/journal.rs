@@ -21,9 +21,9 @@ use serde::{Deserialize, Serialize};
 
 use super::absence::Incarnation;
 use super::{Epoch, Event, Ownership};
-use crate::database;
-use crate::step::reach;
-use crate::trees::{self, RemoveError};
+use godwit_disk::database;
+use godwit_disk::step::reach;
+use godwit_disk::trees::{self, RemoveError};
 
 /// Key: `NAMESPACE/ID`. Value: [`Entry`] as JSON.
 const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers_v1");
@@ -447,7 +447,7 @@ fn put<T: Serialize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::step::stop_before;
+    use godwit_disk::step::stop_before;
 
     fn container() -> ContainerRef {
         ContainerRef::new("default", "cache").unwrap()

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 
 use super::tree::{discard, write_out};
 use super::{Info, Kind, SnapshotError, Snapshots};
-use crate::step;
+use godwit_disk::step;
 
 impl Snapshots {
     /// The committed snapshots whose directories are missing, parents first.

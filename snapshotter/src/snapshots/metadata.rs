@@ -11,7 +11,7 @@
 //! disk, not for itself. The rules of containerd's contract that concern metadata alone (what may
 //! be a parent, what may be removed) are checked here, inside the change.
 //!
-//! It is made whole or not at all ([`crate::database`]). On open: a damaged one, one of another
+//! It is made whole or not at all ([`godwit_disk::database`]). On open: a damaged one, one of another
 //! format, and a missing one beside snapshots that exist are errors and nothing is touched: the
 //! directories hold containers' data.
 
@@ -28,7 +28,7 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use super::{Info, Kind, OpenError, SPARES, SnapshotError, Usage};
-use crate::database::{self, Flushes, Room};
+use godwit_disk::database::{self, Flushes, Room};
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");

@@ -64,8 +64,8 @@ use tree::{WORK_MODE, discard, make_dir, measure, tree_names, tree_number, write
 pub use usage::Usage;
 use writeback::Writeback;
 
-use crate::leftovers::Leftovers;
-use crate::step;
+use godwit_disk::leftovers::Leftovers;
+use godwit_disk::step;
 
 /// Longest key or name, in bytes. containerd's own are an image's chain ID or a container's id with
 /// a short prefix.

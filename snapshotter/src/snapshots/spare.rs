@@ -18,7 +18,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::tree::{WORK_MODE, discard, make_dir};
-use crate::sys::spread_out;
+use godwit_disk::sys::spread_out;
 
 /// How many there are: for some containers at once and the layers of an image.
 const COUNT: usize = 32;

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use super::tree::{TICK, few_inodes, is_untouched};
 use super::*;
-use crate::step::stop_before;
+use godwit_disk::step::stop_before;
 
 /// In memory if possible: what is tested is not the disk, and `commit` writes out the whole file
 /// system.

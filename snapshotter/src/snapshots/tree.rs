@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::unistd::syncfs;
 
 use super::{SnapshotError, Usage, usage};
-use crate::trees;
+use godwit_disk::trees;
 
 /// Mode of `work`, as overlayfs has it.
 pub(super) const WORK_MODE: u32 = 0o711;

@@ -26,7 +26,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::tree::{TICK, time};
-use crate::sys::begin_writing;
+use godwit_disk::sys::begin_writing;
 
 /// Layers that are followed at a time: as many as containerd unpacks at once, and a few that no
 /// unpacker will finish.

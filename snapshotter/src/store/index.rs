@@ -23,7 +23,7 @@ use redb::{Database, Durability, ReadableDatabase as _, ReadableTable as _, Tabl
 use super::encoding::Encoding;
 use super::error::{OpenError, StoreError};
 use super::pack::{self, Packs};
-use crate::{database, step};
+use godwit_disk::{database, step};
 
 pub(super) type ObjectsTable = redb::ReadOnlyTable<&'static [u8; 32], &'static [u8; 17]>;
 

@@ -54,11 +54,11 @@ use godwit_protos::Digest;
 use redb::{ReadableTable as _, ReadableTableMetadata as _};
 use tokio::sync::watch;
 
-use crate::leftovers::Leftovers;
 use encoding::Decoder;
 pub use encoding::{Encoding, decode};
 pub use error::{Mismatch, OpenError, StoreError};
 pub use examine::{Damaged, Examined};
+use godwit_disk::leftovers::Leftovers;
 use index::{Index, Location};
 pub use lease::Lease;
 use lease::Leases;

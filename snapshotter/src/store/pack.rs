@@ -27,7 +27,7 @@ use godwit_protos::Digest;
 use super::encoding::Encoding;
 use super::error::{Mismatch, OpenError, StoreError};
 use super::index::Location;
-use crate::sys::{begin_writing, write_uncached};
+use godwit_disk::sys::{begin_writing, write_uncached};
 
 /// Version of the packs' format and of the index's.
 ///

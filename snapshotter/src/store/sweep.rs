@@ -23,7 +23,7 @@ use redb::ReadableTable as _;
 
 use super::index::{self, Location};
 use super::{Inner, Mismatch, SnapshotId, Store, StoreError, pack};
-use crate::step;
+use godwit_disk::step;
 
 /// Records copied to another pack at once, in bytes.
 const COPY_BYTES: usize = 4 << 20;

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::encoding::random_bytes;
 use super::*;
-use crate::step;
+use godwit_disk::step;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const LEAF: u8 = 0;

@@ -25,10 +25,10 @@ use crate::content::image::{capture_image, write_image};
 use crate::content::materialize::materialize;
 use crate::content::object::Tree;
 use crate::content::{ContentError, Sink, on};
-use crate::inode;
-use crate::leftovers::Leftovers;
 use crate::ownership::journal::{Journal, JournalError, VolumeEntry};
 use crate::store::{Store, StoreError, Writer};
+use godwit_disk::inode;
+use godwit_disk::leftovers::Leftovers;
 use places::Places;
 pub use places::Removed;
 

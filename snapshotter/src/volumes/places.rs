@@ -40,10 +40,10 @@ use godwit_protos::{Digest, VolumeId};
 use super::VolumeError;
 use crate::content::on;
 use crate::error::chain;
-use crate::leftovers::Leftovers;
 use crate::ownership::journal::{Journal, VolumeEntry};
-use crate::step::reach;
-use crate::sys::spread_out;
+use godwit_disk::leftovers::Leftovers;
+use godwit_disk::step::reach;
+use godwit_disk::sys::spread_out;
 
 /// The places of one node. Cheap to clone.
 #[derive(Clone, Debug)]

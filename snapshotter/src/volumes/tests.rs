@@ -6,7 +6,7 @@ use nix::mount::{MsFlags, mount, umount};
 use rustix::fs::{IFlags, ioctl_setflags};
 
 use super::*;
-use crate::step::stop_before;
+use godwit_disk::step::stop_before;
 
 fn open(dir: &Path) -> Volumes {
     let journal = Journal::open(&dir.join("node.redb"), &dir.join("fences")).unwrap();

@@ -22,7 +22,7 @@ const PAGE_BYTES: u64 = 4096;
 /// (`sync_file_range(2)`); with no bytes, all from there on. It is advice: a file system that does
 /// not take it loses time at the next fsync and nothing else.
 #[expect(unsafe_code, reason = "nix has no sync_file_range")]
-pub(crate) fn begin_writing(file: impl AsFd, bytes: Range<u32>) {
+pub fn begin_writing(file: impl AsFd, bytes: Range<u32>) {
     let (begin, length) = (bytes.start.into(), (bytes.end - bytes.start).into());
     let file = file.as_fd();
     // SAFETY: the call takes a descriptor, which `file` keeps open, and integers; it reads no
@@ -44,7 +44,7 @@ const SET_SIGNAL: libc::c_int = 10;
 ///
 /// `file` must be open for reading only.
 #[expect(unsafe_code, reason = "nix has no F_SETLEASE")]
-pub(crate) fn may_have_writer(file: impl AsFd) -> bool {
+pub fn may_have_writer(file: impl AsFd) -> bool {
     let file = file.as_fd();
     let set = |what, value: libc::c_int| {
         // SAFETY: both commands take a descriptor, which `file` keeps open, and an integer.
@@ -59,7 +59,7 @@ pub(crate) fn may_have_writer(file: impl AsFd) -> bool {
 /// As `write_all_at`, and but for the last page no copy stays in memory once it is on the disk: it
 /// takes no memory from what is in use, and the same pages serve again. Where kernel or file system
 /// cannot, it is an ordinary write.
-pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::Result<()> {
+pub fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::Result<()> {
     // The last page, if it is not full, stays: the next write goes on in it.
     let rest = (offset + bytes.len() as u64) % PAGE_BYTES;
     let (mut bytes, rest) = bytes.split_at(bytes.len().saturating_sub(rest as usize));
@@ -84,7 +84,7 @@ pub(crate) fn write_uncached(file: &File, bytes: &[u8], mut offset: u64) -> io::
 /// that were deleted in the minutes before (`recently_deleted` of `fs/ext4/ialloc.c`), one by one
 /// and with every new file, which lie where the last layer or volume was. Advice as well, and kept
 /// on disk; other file systems refuse it.
-pub(crate) fn spread_out(directory: &Path) {
+pub fn spread_out(directory: &Path) {
     let advise = || {
         let opened = File::open(directory)?;
         let flags = ioctl_getflags(&opened)?;
@@ -127,13 +127,13 @@ fn extended(file: impl AsFd) -> io::Result<Extended> {
 }
 
 /// The project ID for quotas of an open file or directory. Errors: the system's.
-pub(crate) fn project(file: impl AsFd) -> io::Result<u32> {
+pub fn project(file: impl AsFd) -> io::Result<u32> {
     Ok(extended(file)?.project)
 }
 
 /// Gives an open file or directory another project ID. Errors: the system's.
 #[expect(unsafe_code, reason = "neither nix nor rustix has this ioctl")]
-pub(crate) fn set_project(file: impl AsFd, project: u32) -> io::Result<()> {
+pub fn set_project(file: impl AsFd, project: u32) -> io::Result<()> {
     let (file, wanted) = (file.as_fd(), Extended { project, ..extended(&file)? });
     // SAFETY: the call reads a `struct fsxattr`, which `wanted` is, and `file` is open.
     let done = unsafe { libc::ioctl(file.as_raw_fd(), SET_EXTENDED, &raw const wanted) };

@@ -21,14 +21,14 @@ use rustix::io::Errno;
 use crate::sys;
 
 /// Flags that keep even root from changing a file or directory, and from renaming it.
-pub(crate) const FIXED: IFlags = IFlags::IMMUTABLE.union(IFlags::APPEND);
+pub const FIXED: IFlags = IFlags::IMMUTABLE.union(IFlags::APPEND);
 
 /// Flags that keep root from changing what is in a file or directory; one of them from linking
 /// there what belongs to another project.
-pub(crate) const GUARDS: IFlags = FIXED.union(IFlags::PROJECT_INHERIT);
+pub const GUARDS: IFlags = FIXED.union(IFlags::PROJECT_INHERIT);
 
 /// Flags that travel with a file or directory.
-pub(crate) const KEPT: IFlags =
+pub const KEPT: IFlags =
     GUARDS.union(IFlags::NODUMP).union(IFlags::NOATIME).union(IFlags::SYNC).union(IFlags::DIRSYNC);
 
 /// Flags of files and directories that cannot be moved, with their names. Source: `linux/fs.h`,
@@ -55,27 +55,27 @@ const PROBED_PROJECT: u32 = u32::MAX >> 1;
 
 /// Flags and project of a file or directory, as far as they travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Flags {
+pub struct Flags {
     /// Of [`KEPT`].
-    pub(crate) bits: u32,
+    pub bits: u32,
     /// Project ID for quotas; 0 is the default project.
-    pub(crate) project: u32,
+    pub project: u32,
 }
 
 impl Flags {
     /// Flags that keep root from changing the file.
-    pub(crate) fn guards(self) -> u32 {
+    pub fn guards(self) -> u32 {
         self.bits & GUARDS.bits()
     }
 
     /// Without the flags that keep root from changing the file.
-    pub(crate) fn unguarded(self) -> Self {
+    pub fn unguarded(self) -> Self {
         Self { bits: self.bits & !GUARDS.bits(), ..self }
     }
 }
 
 /// Names of the flags in `flags` that travel.
-pub(crate) fn names(flags: u32) -> String {
+pub fn names(flags: u32) -> String {
     let has = |(flag, _): &&(IFlags, &str)| flags & flag.bits() != 0;
     NAMES.iter().filter(has).map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
 }
@@ -84,7 +84,7 @@ pub(crate) fn names(flags: u32) -> String {
 /// be moved.
 ///
 /// Errors: the system's. A file system that knows no flags, or no projects, has none set.
-pub(crate) fn read(file: impl AsFd) -> io::Result<Result<Flags, &'static str>> {
+pub fn read(file: impl AsFd) -> io::Result<Result<Flags, &'static str>> {
     let Some(found) = bits(&file)? else { return Ok(Ok(Flags::default())) };
     let project = sys::project(&file).or_else(none_if_unknown)?;
     Ok(travelling(found.bits()).map(|bits| Flags { bits, project }))
@@ -101,7 +101,7 @@ fn travelling(found: u32) -> Result<u32, &'static str> {
 /// Gives an open file or directory these flags. Other flags than [`KEPT`] stay as they are.
 ///
 /// Errors: the system's; [`io::ErrorKind::Unsupported`] if the file system does not keep them.
-pub(crate) fn write(file: impl AsFd, wanted: Flags) -> io::Result<()> {
+pub fn write(file: impl AsFd, wanted: Flags) -> io::Result<()> {
     let project = sys::project(&file).or_else(none_if_unknown)?;
     if project != wanted.project {
         sys::set_project(&file, wanted.project)?;
@@ -121,12 +121,12 @@ pub(crate) fn write(file: impl AsFd, wanted: Flags) -> io::Result<()> {
 }
 
 /// Whether an open directory has flags that what is made in it inherits, or may.
-pub(crate) fn has_any(directory: impl AsFd) -> io::Result<bool> {
+pub fn has_any(directory: impl AsFd) -> io::Result<bool> {
     Ok(bits(directory)?.is_some_and(|bits| bits.intersects(KEPT)))
 }
 
 /// Takes the flags from an open file or directory that keep root from changing it.
-pub(crate) fn lift_guards(file: impl AsFd) -> io::Result<()> {
+pub fn lift_guards(file: impl AsFd) -> io::Result<()> {
     match bits(&file)? {
         Some(flags) if flags.intersects(GUARDS) => {
             Ok(ioctl_setflags(file, flags.difference(GUARDS))?)
@@ -137,11 +137,7 @@ pub(crate) fn lift_guards(file: impl AsFd) -> io::Result<()> {
 
 /// Which of `bits`, and project IDs if there `has_projects`, the file system of the empty directory
 /// `probe` does not keep; their names. The directory is left as it was.
-pub(crate) fn not_kept(
-    probe: &Path,
-    bits: u32,
-    has_projects: bool,
-) -> io::Result<Vec<&'static str>> {
+pub fn not_kept(probe: &Path, bits: u32, has_projects: bool) -> io::Result<Vec<&'static str>> {
     let probe = File::open(probe)?;
     let is_lost = |flags| write(&probe, flags).is_err();
     let mut lost = Vec::new();
@@ -176,10 +172,9 @@ fn none_if_unknown(error: io::Error) -> io::Result<u32> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::process::Command;
-
+mod tests {
     use super::*;
+    use crate::mounted::Mounted;
 
     /// Source: `linux/fs.h`.
     #[test]
@@ -192,43 +187,6 @@ pub(crate) mod tests {
             assert!(travelling(flag | 0x10).unwrap_err().ends_with(name));
         }
         assert_eq!(names(0x30), "immutable (i), append-only (a)");
-    }
-
-    /// A new file system, mounted until it is dropped.
-    pub(crate) struct Mounted(tempfile::TempDir);
-
-    impl Mounted {
-        /// One with projects.
-        pub(crate) fn xfs() -> Self {
-            Self::new(&["mkfs.xfs", "-q"], 512 << 20)
-        }
-
-        /// One without.
-        pub(crate) fn ext4() -> Self {
-            Self::new(&["mkfs.ext4", "-q", "-O", "^project"], 16 << 20)
-        }
-
-        fn new(make: &[&str], bytes: u64) -> Self {
-            let dir = tempfile::tempdir().unwrap();
-            let (image, at) = (dir.path().join("image"), dir.path().join("mounted"));
-            File::create(&image).unwrap().set_len(bytes).unwrap();
-            std::fs::create_dir(&at).unwrap();
-            let made = Command::new(make[0]).args(&make[1..]).arg(&image).status();
-            assert!(made.unwrap().success());
-            let mounted = Command::new("mount").args(["-o", "loop"]).args([&image, &at]).status();
-            assert!(mounted.unwrap().success());
-            Self(dir)
-        }
-
-        pub(crate) fn path(&self) -> std::path::PathBuf {
-            self.0.path().join("mounted")
-        }
-    }
-
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = nix::mount::umount(&self.path());
-        }
     }
 
     #[test]

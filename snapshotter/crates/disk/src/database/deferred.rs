@@ -22,7 +22,7 @@ pub(super) struct Deferring<B> {
 
 /// Says which flushes are left to the thread.
 #[derive(Clone, Debug)]
-pub(crate) struct Flushes(Arc<(Mutex<State>, Condvar)>);
+pub struct Flushes(Arc<(Mutex<State>, Condvar)>);
 
 #[derive(Debug, Default)]
 struct State {
@@ -40,17 +40,17 @@ struct State {
 impl Flushes {
     /// Whether the next commit does not wait for the disk. Caller: holds the write transaction that
     /// it commits next.
-    pub(crate) fn defer_next(&self, is_deferred: bool) {
+    pub fn defer_next(&self, is_deferred: bool) {
         self.state().is_next_deferred = is_deferred;
     }
 
     /// Has what comes first put on disk before the next flush.
-    pub(crate) fn also_first(&self) {
+    pub fn also_first(&self) {
         self.state().is_first_due = true;
     }
 
     /// Whether the last change is on its way to the disk yet, so that a further one would wait.
-    pub(crate) fn is_due(&self) -> bool {
+    pub fn is_due(&self) -> bool {
         self.state().is_due
     }
 

@@ -21,12 +21,12 @@ impl Leftovers {
     /// Removes a file or directory. If that fails, it becomes a leftover.
     ///
     /// Caller: nothing else will ever have this name, since the removal is tried again later.
-    pub(crate) fn remove(&self, path: &Path) {
+    pub fn remove(&self, path: &Path) {
         self.note(path, trees::remove(path));
     }
 
     /// Takes note of how a removal of `path` ended.
-    pub(crate) fn note(&self, path: &Path, removed: Result<(), RemoveError>) {
+    pub fn note(&self, path: &Path, removed: Result<(), RemoveError>) {
         match removed {
             Err(RemoveError { path: stays, source })
                 if source.kind() != io::ErrorKind::NotFound =>
@@ -38,7 +38,7 @@ impl Leftovers {
     }
 
     /// Adds a leftover, with what is the matter with it.
-    pub(crate) fn add(&self, path: &Path, reason: String) {
+    pub fn add(&self, path: &Path, reason: String) {
         let known = self.lock().insert(path.to_owned(), reason.clone());
         if known.as_ref() != Some(&reason) {
             tracing::warn!("{reason}; it is set aside and tried again");

@@ -11,8 +11,8 @@ use redb::{Builder, Database};
 
 use crate::step::reach;
 use deferred::Deferring;
-pub(crate) use deferred::Flushes;
-pub(crate) use room::Room;
+pub use deferred::Flushes;
+pub use room::Room;
 use room::Roomy;
 
 /// Opens the database at `path`, or makes one in which there is what `fill` puts there.
@@ -26,7 +26,7 @@ use room::Roomy;
 /// Caller: looks first where a missing database must not be taken for a new one. Errors:
 /// redb's, and the system's; also for an empty file, which redb would take for a new database. What
 /// is there is left as it is.
-pub(crate) fn open(
+pub fn open(
     path: &Path,
     mut builder: Builder,
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
@@ -39,7 +39,7 @@ pub(crate) fn open(
 /// The same for a database whose commits need not wait for the disk; what they name in `directory`
 /// is flushed before them, and after it that it is no longer in `source`, which may be missing.
 /// Caller: no other process has it open, and nothing is added without [`Room::ensure`].
-pub(crate) fn open_deferring(
+pub fn open_deferring(
     path: &Path,
     directory: &Path,
     source: PathBuf,

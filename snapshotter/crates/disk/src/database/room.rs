@@ -21,7 +21,7 @@ const GROWTH_MAX: u64 = 64 << 20;
 
 /// Keeps room for one file. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Room(Arc<(File, AtomicU64)>);
+pub struct Room(Arc<(File, AtomicU64)>);
 
 impl Room {
     pub(super) fn of(file: File) -> Self {
@@ -30,7 +30,7 @@ impl Room {
 
     /// Makes sure that the file can grow. Errors: the disk is full, or failed; what is in the file
     /// is as it was.
-    pub(crate) fn ensure(&self) -> io::Result<()> {
+    pub fn ensure(&self) -> io::Result<()> {
         let (file, kept) = &*self.0;
         let length = file.metadata()?.len();
         let wanted = length + length.min(GROWTH_MAX);

@@ -38,11 +38,11 @@ const DIRECTORY: OFlags =
 /// Why something in a tree could not be removed. All else that was to be removed is gone.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot remove {}", path.display())]
-pub(crate) struct RemoveError {
+pub struct RemoveError {
     /// The first that stays. Where directories had to move up, it lies there.
-    pub(crate) path: PathBuf,
+    pub path: PathBuf,
     /// The system's reason.
-    pub(crate) source: io::Error,
+    pub source: io::Error,
 }
 
 fn open_directory(at: impl AsFd, name: impl rustix::path::Arg) -> rustix::io::Result<OwnedFd> {
@@ -72,7 +72,7 @@ fn is_itself_or_above(name: &CStr) -> bool {
 /// again.
 /// Errors: [`RemoveError`] for the first thing that stays; not that something was gone already, but
 /// for `top`.
-pub(crate) fn remove(top: &Path) -> Result<(), RemoveError> {
+pub fn remove(top: &Path) -> Result<(), RemoveError> {
     let failed = |source| RemoveError { path: top.to_owned(), source };
     let (above, name) = above(top).map_err(failed)?;
     // The directory above is not part of the tree: its flags stay.
@@ -88,7 +88,7 @@ pub(crate) fn remove(top: &Path) -> Result<(), RemoveError> {
 }
 
 /// Removes all below the directory `top`, but not the directory itself. Errors: as of [`remove`].
-pub(crate) fn clear(top: &Path) -> Result<(), RemoveError> {
+pub fn clear(top: &Path) -> Result<(), RemoveError> {
     let failed = |source| RemoveError { path: top.to_owned(), source };
     let (above, name) = above(top).map_err(failed)?;
     let directory = open_in_same_mount(&above, &*name).map_err(failed)?;
@@ -245,7 +245,7 @@ fn lift_guards(directory: &OwnedFd, name: &CStr) -> io::Result<()> {
 /// skipped.
 /// Errors: the system's, with the path; more than [`WALK_DEPTH_MAX`] directories inside one
 /// another.
-pub(crate) fn walk(top: &Path, mut visit: impl FnMut(&Stat)) -> Result<(), (PathBuf, io::Error)> {
+pub fn walk(top: &Path, mut visit: impl FnMut(&Stat)) -> Result<(), (PathBuf, io::Error)> {
     let failed_at_top = |error: Errno| (top.to_owned(), error.into());
     let directory = open_directory(CWD, top).map_err(failed_at_top)?;
     visit(&rustix::fs::fstat(&directory).map_err(failed_at_top)?);
