@@ -27,11 +27,11 @@ TEST_JOBS ?= 2
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites build demo test unit lint bench bench-peers bench-shim bench-snapshotter sim test-vm doc install clean clean-nodes require-root
+.PHONY: help prerequisites build demo test unit lint bench bench-peers bench-shim bench-snapshotter faults sim test-vm doc install clean clean-nodes require-root
 
 # Seconds that each suite usually takes alone, on 2 processors; shown by `make help`.
 SECONDS_OF := caching=100 check=10 cooperation=165 crash=62 cri=48 directory=40 docker=33 faults=120 \
-	migration=40 moves=45 nodes=60 ownership=60 pull=103 quickstart=40 shim=94 siblings=28 sim=5 \
+	ledger=80 migration=40 moves=45 nodes=60 ownership=60 pull=103 quickstart=40 shim=94 siblings=28 sim=5 \
 	snapshots=13 snapshotter=10 soak=38 text=2 volumes=45
 
 help: ## list the targets and the suites
@@ -105,6 +105,12 @@ bench-shim: require-root build ## measure the shim beside containerd's own
 
 bench-snapshotter: require-root build ## measure the snapshotter beside containerd's overlayfs
 	$(TARGET_DIR)/release/bench-snapshotter $(ARGS)
+
+# Outcomes are counted in target/faults/report.json.
+SEED ?= 0
+RUNS ?= 20
+faults: require-root build ## migrate a ledger under faults (SEED, RUNS) and judge what came of it
+	$(TARGET_DIR)/release/faults --seed $(SEED) --runs $(RUNS) $(ARGS)
 
 sim: build ## simulate large sites under several policies
 	$(TARGET_DIR)/release/sim $(ARGS)

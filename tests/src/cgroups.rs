@@ -96,6 +96,22 @@ impl Groups {
         }
         Ok(())
     }
+
+    /// Removes the groups that a node which has ended made in its own.
+    pub(crate) fn empty(&self, timeout: Duration) -> Result<()> {
+        wait_until("the cgroups of a node that crashed are removed", timeout, || {
+            let mut are_left = false;
+            for child in self.tops.iter().flat_map(|top| children(top)) {
+                are_left = true;
+                for group in tree(&child) {
+                    let _ = fs::write(group.join("freezer.state"), "THAWED");
+                    let _ = fs::write(group.join("cgroup.freeze"), "0");
+                    let _ = fs::remove_dir(group);
+                }
+            }
+            Ok(!are_left)
+        })
+    }
 }
 
 /// A fresh cpuset group has no CPUs and no memory, and processes cannot enter it until it has.

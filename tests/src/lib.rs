@@ -31,6 +31,7 @@ pub mod criu;
 pub mod deploy;
 pub mod document;
 pub mod images;
+pub mod ledger;
 pub mod load;
 pub mod memhog;
 mod mirror;

@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -81,14 +82,15 @@ pub struct Node {
     address: Ipv4Addr,
     peers: Vec<(String, Ipv4Addr)>,
     directory: PathBuf,
-    init: u32,
+    root: PathBuf,
+    init: AtomicU32,
     groups: Groups,
     port: Port,
     containerd: Mutex<Option<Background>>,
     generation: Mutex<Containerd>,
     daemon: Mutex<Option<Background>>,
     // Last: dropping the fields above kills what runs inside; then process 1 takes the rest along.
-    _unshare: Background,
+    unshare: Mutex<Background>,
 }
 
 /// What a node is made of.
@@ -126,49 +128,27 @@ impl Node {
             deploy::configure(&directory.join("upper/etc"), name, address, &peers, keys)?;
             install_programs(&directory.join("upper/usr/local/bin"))?;
         }
-        let script = directory.join("init.sh");
-        fs::write(&script, INIT)?;
+        fs::write(directory.join("init.sh"), INIT)?;
         let groups = cgroups::create(run, name)?;
-
-        let namespace = format!("--net={}", port.path().display());
-        let mut command: Vec<OsString> = join(&groups.tops);
-        command.extend(["nsenter", &namespace, "unshare"].map(OsString::from));
-        let flags =
-            ["-m", "-u", "-i", "-C", "-p", "-f", "--kill-child", "--propagation", "private"];
-        command.extend(flags.map(OsString::from));
-        command.push("sh".into());
-        command.extend([script, directory.clone(), root.path().to_path_buf()].map(OsString::from));
-        command.push(name.into());
-        command.extend(groups.mounts.iter().map(OsString::from));
-        let mut unshare = Invocation::new(&command).spawn(&directory.join("init.log"))?;
-
-        let pid_file = directory.join("init.pid");
-        let mut init = None;
-        wait_until(&format!("{name} starts"), BOOT_TIMEOUT, || {
-            if let Some(code) = unshare.ended()? {
-                bail!("{name} does not start, exit code {code}: {}", unshare.log());
-            }
-            init = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
-            Ok(init.is_some())
-        })?;
-        let init = init.context("process 1 of the node")?;
-        groups.settle(unshare.id())?;
+        let root = root.path().to_path_buf();
+        let (unshare, init) = launch(name, &directory, &root, &groups, &port)?;
         let name = name.to_owned();
         let (containerd, daemon) = (Mutex::new(None), Mutex::new(None));
         let generation = Mutex::new(Containerd::V1);
-        let _unshare = unshare;
+        let (init, unshare) = (AtomicU32::new(init), Mutex::new(unshare));
         Ok(Self {
             name,
             address,
             peers,
             directory,
+            root,
             init,
             groups,
             port,
             containerd,
             generation,
             daemon,
-            _unshare,
+            unshare,
         })
     }
 
@@ -184,12 +164,12 @@ impl Node {
 
     /// Process 1 of the node, as the host numbers it: `nsenter -t PID -a` enters the node.
     pub fn init(&self) -> u32 {
-        self.init
+        self.init.load(Ordering::Relaxed)
     }
 
     /// A command in the node, to be given input or a deadline before it runs.
     pub fn command(&self, argv: &[&str]) -> Invocation {
-        let prefix = enter_words(&self.groups.entries, &self.init.to_string());
+        let prefix = enter_words(&self.groups.entries, &self.init().to_string());
         Invocation::new(argv).prefixed(prefix, &self.name).environment(ENVIRONMENT)
     }
 
@@ -216,7 +196,7 @@ impl Node {
     /// A path inside the node, as the host can open it while the node runs.
     pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
         let inside = inside.as_ref();
-        let root = PathBuf::from(format!("/proc/{}/root", self.init));
+        let root = PathBuf::from(format!("/proc/{}/root", self.init()));
         root.join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
@@ -330,7 +310,7 @@ impl Node {
     /// Runs `work` on a thread among the node's mounts: paths, mounts and the programs that it
     /// starts are the node's.
     pub fn in_mounts<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let path = PathBuf::from(format!("/proc/{}/ns/mnt", self.init));
+        let path = PathBuf::from(format!("/proc/{}/ns/mnt", self.init()));
         on_thread_in(&path, CloneFlags::CLONE_NEWNS, work)
     }
 
@@ -393,9 +373,26 @@ impl Node {
     /// Crashes the node: every process in it is killed, and its link goes down.
     pub fn crash(&self) -> Result<()> {
         self.port.cut()?;
-        Invocation::new(&["kill", "-KILL", &self.init.to_string()]).ok()?;
-        let proc = PathBuf::from(format!("/proc/{}", self.init));
+        Invocation::new(&["kill", "-KILL", &self.init().to_string()]).ok()?;
+        let proc = PathBuf::from(format!("/proc/{}", self.init()));
         wait_until("the node is gone", STOP_TIMEOUT, || Ok(!proc.exists()))
+    }
+
+    /// Starts a node that [`Self::crash`] ended: its disks are as they were, nothing runs in it, and its link is up.
+    ///
+    /// What was mounted on `/var/lib/godwit` is not mounted any more.
+    pub fn revive(&self) -> Result<()> {
+        // What entered the node died with it.
+        for service in [&self.containerd, &self.daemon] {
+            drop(lock(service).take());
+        }
+        self.groups.empty(STOP_TIMEOUT)?;
+        fs::remove_file(self.directory.join("init.pid"))?;
+        let (unshare, init) =
+            launch(&self.name, &self.directory, &self.root, &self.groups, &self.port)?;
+        *self.unshare.lock().unwrap_or_else(PoisonError::into_inner) = unshare;
+        self.init.store(init, Ordering::Relaxed);
+        self.port.mend()
     }
 
     fn start(
@@ -431,6 +428,39 @@ impl Node {
         *slot = Some(service);
         Ok(())
     }
+}
+
+/// Makes a node's namespaces and file system: its process 1, and what waits for it.
+fn launch(
+    name: &str,
+    directory: &Path,
+    root: &Path,
+    groups: &Groups,
+    port: &Port,
+) -> Result<(Background, u32)> {
+    let namespace = format!("--net={}", port.path().display());
+    let mut command: Vec<OsString> = join(&groups.tops);
+    command.extend(["nsenter", &namespace, "unshare"].map(OsString::from));
+    let flags = ["-m", "-u", "-i", "-C", "-p", "-f", "--kill-child", "--propagation", "private"];
+    command.extend(flags.map(OsString::from));
+    command.push("sh".into());
+    command.extend([directory.join("init.sh"), directory.into(), root.into()].map(OsString::from));
+    command.push(name.into());
+    command.extend(groups.mounts.iter().map(OsString::from));
+    let mut unshare = Invocation::new(&command).spawn(&directory.join("init.log"))?;
+
+    let pid_file = directory.join("init.pid");
+    let mut init = None;
+    wait_until(&format!("{name} starts"), BOOT_TIMEOUT, || {
+        if let Some(code) = unshare.ended()? {
+            bail!("{name} does not start, exit code {code}: {}", unshare.log());
+        }
+        init = fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
+        Ok(init.is_some())
+    })?;
+    let init = init.context("process 1 of the node")?;
+    groups.settle(unshare.id())?;
+    Ok((unshare, init))
 }
 
 /// The last lines of a text.

@@ -12,6 +12,11 @@ use crate::pattern::next_random;
 pub struct Random(u64);
 
 impl Random {
+    /// The sequence of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     /// The sequence of this run's seed.
     pub fn of_run() -> Result<Self> {
         let seed = match std::env::var("GODWIT_SEED") {

@@ -9,6 +9,7 @@ mod attributes;
 mod bulk;
 mod clocks;
 mod files;
+mod ledger;
 mod memory;
 mod names;
 mod options;
@@ -41,6 +42,8 @@ const KINDS: &[(&str, Kind)] = &[
     ("bulk", bulk::bulk),
     ("direct-writes", files::direct_writes),
     ("idle", idle),
+    ("ledger", ledger::ledger),
+    ("ledger-child", ledger::child),
     ("mptcp", sockets::mptcp),
     ("multicast", options::multicast),
     ("names", names::names),
