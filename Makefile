@@ -90,9 +90,19 @@ test-vm: require-root build ## run tests of a suite (VM_SUITE, VM_TESTS) in a vi
 	env CARGO_TARGET_$$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')_RUNNER=$(abspath $(TARGET_DIR))/release/vm \
 		$(CARGO_TEST) --test $(VM_SUITE) -- --test-threads=1 $(VM_TESTS)
 
-lint: prerequisites ## check formatting and lints
+# The spelling checker comes as a wheel from PyPI: building it would take minutes.
+TYPOS_VERSION := 1.52.0
+TYPOS := $(TARGET_DIR)/tools/typos-$(TYPOS_VERSION)/bin/typos
+
+$(TYPOS):
+	@command -v pip3 > /dev/null || tests/prerequisites.sh python3-pip
+	pip3 install --quiet --root-user-action=ignore --target $(TARGET_DIR)/tools/typos-$(TYPOS_VERSION) typos==$(TYPOS_VERSION)
+
+lint: prerequisites $(TYPOS) ## check formatting, lints, spelling, words, links and licences
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(TYPOS)
+	$(CARGO_TEST) --test text
 
 bench: require-root build ## measure migrations between test nodes
 	$(TARGET_DIR)/release/bench $(ARGS)

@@ -1,4 +1,5 @@
-//! Generates the messages and services of `proto/`: ttrpc for the node's own sockets, gRPC between nodes and to etcd.
+//! Generates the messages and services of `proto/`: ttrpc for the node's own sockets, gRPC between
+//! nodes and to etcd.
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 

@@ -299,7 +299,7 @@ impl Container {
                 }
             }
         }
-        // A process whose files are frozen cannot end. What still reaches the images belongs to nobody.
+        // A process whose files are frozen cannot end. What still reaches the images belongs to no process.
         self.on_volumes(volumes::thaw).await?;
         cgroup.thaw().map_err(TaskError::io("thawing the killed container"))?;
         if tokio::time::timeout(END_TIME_MAX, self.init.stopped()).await.is_err() {

@@ -31,7 +31,7 @@
 //! addresses keeps no source address (`__inet_dev_addr_type` in net/ipv4/fib_frontend.c), and cannot
 //! send to a multicast group.
 //!
-//! So the tasks run only after an explicit grant, whoever dies meanwhile.
+//! So the tasks run only after an explicit grant, whichever process dies meanwhile.
 
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
@@ -324,7 +324,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn silence_a_dead_shim_and_no_shim_are_refusals() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(ask_in(dir.path(), SHORT).await.is_err(), "nobody listens");
+        assert!(ask_in(dir.path(), SHORT).await.is_err(), "no shim listens");
         let hold = Hold::listen(dir.path()).unwrap();
         assert!(ask_in(dir.path(), SHORT).await.is_err(), "no verdict in time");
         let bundle = dir.path().to_owned();

@@ -376,7 +376,7 @@ impl Container {
             }
             (None | Some(0), _) => return None,
             (Some(_), _) => {
-                "the kernel killed a task of it for want of memory; its own limits were \
+                "the kernel killed a task of it for lack of memory; its own limits were \
                              lifted, so a group above its own or this node has too little"
                     .to_owned()
             }

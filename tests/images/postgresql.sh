@@ -1,6 +1,6 @@
 #!/bin/sh -e
-# As images of PostgreSQL usually do: makes a cluster in /data if there is none, then runs the server on it, both as the
-# user postgres. Arguments are the server's.
+# As images of PostgreSQL usually do: makes a cluster in /data if there is none, then runs the
+# server on it, both as the user postgres. Arguments are the server's.
 programs=$(echo /usr/lib/postgresql/*/bin)
 if [ "$(id -u)" = 0 ]; then
     mkdir -p /run/postgresql

@@ -1,4 +1,4 @@
-//! Whom a migration asks for a subject: what the directory found and what is known of the nodes, put to
+//! The neighbours that a migration asks for a subject: what the directory found and what is known of the nodes, put to
 //! [`crate::policy::choose`]. A plan and the migration ask the same question and get the same answer.
 
 use std::collections::{BTreeMap, HashSet};
@@ -50,7 +50,7 @@ pub fn choices(
     let ingest = rates.fold(RATE_UNKNOWN, f64::max);
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let size = size_bytes as f64;
-    // What is here already is not known before the lists are: nobody is left out for it.
+    // What is here already is not known before the lists are: no neighbour is left out for it.
     let wanted = Wanted { size_bytes: size, missing_bytes: size, write_rate };
     choose(&wanted, &candidates, &of_source, ingest)
 }

@@ -5,7 +5,7 @@
 //!    ([`read_dump`]). The container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot of it
 //!    instead, and thaws after step 2.
 //!
-//! On failure whoever has journalled the offer takes it back, which thaws ([`super::release::take_offer_back`]).
+//! On failure the caller, which has journalled the offer, takes it back, which thaws ([`super::release::take_offer_back`]).
 
 use std::fs;
 use std::path::Path;

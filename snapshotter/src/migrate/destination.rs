@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A session goes on when its caller goes away; the next `acquire` for the same container finds it further on. It ends
-//! with a report, or with an error: then the source is told to abort, and what was staged here is removed. The shim asks
+//! with a report, or with an error: then it sends the source an abort, and what was staged here is removed. The shim asks
 //! [`claim`] when the container is restored and held. Only a journalled `Owner` lets it run. A claim whose session is
 //! gone, because the daemon restarted, is answered from the journal and the source's word. Read next: [`super::session`].
 
@@ -422,7 +422,7 @@ async fn claim_from_journal(node: &Node, session: &str) -> Result<(), String> {
     }
 }
 
-/// Asks the source whether it has released the container; until it answers, nobody may run it here.
+/// Asks the source whether it has released the container; until it answers, no task may run here.
 pub(super) async fn ask_again(
     node: &Node,
     container: &ContainerRef,
@@ -464,7 +464,7 @@ impl Connections {
     }
 
     /// Begins to look for who holds what of a container that comes to `to`: snapshots of `subjects` and, where this
-    /// node may use them, of its service's other users; and `contents` by digest. Nobody is asked in traditional mode.
+    /// node may use them, of its service's other users; and `contents` by digest. No neighbour is asked in traditional mode.
     pub fn look_up(
         &self,
         node: &Node,
@@ -484,13 +484,13 @@ impl Connections {
         Lookup::begin(&node.directory, query, self.neighbours.clone())
     }
 
-    /// Whom to fetch from: the source, and the neighbours of those entries for which `holds` is true.
+    /// The peers to fetch from: the source, and the neighbours of those entries for which `holds` is true.
     pub fn holders(&self, entries: &[Entry], holds: impl Fn(&Entry) -> bool) -> Peers {
         let nodes = entries.iter().filter(|entry| holds(entry)).map(|entry| entry.node.clone());
         self.among(&nodes.collect())
     }
 
-    /// Whom to fetch from: the source, and these neighbours.
+    /// The peers to fetch from: the source, and these neighbours.
     pub fn among(&self, nodes: &HashSet<String>) -> Peers {
         let mut neighbours = self.neighbours();
         neighbours.retain(|peer| nodes.contains(&peer.node));

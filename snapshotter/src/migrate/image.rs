@@ -22,23 +22,23 @@ use crate::peer::blobs::{self, Demand, RATE_MIN};
 /// Blobs that are fetched at once.
 const BLOBS_AT_ONCE: usize = 3;
 
-/// Longest wait for the next piece of a blob, of a neighbour and of the source, whom nobody can replace.
+/// Longest wait for the next piece of a blob, of a neighbour and of the source, which no other node can replace.
 const PATIENCE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 
 /// A neighbour is left for the next one if it is slower than this share of what the source was measured at; if that was
 /// not measured yet, than [`RATE_MIN`].
 const RATE_SHARE_MIN: f64 = 0.9;
 
-/// Whom blobs are asked from.
+/// The peers that blobs are fetched from.
 #[derive(Clone, Copy, Debug)]
-pub enum Whom<'a> {
+pub enum BlobPeers<'a> {
     /// Neighbours, and the source for what they do not deliver.
     Migration(&'a Connections),
     /// These neighbours; there is no source any more.
     Neighbours(&'a [Arc<Connection>]),
 }
 
-impl Whom<'_> {
+impl BlobPeers<'_> {
     fn neighbours(&self) -> Vec<Arc<Connection>> {
         match self {
             Self::Migration(connections) => connections.neighbours(),
@@ -75,7 +75,7 @@ pub async fn name_here(
     Ok(name.clone())
 }
 
-/// What a user is told if the image is not kept under the container's name for it.
+/// The warning if the image is not kept under the container's name for it.
 pub fn renaming_warning(described: &DescribeResponse, kept_as: &str) -> Option<String> {
     (kept_as != described.image).then(|| {
         format!(
@@ -97,14 +97,14 @@ fn by_digest(name: &str, digest: Digest) -> String {
 
 /// Makes `name` an image of this node, unpacked for `snapshotter`, and returns what it is made of.
 ///
-/// Errors: [`MigrationError::NoBlob`] when nobody delivers a blob; containerd's errors, also when the name stands for
+/// Errors: [`MigrationError::NoBlob`] when no node delivers a blob; containerd's errors, also when the name stands for
 /// another image here.
 pub async fn bring(
     node: &Node,
     namespace: &str,
     (name, target): (&str, &Descriptor),
     snapshotter: &str,
-    whom: Whom<'_>,
+    holders: BlobPeers<'_>,
 ) -> Result<ImageContent, MigrationError> {
     if let Some(existing) = node.containerd.image(namespace, name).await?
         && existing.digest != target.digest
@@ -113,12 +113,12 @@ pub async fn bring(
         return Err(ClientError::ImageDiffers { name, existing, wanted }.into());
     }
     let lease = node.containerd.lease(namespace).await?;
-    let source = whom.source().map(|source| node.channels.of(&source.node));
+    let source = holders.source().map(|source| node.channels.of(&source.node));
     let source = source.and_then(|channel| channel.throughput_bytes_per_second);
     let bring = Bring {
         client: lease.client(),
         namespace,
-        whom,
+        holders,
         rate_min: source.map_or(RATE_MIN, |rate| rate * RATE_SHARE_MIN),
         silent: Mutex::default(),
     };
@@ -133,7 +133,7 @@ pub async fn bring(
             }
         };
         let (blobs, bring, layers) = (content.blobs().cloned(), &bring, &content.layers);
-        // Of a layer that came from neighbours nobody may have a blob: our snapshotter gets it in the same way again.
+        // Of a layer that came from neighbours no node may have a blob: our snapshotter gets it in the same way again.
         let missing = stream::iter(blobs.collect::<Vec<_>>())
             .map(|blob| async move {
                 match bring.blob(&blob).await {
@@ -162,7 +162,7 @@ pub async fn bring(
 struct Bring<'a> {
     client: &'a Client,
     namespace: &'a str,
-    whom: Whom<'a>,
+    holders: BlobPeers<'a>,
     /// Bytes per second below which a neighbour is not worth waiting for.
     rate_min: f64,
     /// Neighbours that let a lookup or a blob wait for too long: not asked again.
@@ -170,7 +170,7 @@ struct Bring<'a> {
 }
 
 impl Bring<'_> {
-    /// Fetches a blob that containerd said it has not; its size is asked of whoever has it.
+    /// Fetches a blob that containerd said it has not; a node that has it says its size.
     async fn missing(&self, object: &str) -> Result<(), MigrationError> {
         let digest = object.split_ascii_whitespace().find_map(|word| word.parse::<Digest>().ok());
         let digest = digest.ok_or_else(|| ClientError::NotFound(object.to_owned()))?;
@@ -190,7 +190,7 @@ impl Bring<'_> {
         let of_source = Demand { patience: source, rate_min: 0.0 };
         let holders = self.holders(digest).await;
         let neighbours = holders.iter().map(|peer| (peer, of_neighbour));
-        let source = self.whom.source().map(|source| (source, of_source));
+        let source = self.holders.source().map(|source| (source, of_source));
         for (peer, demand) in neighbours.chain(source) {
             match self.fetch_from(peer, digest, size, demand).await {
                 Ok(()) => return Ok(()),
@@ -210,7 +210,7 @@ impl Bring<'_> {
 
     /// Neighbours that say they have the blob.
     async fn holders(&self, digest: Digest) -> Vec<Arc<Connection>> {
-        let mut neighbours = self.whom.neighbours();
+        let mut neighbours = self.holders.neighbours();
         neighbours.retain(|peer| !self.silent().contains(&peer.node));
         let (holders, silent) = blobs::holders(neighbours, self.namespace, digest).await;
         self.silent().extend(silent);

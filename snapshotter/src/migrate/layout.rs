@@ -103,7 +103,7 @@ impl Layout {
             }
             match subject {
                 Subject::Memory { .. } => self.memory = Some(*root),
-                // Whoever has a cut names its parts; images come another way.
+                // The holder of a cut names its parts; images come another way.
                 Subject::Container(_) | Subject::ImageLayer(_) => {}
                 Subject::Layer(_) => {
                     let Some(upper) = &self.upper_dir else { continue };

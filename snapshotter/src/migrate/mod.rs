@@ -150,7 +150,7 @@ pub enum MigrationError {
         /// What the running one was made of.
         there: Digest,
     },
-    /// A blob of an image that nobody delivers.
+    /// A blob of an image that no node delivers.
     #[error(
         "blob {0} of the image was found on neither the source nor a neighbour; pull or import the image at the source again"
     )]
@@ -195,7 +195,7 @@ pub enum MigrationError {
     /// The restore failed here, before any task ran.
     #[error("restore failed: {0}")]
     Restore(String),
-    /// Nobody asked for the restored container in time.
+    /// No shim asked for the restored container in time.
     #[error("the shim did not go on with the restore within {} s", .0.as_secs())]
     Unclaimed(Duration),
     /// The daemon is stopping.

@@ -277,8 +277,8 @@ impl Survey<'_> {
         Ok(surveyed)
     }
 
-    /// What is missing of a version, and who of those that `entries` name has it. Of whom `choices` say nothing is asked:
-    /// whoever has read-only content has all of it.
+    /// What is missing of a version, and who of those that `entries` name has it. A node of which `choices` say nothing is asked:
+    /// a holder of read-only content has all of it.
     async fn tree(
         &self,
         name: String,

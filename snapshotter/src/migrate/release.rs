@@ -97,7 +97,7 @@ pub(super) async fn settle_later(
         let answer =
             answer.map(|(state, epoch)| if epoch < entry.0 { "unknown".to_owned() } else { state });
         match answer.as_deref() {
-            // Whoever gave it on has owned it.
+            // The node that gave it on has owned it.
             Ok("owner" | "offered" | "released") => {
                 let remembered = match remembered {
                     Some(remembered) => remembered,

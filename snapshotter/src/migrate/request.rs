@@ -65,9 +65,9 @@ pub async fn migrate(
     }
 
     node.events.step(migration, "pre-copy", "image");
-    let whom = image::Whom::Migration(&connections);
+    let holders = image::BlobPeers::Migration(&connections);
     let named = (name.as_str(), &target);
-    let content = image::bring(node, namespace, named, &described.snapshotter, whom).await?;
+    let content = image::bring(node, namespace, named, &described.snapshotter, holders).await?;
     check_chain(&described, &content)?;
     let record = record(node, request, &described)?;
     let migration = migration.to_owned();

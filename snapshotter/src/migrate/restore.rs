@@ -76,8 +76,8 @@ pub async fn restore(
     let namespace = container.namespace();
     let name = image::name_here(node, namespace, &described, &target).await?;
     let named = (name.as_str(), &target);
-    let whom = image::Whom::Neighbours(&peers);
-    let content = image::bring(node, namespace, named, &described.snapshotter, whom).await?;
+    let holders = image::BlobPeers::Neighbours(&peers);
+    let content = image::bring(node, namespace, named, &described.snapshotter, holders).await?;
     check_chain(&described, &content)?;
     let from = MigrateFrom { node: cut.node.clone(), container: container.clone() };
     let request =
@@ -179,7 +179,7 @@ async fn look_for_original(
 impl Work {
     /// The session of a restore: lays the cut out and hands it to the shim.
     ///
-    /// The grant is this node's own: nobody else is asked, as there is nobody who could release the container.
+    /// The grant is this node's own: no other node is asked, as none could release the container.
     pub(super) async fn restore(&mut self, root: &Digest) -> Result<Report, MigrationError> {
         let begun = Instant::now();
         let (store, digest) = (self.node.store.clone(), *root);

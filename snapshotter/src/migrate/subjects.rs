@@ -43,7 +43,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// As it is told to a peer; `sequence` is its place in the lineage, 0 if it has none yet.
+    /// As peers hear of it; `sequence` is its place in the lineage, 0 if it has none yet.
     pub fn manifest(&self, sequence: u64) -> Manifest {
         Manifest {
             subject: self.subject.to_string(),
@@ -210,7 +210,7 @@ impl Subjects {
         Ok(())
     }
 
-    /// Begins anew unless all of these snapshots, as which earlier captures were recorded, are there: what the captures
+    /// Begins again unless all of these snapshots, as which earlier captures were recorded, are there: what the captures
     /// remember may be gone from the store otherwise. Call it under a lease, so that what is there stays.
     pub fn rely_on(&mut self, last: &[SnapshotId]) -> Result<(), StoreError> {
         let known: HashSet<_> = self.store.all_snapshots()?.into_iter().map(|(id, _)| id).collect();
