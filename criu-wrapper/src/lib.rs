@@ -2,13 +2,11 @@
 //! which pages of a running process it would dump, and which parts of a process it leaves out.
 //!
 //! A leaf: it knows neither containerd nor Godwit's protocol, and starts CRIU only to ask for its
-//! version (runc runs the dumps and restores). Read [`log`] for the reason of a failure,
+//! version (runc runs the dumps and restores), and tar as CRIU does ([`tmpfs`]). Read [`log`] for the reason of a failure,
 //! [`version`] for what a CRIU can do, [`pagemap`] for memory images and how a child directory
 //! refers to its parent, [`live`] for reading pages before any freeze, [`mend`] for what CRIU would
 //! restore wrongly from its own images, [`waits`] and [`timers`] for what a freeze disturbs,
-//! [`watches`] for paths of what is watched.
-//! restore wrongly from its own images, [`supplement`] for what it leaves out of them, [`waits`]
-//! and [`timers`] for what a freeze disturbs.
+//! [`watches`] for paths of what is watched, [`supplement`] for what CRIU leaves out of its images.
 
 mod image;
 pub mod leftovers;
@@ -20,6 +18,7 @@ pub mod pagemap;
 pub mod supplement;
 mod sys;
 pub mod timers;
+pub mod tmpfs;
 pub mod version;
 pub mod waits;
 pub mod watches;

@@ -30,25 +30,6 @@ const VERSION_TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest answer to it, in bytes.
 const VERSION_BYTES_MAX: u64 = 4096;
 
-/// Environment of the runtime, and so of the GNU tar that CRIU packs and unpacks every tmpfs with.
-///
-/// By default tar keeps whole seconds of times, no access control lists, no extended attributes and
-/// no capabilities, and gzip's default level takes twice as long as its fastest, while the
-/// container is frozen. Sources: tar's manual, "TAR_OPTIONS"; gzip's manual, "Environment".
-pub(crate) fn environment(command: &str) -> &'static [(&'static str, &'static str)] {
-    match command {
-        "checkpoint" => &[
-            (
-                "TAR_OPTIONS",
-                "--format=posix --pax-option=delete=atime,delete=ctime --xattrs --xattrs-include=* --acls",
-            ),
-            ("GZIP", "-1"),
-        ],
-        "restore" => &[("TAR_OPTIONS", "--xattrs --xattrs-include=* --acls")],
-        _ => &[],
-    }
-}
-
 /// Why a container's settings of CRIU cannot be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SettingError {

@@ -22,6 +22,7 @@ use crate::cgroup::Cgroup;
 use crate::container::Container;
 use crate::criu::{self, Connections};
 use crate::error::{TaskError, chain};
+use crate::packing::Packing;
 use crate::process::Phase;
 use crate::rerun;
 use crate::runc::RuncError;
@@ -42,6 +43,7 @@ struct Dump<'a> {
     work_path: &'a Path,
     connections: Connections,
     flags: Vec<&'a str>,
+    packing: Packing,
 }
 
 impl Container {
@@ -81,7 +83,8 @@ impl Container {
         let connections = if options.open_tcp { Connections::Keep } else { Connections::Refuse };
         let execs = self.running_execs().join(", ");
         self.note_watched().await?;
-        self.dump_with(Dump { image_path, work_path: &work_path, connections, flags }).await?;
+        let (work_path, packing) = (&work_path, Packing::Compressed);
+        self.dump_with(Dump { image_path, work_path, connections, flags, packing }).await?;
         if !execs.is_empty() {
             // No children of the init process, so CRIU passes them over without a word.
             tracing::warn!(
@@ -123,7 +126,9 @@ impl Container {
             supplement.add_names(init)?;
             Ok::<_, SupplementError>(supplement)
         });
-        let dumped = self.dump_with(Dump { image_path, work_path, connections, flags }).await;
+        let packing = Packing::Plain;
+        let dump = Dump { image_path, work_path, connections, flags, packing };
+        let dumped = self.dump_with(dump).await;
         let supplement = names.await.map_err(ended)?;
         dumped?;
         Ok(supplement?.save(image_path)?)
@@ -139,7 +144,7 @@ impl Container {
         let call = self.runc.checkpoint(
             dump.image_path,
             dump.work_path,
-            &dump.flags,
+            (&dump.flags, dump.packing),
             limit + BREAK_OFF_TIME_MAX,
         );
         let mut call = std::pin::pin!(call);

@@ -34,6 +34,7 @@ mod newest;
 mod oom;
 mod options;
 mod own_service;
+mod packing;
 mod process;
 mod publisher;
 mod reap;
@@ -63,6 +64,9 @@ const WORKER_THREADS: usize = 2;
 const BLOCKING_THREADS_MAX: usize = 4;
 
 fn main() -> ExitCode {
+    if packing::is_gzip() {
+        return packing::gzip_main();
+    }
     if hold::is_script() {
         return hold::script_main();
     }

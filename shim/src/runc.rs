@@ -16,8 +16,8 @@ use std::time::Duration;
 use containerd_shim::protos::shim::oci::Options;
 use nix::sys::signal::Signal;
 
-use crate::criu;
 use crate::hold;
+use crate::packing::{self, Packing};
 use crate::reap::Reaper;
 use crate::time_namespace::Inside;
 
@@ -181,14 +181,15 @@ impl Runc {
         &self,
         image_path: &Path,
         work_path: &Path,
-        flags: &[&str],
+        (flags, packing): (&[&str], Packing),
         limit: Duration,
     ) -> Result<(), RuncError> {
         let mut args: Vec<OsString> = vec!["--image-path".into(), image_path.into()];
         args.extend(["--work-path".into(), work_path.into()]);
         args.extend(flags.iter().map(OsString::from));
         args.push(self.id.clone().into());
-        self.call("checkpoint", &args, Streams::default(), limit).await
+        let streams = Streams::default();
+        self.call_in("checkpoint", &args, streams, None, Some(packing), limit).await
     }
 
     /// Starts another process in the container, unless `ended` resolves first: the runtime is
@@ -267,7 +268,8 @@ impl Runc {
             args.extend(["--console-socket".into(), socket.into()]);
         }
         args.push(self.id.clone().into());
-        self.call_in(command, &args, launch.streams, inside, limit).await
+        let packing = (command == "restore").then_some(Packing::Unpacked);
+        self.call_in(command, &args, launch.streams, inside, packing, limit).await
     }
 
     async fn call(
@@ -277,7 +279,7 @@ impl Runc {
         streams: Streams,
         limit: Duration,
     ) -> Result<(), RuncError> {
-        self.call_in(command, args, streams, None, limit).await
+        self.call_in(command, args, streams, None, None, limit).await
     }
 
     async fn call_in(
@@ -286,6 +288,7 @@ impl Runc {
         args: &[OsString],
         streams: Streams,
         inside: Option<&Inside>,
+        packing: Option<Packing>,
         limit: Duration,
     ) -> Result<(), RuncError> {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
@@ -295,6 +298,7 @@ impl Runc {
             None => (Command::new(&self.binary), self.root.as_path()),
         };
         program.arg("--root").arg(root).arg("--log").arg(&log).args(["--log-format", "json"]);
+        program.envs(packing.map(packing::environment).unwrap_or_default());
         let outcome = self.run(program, command, args, streams, limit).await;
         let failed = |message| RuncError::Failed { command, message };
         let outcome = match outcome {
@@ -325,7 +329,6 @@ impl Runc {
         if command == "restore" {
             program.env(hold::BUNDLE_VARIABLE, &self.bundle);
         }
-        program.envs(criu::environment(command).iter().copied());
         let or_null = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
         program.stdin(or_null(streams.stdin));
         program.stdout(or_null(streams.stdout)).stderr(or_null(streams.stderr));

@@ -18,7 +18,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchownat};
 
 use super::SupplementError;
-use crate::leftovers::unescape;
+use crate::tmpfs;
 
 /// Most files of all tmpfs of a container that are looked at.
 const FILES_MAX: usize = 1 << 20;
@@ -49,27 +49,16 @@ pub(super) struct SocketName {
 /// Errors: I/O. Files beyond [`FILES_MAX`] are not looked at.
 pub(super) fn record(pid: u32) -> Result<Vec<SocketName>, SupplementError> {
     let path = PathBuf::from(format!("/proc/{pid}/mountinfo"));
-    let mounts = fs::read(&path).map_err(SupplementError::io(&path))?;
+    let mounts = tmpfs::mounts(&path).map_err(SupplementError::io(&path))?;
     let root = PathBuf::from(format!("/proc/{pid}/root"));
     let (mut devices, mut names) = (BTreeSet::new(), Vec::new());
     let mut budget = FILES_MAX;
-    for (device, mounted) in String::from_utf8_lossy(&mounts).lines().filter_map(tmpfs) {
+    for (device, mounted) in mounts {
         if devices.insert(device) {
             walk(&root, (device, mounted), &mut budget, &mut names)?;
         }
     }
     Ok(names)
-}
-
-/// `36 35 0:31 / DIR opts [optional]... - tmpfs SOURCE SUPER_OPTIONS`: device and directory of a
-/// tmpfs that is mounted as a whole.
-fn tmpfs(line: &str) -> Option<(u32, PathBuf)> {
-    let (left, right) = line.split_once(" - ")?;
-    let mut fields = left.split(' ').skip(2);
-    let (device, root, directory) = (fields.next()?, fields.next()?, fields.next()?);
-    let is_whole = root == "/" && right.split(' ').next()? == "tmpfs";
-    let device = device.strip_prefix("0:")?.parse().ok()?;
-    is_whole.then(|| (device, unescape(directory)))
 }
 
 /// The tasks are frozen, so no name becomes a symbolic link on the way.
@@ -117,7 +106,7 @@ fn walk(
 impl SocketName {
     /// Whether `images` have the tmpfs: CRIU leaves out those that come from outside the container.
     pub(super) fn is_dumped(&self, images: &Path) -> bool {
-        images.join(format!("tmpfs-dev-{}.tar.gz.img", self.device)).exists()
+        images.join(tmpfs::image_name(self.device)).exists()
     }
 
     /// Makes the name in a restored container, unless CRIU did; a failure is a warning.
@@ -166,14 +155,6 @@ fn os_error(error: io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_tmpfs_among_the_mounts() {
-        let line = "61 60 0:52 / /run/a\\040b rw,nosuid - tmpfs tmpfs rw,size=65536k";
-        assert_eq!(tmpfs(line), Some((52, PathBuf::from("/run/a b"))));
-        assert_eq!(tmpfs("61 60 0:52 /sub /run rw - tmpfs tmpfs rw"), None);
-        assert_eq!(tmpfs("61 60 8:1 / /run rw - ext4 /dev/sda1 rw"), None);
-    }
 
     /// Method: a name that leads out of the container by a symbolic link, and one on another kind
     /// of file system.

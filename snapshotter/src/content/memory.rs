@@ -94,14 +94,16 @@ fn place(page: u64) -> (u64, u8) {
     (page / per_block, u8::try_from(page % per_block).unwrap_or(u8::MAX))
 }
 
-/// Reads the memory of running processes into `sink`. `pids` may hold threads and processes that
-/// have ended.
+/// Reads the memory of running processes into `sink`.
 ///
-/// Errors: [`ContentError::Process`] or the sink's; the processes are never stopped.
+/// - `pids` may hold threads and processes that have ended.
+/// - `images` is what is known of the image directory before the dump ([`super::tmpfs`]).
+/// - Errors: [`ContentError::Process`] or the sink's; the processes are never stopped.
 pub fn capture_live(
     pids: &[u32],
     sink: &mut dyn Sink,
     previous: &Previous,
+    images: Option<Digest>,
 ) -> Result<Captured, ContentError> {
     let failed = |pid: u32| move |source| ContentError::Process { pid, source };
     let mut maps = Maps::new(sink, previous);
@@ -126,7 +128,7 @@ pub fn capture_live(
         maps.begin(format!("pagemap-shmem-{inode}"), Arc::default());
         maps.add_all(|visit| live::scan_shared(pid, &mapping, visit).map_err(failed(pid)))?;
     }
-    maps.finish(None)
+    maps.finish(images)
 }
 
 /// Reads CRIU's image directory into `sink`. Its pages files are moved out of it, to the directory
@@ -572,7 +574,7 @@ mod tests {
         let mut objects = Objects::default();
         let marker: Vec<u8> = (0..PAGE_BYTES * 8).map(|n| (n / 7 % 251).to_le_bytes()[0]).collect();
         let captured =
-            capture_live(&[std::process::id()], &mut objects, &Previous::default()).unwrap();
+            capture_live(&[std::process::id()], &mut objects, &Previous::default(), None).unwrap();
         assert!(captured.bytes > 0);
         // The allocation is not aligned to pages; whole pages within it are known by content.
         let start = PAGE_BYTES - marker.as_ptr() as usize % PAGE_BYTES;

@@ -24,6 +24,7 @@ pub mod layer;
 pub mod materialize;
 pub mod memory;
 pub mod object;
+pub mod tmpfs;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -18,7 +18,7 @@ use crate::content::capture::{Captured, Unchanged, capture};
 use crate::content::image::capture_image;
 use crate::content::memory::{self, Previous};
 use crate::content::object::Kind;
-use crate::content::{ContentError, Source as _, difference::difference};
+use crate::content::{ContentError, Source as _, difference::difference, tmpfs};
 use crate::host::unix_ms;
 use crate::node::Node;
 use crate::retention::record;
@@ -102,6 +102,8 @@ pub struct Subjects {
     store: Store,
     memory: Subject,
     memory_last: Option<memory::Captured>,
+    /// The files in memory of the last capture.
+    files_last: Option<Digest>,
     trees: Vec<TreeSubject>,
 }
 
@@ -127,7 +129,8 @@ impl Subjects {
             trees.push(tree(Subject::Layer(described.container.clone()), upper, None));
         }
         let memory = described.memory.clone();
-        Self { store: node.store.clone(), memory, memory_last: None, trees }
+        let store = node.store.clone();
+        Self { store, memory, memory_last: None, files_last: None, trees }
     }
 
     /// What there is to capture.
@@ -177,11 +180,27 @@ impl Subjects {
             }
         }
         if wanted(&self.memory) {
-            let mut writer = self.store.writer(lease);
-            let memory = memory::capture_live(pids, &mut writer, &self.memory_before()?)?;
-            writer.flush()?;
-            self.memory_last = Some(memory);
+            self.capture_memory(lease, pids)?;
         }
+        Ok(())
+    }
+
+    /// Captures the memory of running processes, and with it the files that only memory keeps.
+    fn capture_memory(&mut self, lease: &Lease, pids: &[u32]) -> Result<(), MigrationError> {
+        let (mut writer, before) = (self.store.writer(lease), self.memory_before()?);
+        let files = match pids.first() {
+            Some(init) => tmpfs::capture(*init, &mut writer)?,
+            None => None,
+        };
+        let tree = files.map(|files| files.tree);
+        let mut memory = memory::capture_live(pids, &mut writer, &before, tree)?;
+        writer.flush()?;
+        if let Some(files) = files {
+            memory.bytes += files.bytes;
+            memory.changed_bytes +=
+                changed_bytes(&self.store, Kind::Tree, files.tree, self.files_last)?;
+        }
+        (self.memory_last, self.files_last) = (Some(memory), tree);
         Ok(())
     }
 
@@ -215,7 +234,7 @@ impl Subjects {
     pub fn rely_on(&mut self, last: &[SnapshotId]) -> Result<(), StoreError> {
         let known: HashSet<_> = self.store.all_snapshots()?.into_iter().map(|(id, _)| id).collect();
         if !last.iter().all(|id| known.contains(id)) {
-            self.memory_last = None;
+            (self.memory_last, self.files_last) = (None, None);
             for tree in &mut self.trees {
                 (tree.unchanged, tree.last) = (Unchanged::default(), None);
             }
