@@ -18,9 +18,10 @@ const ROWS: &[&[&str]] = &[
     &["directory"],
     &["peer"],
     &["config"],
-    &["containerd", "content", "ownership", "policy", "snapshots"],
-    &["store"],
+    &["containerd", "ownership", "snapshots"],
     &["error", "host"],
+    // Crates of their own.
+    &["content", "policy", "store"],
 ];
 
 fn row(module: &str) -> Option<usize> {
@@ -94,7 +95,7 @@ fn modules_use_only_what_is_below_them() {
             .unwrap();
         checked += 1;
     }
-    assert!(checked > 80, "{checked} files are not all of the daemon");
+    assert!(checked > 60, "{checked} files are not all of the daemon");
 }
 
 #[test]

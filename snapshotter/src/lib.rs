@@ -26,7 +26,6 @@ pub mod capture;
 pub mod check;
 pub mod config;
 pub mod containerd;
-pub mod content;
 pub mod daemon;
 pub mod directory;
 pub mod error;
@@ -34,14 +33,13 @@ pub mod host;
 pub mod layers;
 pub mod migrate;
 pub mod mirror;
-#[cfg(test)]
-#[path = "../crates/disk/src/mounted.rs"]
-mod mounted;
 pub mod node;
 pub mod ownership;
 pub mod peer;
-pub mod policy;
 pub mod retention;
 pub mod snapshots;
-pub mod store;
 pub mod volumes;
+
+// Crates of their own, under the names of modules.
+pub use godwit_policy as policy;
+pub use godwit_store::{content, store};

@@ -11,9 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::Connection;
-
-/// A peer that sent less than this in a migration was not measured by it.
-pub const MEASURED_BYTES_MIN: u64 = 1 << 20;
+pub use crate::policy::predict::MEASURED_BYTES_MIN;
 
 /// Share of a new measurement in what is remembered.
 const NEW_SHARE: f64 = 0.5;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use godwit_snapshotter::policy::choose::{Candidate, Source, Wanted, choose};
+use godwit_policy::choose::{Candidate, Source, Wanted, choose};
 
 use super::parameters::ASKED_MAX;
 

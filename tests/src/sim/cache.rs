@@ -5,9 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use godwit_snapshotter::policy::place::{Neighbour, place};
-use godwit_snapshotter::policy::retain::{Kept, Rules, retain};
-use godwit_snapshotter::store::SnapshotId;
+use godwit_policy::place::{Neighbour, place};
+use godwit_policy::retain::{Kept, Rules, retain};
+use godwit_store::store::SnapshotId;
 use std::time::Duration;
 
 use super::parameters as given;

@@ -10,11 +10,11 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
 
-use godwit_snapshotter::peer::channel::MEASURED_BYTES_MIN;
-use godwit_snapshotter::policy::choose::{Candidate, Source, Wanted};
-use godwit_snapshotter::policy::predict::{RATE_UNKNOWN, to_u64, write_rate};
-use godwit_snapshotter::policy::rounds;
-use godwit_snapshotter::policy::schedule::{Budget, Schedule, ScheduleError, may_run, seed};
+use godwit_policy::choose::{Candidate, Source, Wanted};
+use godwit_policy::predict::MEASURED_BYTES_MIN;
+use godwit_policy::predict::{RATE_UNKNOWN, to_u64, write_rate};
+use godwit_policy::rounds;
+use godwit_policy::schedule::{Budget, Schedule, ScheduleError, may_run, seed};
 
 use super::asking::{Policy, duration};
 use super::cache::{Caches, Entry, Key, Traffic};

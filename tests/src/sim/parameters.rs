@@ -150,4 +150,4 @@ pub const RUN: Duration = Duration::from_secs(2 * 3600);
 pub const WARM_UP: Duration = Duration::from_secs(1800);
 
 /// Most neighbours that a policy asks for a subject, apart from those that ask one by definition.
-pub const ASKED_MAX: usize = godwit_snapshotter::policy::choose::CHOSEN_MAX;
+pub const ASKED_MAX: usize = godwit_policy::choose::CHOSEN_MAX;

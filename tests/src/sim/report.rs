@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use godwit_snapshotter::policy::schedule::ScheduleError;
+use godwit_policy::schedule::ScheduleError;
 use serde::Serialize;
 
 use super::asking::Policy;

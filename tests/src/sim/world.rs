@@ -1,7 +1,7 @@
 //! What no policy changes: nodes and their links, users and their ways, containers and what they
 //! write.
 
-use godwit_snapshotter::policy::predict::changed;
+use godwit_policy::predict::changed;
 
 use super::parameters as given;
 use super::random::{Random, noisy, unit};

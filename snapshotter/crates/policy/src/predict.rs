@@ -10,6 +10,9 @@ use std::time::Duration;
 
 use super::rounds;
 
+/// A peer that sent less than this in a migration was not measured by it.
+pub const MEASURED_BYTES_MIN: u64 = 1 << 20;
+
 /// Bytes per second of a peer that was never measured: about what a destination takes in from a
 /// fast link.
 pub const RATE_UNKNOWN: f64 = 30e6;

@@ -15,7 +15,7 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::store::SnapshotId;
+use godwit_store::store::SnapshotId;
 
 /// A snapshot is expected to be wanted again after about as long as it has rested, and after this
 /// long at least.

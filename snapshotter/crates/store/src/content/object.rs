@@ -142,7 +142,7 @@ pub struct Attributes {
 
 impl Attributes {
     /// Flags and project.
-    pub(crate) fn inode_flags(&self) -> inode::Flags {
+    pub fn inode_flags(&self) -> inode::Flags {
         inode::Flags { bits: self.flags, project: self.project }
     }
 }

@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 #[cfg(doc)]
-use crate::policy::predict::changed;
+use crate::predict::changed;
 
 /// No period is longer than this.
 pub const PERIOD_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
@@ -149,7 +149,7 @@ fn share_of(seed: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::predict::changed;
+    use crate::predict::changed;
     use proptest::prelude::*;
 
     const MIB: u64 = 1 << 20;

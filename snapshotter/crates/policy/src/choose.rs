@@ -27,7 +27,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::policy::predict::{RATE_UNKNOWN, changed};
+use crate::predict::{RATE_UNKNOWN, changed};
 
 /// Most neighbours that are asked for one subject.
 pub const CHOSEN_MAX: usize = 8;

@@ -130,7 +130,7 @@ impl From<RemoveError> for ContentError {
 /// Errors: [`ContentError::Unreadable`] for one that breaks a rule of its kind; nothing is stored.
 /// The rules are about what containers may hold as much as about our encoder, so a container that
 /// no rule foresaw ends here and not in the store.
-pub(crate) fn put_object<O: Object>(
+pub fn put_object<O: Object>(
     sink: &mut (impl Sink + ?Sized),
     object: &O,
 ) -> Result<Digest, ContentError> {
@@ -140,7 +140,7 @@ pub(crate) fn put_object<O: Object>(
 }
 
 /// Turns an error of `nix` or `std::io` into a [`ContentError::File`] with its path.
-pub(crate) fn on<E: Into<io::Error>>(
+pub fn on<E: Into<io::Error>>(
     action: &'static str,
     path: &Path,
 ) -> impl FnOnce(E) -> ContentError + use<E> {
@@ -228,14 +228,14 @@ impl Sink for crate::store::Writer {
     }
 }
 
-/// Objects in a map: the store's place in the tests of this module.
-#[cfg(test)]
-pub(crate) mod fake {
+/// Objects in a map: the store's place in the tests of this crate and of the daemon.
+pub mod fake {
     use super::*;
     use std::collections::HashMap;
 
-    #[derive(Default, Clone)]
-    pub(crate) struct Objects(pub(crate) HashMap<Digest, Vec<u8>>);
+    /// Objects by digest.
+    #[derive(Clone, Debug, Default)]
+    pub struct Objects(pub HashMap<Digest, Vec<u8>>);
 
     impl Source for Objects {
         fn object(&self, digest: &Digest) -> Result<Vec<u8>, ContentError> {
