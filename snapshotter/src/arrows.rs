@@ -19,7 +19,7 @@ const ROWS: &[&[&str]] = &[
     &["peer"],
     &["config"],
     &["containerd", "ownership", "snapshots"],
-    &["error", "host"],
+    &["error", "host", "supervise"],
     // Crates of their own.
     &["content", "policy", "store"],
 ];

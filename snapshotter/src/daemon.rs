@@ -25,6 +25,7 @@ use crate::mirror;
 use crate::node::Node;
 use crate::peer::{PING_INTERVAL, SILENCE_MAX};
 use crate::snapshots;
+use crate::supervise::{Death, Deaths, Supervisor};
 
 /// How long calls that are under way may take to end when the daemon stops; what is
 /// frozen waits for it.
@@ -40,7 +41,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .context("cannot open the snapshots")?;
     let snapshots = Arc::new(snapshots);
     let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
-    migrate::release::recover(&node)?;
+    let (supervisor, deaths) = Supervisor::new();
+    migrate::release::recover(&node, &supervisor)?;
     let sessions = Arc::new(Sessions::new(node.clone()));
 
     let run_dir = &node.config.run_dir;
@@ -51,31 +53,28 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut control_server = serve_control(&sessions, &snapshots)?;
     control_server.start().await.context("cannot serve the control socket")?;
 
-    tokio::spawn(migrate::follow::containerd(node.clone()));
-    tokio::spawn(node.clone().sweep_regularly());
-    tokio::spawn(capture::run(sessions.clone()));
+    let following = migrate::follow::containerd(node.clone(), supervisor.clone());
+    supervisor.serve("containerd", following);
+    supervisor.serve("sweeps", node.clone().sweep_regularly());
+    supervisor.serve("captures", capture::run(sessions.clone(), supervisor.clone()));
     if let Some(address) = node.config.listen {
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot listen on {address}"))?;
-        tokio::spawn(serve_peers(sessions.clone(), listener));
+        supervisor.serve("peers", serve_peers(sessions.clone(), listener));
     }
     if let Some(address) = node.config.mirror.listen {
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot serve the mirror on {address}"))?;
-        tokio::spawn(mirror::serve(node.clone(), listener));
+        supervisor.serve("mirror", mirror::serve(node.clone(), listener));
     }
     tracing::info!(node = %node.config.node, "ready");
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);
-    let publishing = tokio::spawn(node.clone().publish_until(stopped.clone()));
+    let publishing = supervisor.run("directory", node.clone().publish_until(stopped.clone()));
+    let (tell_cause, cause) = tokio::sync::oneshot::channel();
     let stop = async move {
-        let (Ok(mut term), Ok(mut int)) =
-            (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-        else {
-            return std::future::pending().await;
-        };
-        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        let _ = tell_cause.send(until_stop(deaths).await);
         let _ = stopping.send(true);
     };
     let layers = node.config.layers.fetch && !node.config.peers.is_empty();
@@ -95,7 +94,27 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     migrate::release::take_offers_back(&node).await;
     let _ = tokio::time::timeout(STOP_MAX, publishing).await;
     tracing::info!("stopped");
-    Ok(())
+    match cause.await {
+        Ok(Err(death)) => Err(death.into()),
+        Ok(Ok(())) | Err(_) => Ok(()),
+    }
+}
+
+/// Returns when a signal asks the daemon to stop. Errors: a background task died.
+async fn until_stop(mut deaths: Deaths) -> Result<(), Death> {
+    let (Ok(mut term), Ok(mut int)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return Err(deaths.next().await);
+    };
+    tokio::select! {
+        _ = term.recv() => Ok(()),
+        _ = int.recv() => Ok(()),
+        death = deaths.next() => {
+            tracing::error!("{death}; stopping");
+            Err(death)
+        }
+    }
 }
 
 /// Tells shims whether containers of this node are to have MPTCP: they do not ask the daemon.

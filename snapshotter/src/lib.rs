@@ -38,6 +38,7 @@ pub mod ownership;
 pub mod peer;
 pub mod retention;
 pub mod snapshots;
+pub mod supervise;
 pub mod volumes;
 
 // Crates of their own, under the names of modules.

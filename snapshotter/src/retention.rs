@@ -15,6 +15,7 @@ use crate::host::unix_ms;
 use crate::node::Node;
 use crate::policy::retain::{Kept, Reason, Removal, Rules, retain};
 use crate::store::{Snapshot, SnapshotId, StoreError, Thrift};
+use crate::supervise::on_thread;
 use crate::volumes::VolumeError;
 
 /// Rounds of giving up and measuring again, at most.
@@ -107,7 +108,7 @@ pub enum Lack {
 /// the disk is short. Returns what is lacking still.
 pub async fn retire_if_full(node: &Arc<Node>) -> Option<Lack> {
     let here = node.clone();
-    let done = tokio::task::spawn_blocking(move || {
+    let done = on_thread(move || {
         retire(&here)?;
         match excess(&here)? {
             None => Ok(None),
@@ -115,12 +116,12 @@ pub async fn retire_if_full(node: &Arc<Node>) -> Option<Lack> {
         }
     });
     match done.await {
-        Ok(Ok(lack)) => lack,
-        Ok(Err(error)) => {
+        Some(Ok(lack)) => lack,
+        Some(Err(error)) => {
             tracing::warn!(error = crate::error::chain(&error), "nothing was retired");
             None
         }
-        Err(_) => None,
+        None => None,
     }
 }
 

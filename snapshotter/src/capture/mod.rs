@@ -37,6 +37,7 @@ use crate::node::Node;
 use crate::policy::schedule::{may_run, seed};
 use crate::retention::{self, Lack, has_room, record};
 use crate::store::{Snapshot, SnapshotId};
+use crate::supervise::Supervisor;
 
 /// How often it is looked whether a subject is due.
 const TICK: Duration = Duration::from_secs(1);
@@ -79,11 +80,11 @@ struct Runner {
 }
 
 /// Takes, copies and retires snapshots. Runs until the daemon ends.
-pub async fn run(sessions: Arc<Sessions>) {
+pub async fn run(sessions: Arc<Sessions>, supervisor: Supervisor) {
     let node = sessions.node.clone();
     let (copies, taken) = mpsc::channel(COPIES_WAITING);
-    tokio::spawn(placement::copy(node.clone(), taken));
-    tokio::spawn(placement::tell_removals(node.clone()));
+    supervisor.serve("copies", placement::copy(node.clone(), taken));
+    supervisor.serve("removals", placement::tell_removals(node.clone()));
     let (tracked, not_before) = (HashMap::new(), Instant::now());
     let mut runner =
         Runner { node, sessions, tracked, looked: None, not_before, copies, lack: None };

@@ -11,13 +11,15 @@ use super::deletion::{Absence, LOOK_INTERVAL};
 use super::{MigrationError, request};
 use crate::containerd::{Event, EventKind};
 use crate::node::Node;
+use crate::supervise::Supervisor;
 
 /// How long until what an earlier daemon left is seen to again.
 const RECOVER_PAUSE: Duration = Duration::from_secs(10);
 
 /// Follows containerd: what is deleted there is forgotten here. Runs until the daemon ends.
-pub async fn containerd(node: Arc<Node>) {
-    let mut follower = Follower { node, absence: Absence::default(), has_recovered: false };
+pub async fn containerd(node: Arc<Node>, supervisor: Supervisor) {
+    let mut follower =
+        Follower { node, supervisor, absence: Absence::default(), has_recovered: false };
     loop {
         if let Err(error) = follower.follow().await {
             tracing::warn!(error = error.chain(), "lost containerd; trying again");
@@ -29,6 +31,7 @@ pub async fn containerd(node: Arc<Node>) {
 
 struct Follower {
     node: Arc<Node>,
+    supervisor: Supervisor,
     absence: Absence,
     /// Whether what an earlier daemon left in containerd is being seen to.
     has_recovered: bool,
@@ -50,7 +53,7 @@ impl Follower {
         let uuid = self.node.containerd.uuid().await?;
         self.absence.forget_deleted(&self.node, &uuid).await?;
         if !std::mem::replace(&mut self.has_recovered, true) {
-            tokio::spawn(recover_containers(self.node.clone()));
+            self.supervisor.run("recovery", recover_containers(self.node.clone()));
         }
         loop {
             match tokio::time::timeout(LOOK_INTERVAL, events.next()).await {

@@ -21,6 +21,7 @@ use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::Connection;
 use crate::retention::{admitted, record};
 use crate::store::Lease;
+use crate::supervise::Supervisor;
 
 /// Attempts to thaw: a dump that hangs holds the container until its watchdog ends it.
 const THAWS_MAX: u32 = 300;
@@ -130,18 +131,22 @@ pub(super) async fn ask_owner(node: &Node, there: &str) -> Result<(String, Epoch
 }
 
 /// Goes on after a restart with what the journal holds: an offer is taken back, a release is settled.
-pub fn recover(node: &Arc<Node>) -> Result<(), MigrationError> {
+pub fn recover(node: &Arc<Node>, supervisor: &Supervisor) -> Result<(), MigrationError> {
     for (container, entry) in node.journal.containers()? {
         let node = node.clone();
         match entry.ownership {
             Ownership::Offered(epoch, _) => {
-                tokio::spawn(async move { take_offer_back(&node, &container, epoch).await });
+                supervisor.run("taking back an offer", async move {
+                    take_offer_back(&node, &container, epoch).await;
+                });
             }
             Ownership::Released(..) if !entry.let_go => {
-                tokio::spawn(async move { settle_later(&node, &container, None).await });
+                supervisor.run("settling a release", async move {
+                    settle_later(&node, &container, None).await;
+                });
             }
             Ownership::Owner(_) if entry.frozen => {
-                tokio::spawn(async move { thaw(&node, &container).await });
+                supervisor.run("thawing", async move { thaw(&node, &container).await });
             }
             Ownership::Released(..)
             | Ownership::Owner(_)

@@ -28,6 +28,7 @@ use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
 use crate::peer::shunned::Shunned;
 use crate::store::{Options, SnapshotId, Store, StoreError, SweepReport, Thrift};
+use crate::supervise::on_thread;
 use crate::volumes::fetch::Fetcher;
 use crate::volumes::{VolumeError, Volumes};
 pub use events::Events;
@@ -200,12 +201,12 @@ impl Node {
                 node.store.leftovers().retry();
                 node.sweep(Thrift::Usual)
             };
-            match tokio::task::spawn_blocking(work).await {
-                Ok(Ok(report)) => tracing::info!(?report, "swept"),
-                Ok(Err(error)) => {
+            match on_thread(work).await {
+                Some(Ok(report)) => tracing::info!(?report, "swept"),
+                Some(Err(error)) => {
                     tracing::info!(error = crate::error::chain(&error), "not swept");
                 }
-                Err(_) => return,
+                None => return,
             }
         }
     }
@@ -224,12 +225,12 @@ impl Node {
         while !*stopped.borrow() {
             changed.mark_unchanged();
             let node = self.clone();
-            match tokio::task::spawn_blocking(move || node.held()).await {
-                Ok(Ok(held)) => self.directory.publish(held).await,
-                Ok(Err(error)) => {
+            match on_thread(move || node.held()).await {
+                Some(Ok(held)) => self.directory.publish(held).await,
+                Some(Err(error)) => {
                     tracing::warn!(error = crate::error::chain(&error), "nothing is published");
                 }
-                Err(_) => break,
+                None => break,
             }
             tokio::select! {
                 _ = tokio::time::timeout(renewal, changed.changed()) => {}
