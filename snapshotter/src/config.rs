@@ -45,6 +45,9 @@ pub struct Config {
     /// containerd's state directory, below which the bundles of running containers lie.
     #[serde(default = "default_containerd_state")]
     pub containerd_state: PathBuf,
+    /// containerd's root directory, which is flushed before a source removes what moved here.
+    #[serde(default = "default_containerd_root")]
+    pub containerd_root: PathBuf,
     /// The other nodes of the site.
     #[serde(default)]
     pub peers: Vec<Peer>,
@@ -380,6 +383,10 @@ fn default_run_dir() -> PathBuf {
 
 fn default_containerd_socket() -> PathBuf {
     "/run/containerd/containerd.sock".into()
+}
+
+fn default_containerd_root() -> PathBuf {
+    "/var/lib/containerd".into()
 }
 
 fn default_containerd_state() -> PathBuf {

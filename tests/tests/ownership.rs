@@ -4,11 +4,14 @@
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use godwit_protos::peer::peer_client::PeerClient;
+use godwit_protos::peer::{self, Begin, Release, Stop, ToSource, from_source, to_source};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::workload::{self, Container};
-use godwit_tests::{Bed, BedOptions, Node};
+use godwit_tests::{Bed, BedOptions, Node, criu};
+use serde_json::Value;
 
 /// The nodes that all tests share; torn down at exit.
 static BED: LazyLock<Bed> = LazyLock::new(|| {
@@ -51,6 +54,13 @@ fn move_by_annotation(name: &str, renamed: &str) -> Result<()> {
 
 fn is_fenced(name: &str) -> bool {
     source().path(format!("/var/lib/godwit/fences/default/{name}")).exists()
+}
+
+/// Waits until containerd reaches the snapshotter again after its daemon was started: it backs off meanwhile.
+fn snapshotter_answers(at: &Node) -> Result<()> {
+    wait_until("containerd reaches the snapshotter", SOON, || {
+        Ok(at.run(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?.succeeded())
+    })
 }
 
 fn remove(at: &Node, name: &str) -> Result<()> {
@@ -124,6 +134,112 @@ fn a_container_that_was_created_again_while_the_daemon_was_away_is_not_fenced() 
     wait_until("the fence ends", SOON, || Ok(!is_fenced(name)))?;
     node.ok(&["ctr", "tasks", "start", "-d", name])?;
     ensure!(workload::task(node, name)?.as_deref() == Some("RUNNING"), "it does not run");
+    snapshotter_answers(node)?;
     remove(node, name)?;
     remove(destination(), renamed)
+}
+
+/// What a node's journal says of a container, in one word.
+fn state(at: &Node, name: &str) -> Result<Option<String>> {
+    let status = at.ok(&["godwit", "--output", "json", "status"])?;
+    let status: Value = serde_json::from_str(&status).with_context(|| status.clone())?;
+    let all = status["ownership"].as_array().context("a list")?.iter();
+    let mut of_name = all.filter(|one| one["container"] == format!("default/{name}"));
+    Ok(of_name.next().and_then(|one| one["state"].as_str()).map(str::to_owned))
+}
+
+/// Method: CRIU takes its time at the destination. Shortly before it is done, what the source sends does
+/// not arrive any more, so that the destination asks for the release and never hears of it; then all of
+/// its processes die.
+#[test]
+fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -> Result<()> {
+    let name = "claimed";
+    let (from, to) = (source(), destination());
+    idle(name).start(from)?;
+    // It is called more than once; a silent connection counts as dead after 4 s at the earliest.
+    criu::slow(to, 1)?;
+    let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
+    let (logged, logged_there) = (to.log_end("daemon"), from.log_end("daemon"));
+    let mut running = to.spawn(&words, "migrate-claimed")?;
+    wait_until("the restore begins", SOON, || {
+        Ok(to.log_since("daemon", logged).contains("restoring"))
+    })?;
+    let deaf = format!(
+        "nft add table inet deaf; nft 'add chain inet deaf in {{ type filter hook input priority 0; }}'; \
+         nft add rule inet deaf in ip saddr {} drop",
+        from.address()
+    );
+    to.sh(&deaf)?;
+    wait_until("the source has released it", SOON, || {
+        Ok(state(from, name)?.as_deref() == Some("released"))
+    })
+    .with_context(|| from.log_since("daemon", logged_there) + &to.log_since("daemon", logged))?;
+    to.kill_daemon()?;
+    to.sh(&format!(
+        "for one in /proc/[0-9]*; do tr '\\0' ' ' <$one/cmdline | grep -q -- '[s]him-godwit.* -id {name}' \
+         && kill -9 ${{one#/proc/}} || true; done 2>/dev/null"
+    ))?;
+    ensure!(running.wait(SOON)? != 0, "it was migrated");
+    std::thread::sleep(Duration::from_secs(2));
+    ensure!(workload::task(from, name)?.as_deref() == Some("PAUSED"), "nobody knows yet");
+
+    to.sh("nft delete table inet deaf")?;
+    criu::normal(to)?;
+    to.start_daemon()?;
+    wait_until("the source runs it again", Duration::from_secs(60), || {
+        Ok(workload::task(from, name)?.as_deref() == Some("RUNNING"))
+    })?;
+    ensure!(state(from, name)?.as_deref() == Some("owner"), "{:?}", state(from, name)?);
+    ensure!(state(to, name)?.is_none(), "{:?}", state(to, name)?);
+    let gone = || Ok(!to.ok(&["ctr", "containers", "ls", "-q"])?.contains(name));
+    wait_until("nothing is left of it", Duration::from_secs(120), gone)?;
+
+    // A namesake of what was given back can move like any other.
+    remove(from, name)?;
+    snapshotter_answers(to)?;
+    idle(name).start(to)?;
+    workload::migrated(to, name, to, from, &[])?;
+    ensure!(workload::task(from, name)?.as_deref() == Some("RUNNING"), "it does not run");
+    remove(from, name)
+}
+
+/// Method: a client that is none of the nodes begins a session in the name of one, has the container
+/// stopped, asks for its release, and goes away.
+#[test]
+fn messages_of_a_stranger_freeze_nothing() -> Result<()> {
+    let name = "strangers";
+    idle(name).start(source())?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let at = format!("http://{}:{}", source().address(), godwit_tests::deploy::PEER_PORT);
+    let talk = async {
+        let mut client = PeerClient::connect(at).await?;
+        let named = peer::Container { namespace: "default".to_owned(), id: name.to_owned() };
+        let begin = Begin {
+            container: Some(named.clone()),
+            destination: destination().name().to_owned(),
+            r#as: Some(named),
+            ..Begin::default()
+        };
+        let messages = [
+            to_source::Message::Begin(begin),
+            to_source::Message::Stop(Stop::default()),
+            to_source::Message::Release(Release { epoch: 1 }),
+        ];
+        let messages = messages.map(|message| ToSource { message: Some(message) });
+        let answer = client.hand_off(tokio_stream::iter(messages)).await?;
+        let mut answer = answer.into_inner();
+        let mut refused = None;
+        while let Ok(Some(message)) = answer.message().await {
+            if let Some(from_source::Message::Refusal(refusal)) = message.message {
+                refused = Some(refusal);
+            }
+        }
+        refused.context("a refusal")
+    };
+    let refusal = BED.as_client(|| runtime.block_on(talk))?;
+    ensure!(refusal.detail.contains("does not confirm"), "{refusal:?}");
+    ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "it does not run");
+    ensure!(state(source(), name)?.is_none(), "{:?}", state(source(), name)?);
+    ensure!(!is_fenced(name), "it is fenced");
+    remove(source(), name)
 }

@@ -14,11 +14,11 @@ use godwit_protos::control::{
     Container, Control, CreateSnapshotRequest, CreateVolumeRequest, DeleteSnapshotRequest, Empty,
     ExportVolumeRequest, ImportVolumeRequest, ListPeersResponse, ListSnapshotsResponse,
     ListVolumesResponse, MigrateRequest, OwnershipEntry, Peer, PinSnapshotRequest, PlanResponse,
-    Progress, RemoveVolumeRequest, ResolveVolumesRequest, ResolveVolumesResponse,
-    RestoreSnapshotRequest, SettleRequest, Snapshot, StatusResponse, SweepResponse,
-    VerifyVolumeRequest, Volume,
+    Progress, RemoveVolumeRequest, ResolveRequest, ResolveResponse, ResolveVolumesRequest,
+    ResolveVolumesResponse, RestoreSnapshotRequest, SettleRequest, Snapshot, StatusResponse,
+    SweepResponse, VerifyVolumeRequest, Volume,
 };
-use godwit_protos::{ContainerRef, FileSystem, MigrateFrom, Subject, VolumeSource, peer};
+use godwit_protos::{ContainerRef, FileSystem, MigrateFrom, Subject, VolumeSource, control, peer};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 use ttrpc::{Code, Error, get_status};
 
@@ -27,8 +27,10 @@ use crate::check;
 use crate::error::chain;
 use crate::host::unix_ms;
 use crate::migrate::destination::{self, Acquire, Acquired, Sessions, Settings, Settlement};
-use crate::migrate::{MigrationError, Next, cut, describe, plan, restore, subjects};
+use crate::migrate::resolve::Verdict;
+use crate::migrate::{MigrationError, Next, cut, describe, plan, resolve, restore, subjects};
 use crate::node::Node;
+use crate::ownership::Ownership;
 use crate::peer::Connection;
 use crate::snapshots::Snapshots;
 use crate::store::{SnapshotId, StoreError, Thrift};
@@ -360,7 +362,7 @@ impl Control for Service {
                 named.namespace = container.namespace().to_owned();
                 named.id = container.id().to_owned();
                 line.container = Some(named).into();
-                line.state = entry.ownership.word().to_owned();
+                line.state = state(&entry.ownership).into();
                 line.epoch = entry.epoch().0;
                 line.peer = entry.ownership.peer().unwrap_or_default().to_owned();
                 line
@@ -557,12 +559,43 @@ impl Control for Service {
         Ok(answer)
     }
 
+    async fn resolve(
+        &self,
+        _context: &TtrpcContext,
+        asked: ResolveRequest,
+    ) -> ttrpc::Result<ResolveResponse> {
+        let verdict = match asked.verdict.enum_value_or_default() {
+            control::Verdict::VERDICT_RAN => Verdict::Ran,
+            control::Verdict::VERDICT_NEVER_RAN => Verdict::NeverRan,
+            control::Verdict::VERDICT_UNSPECIFIED => return Err(invalid("no verdict")),
+        };
+        let wanted = container(&asked.container)?;
+        let resolved = resolve::resolve(&self.sessions, &wanted, verdict, asked.is_confirmed).await;
+        let resolved = resolved.map_err(|error| migration_error(&error))?;
+        let mut answer = ResolveResponse::new();
+        answer.epoch = resolved.epoch.0;
+        (answer.here, answer.peer, answer.there) = (resolved.here, resolved.peer, resolved.there);
+        answer.risk = resolved.risk.to_owned();
+        Ok(answer)
+    }
+
     async fn sweep(&self, _context: &TtrpcContext, _asked: Empty) -> ttrpc::Result<SweepResponse> {
         let report = self.blocking(|node| node.sweep(Thrift::Usual)).await?;
         let mut answer = SweepResponse::new();
         answer.freed_bytes = report.bytes_freed;
         answer.kept_objects = report.objects_kept;
         Ok(answer)
+    }
+}
+
+fn state(ownership: &Ownership) -> control::Ownership {
+    match ownership {
+        Ownership::Owner(_) => control::Ownership::OWNERSHIP_OWNER,
+        Ownership::Offered(..) => control::Ownership::OWNERSHIP_OFFERED,
+        Ownership::Released(..) => control::Ownership::OWNERSHIP_RELEASED,
+        Ownership::Moved(..) => control::Ownership::OWNERSHIP_MOVED,
+        Ownership::Claiming(..) => control::Ownership::OWNERSHIP_CLAIMING,
+        Ownership::Granted(..) => control::Ownership::OWNERSHIP_GRANTED,
     }
 }
 

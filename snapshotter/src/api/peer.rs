@@ -15,7 +15,7 @@ use godwit_protos::peer::{
     ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest,
     ToSource,
 };
-use godwit_protos::{ContainerRef, Digest, MigrateFrom};
+use godwit_protos::{ContainerRef, Digest, MigrateFrom, peer};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -23,11 +23,14 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::capture::placement::{self, Keeper};
 use crate::containerd::ClientError;
 use crate::directory::{Query, neighbours};
+use crate::error::chain;
 use crate::host::load;
 use crate::layers::make::Maker;
 use crate::migrate::destination::{Sessions, Settings};
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
 use crate::node::Node;
+use crate::ownership::journal::JournalError;
+use crate::ownership::{Epoch, Ownership};
 use crate::peer::{
     BATCH_BYTES, MESSAGE_BYTES_MAX, OBJECTS_PER_REQUEST_MAX, Version, stored_object,
 };
@@ -265,23 +268,21 @@ impl Peer for Service {
     }
 
     async fn ownership(&self, request: Request<OwnershipRequest>) -> Answer<OwnershipResponse> {
-        let container = named(request.into_inner().container)?;
-        let entry = self.node.journal.container(&container);
-        let entry = entry.map_err(|error| Status::internal(error.to_string()))?;
-        Ok(Response::new(match entry {
-            None => OwnershipResponse { state: "unknown".to_owned(), epoch: 0 },
-            // Its tasks may still be held: not yet a reason to let go at the source.
-            Some(entry)
-                if entry.ownership.word() == "owner"
-                    && !entry.resumed
-                    && entry.session.is_some() =>
-            {
-                OwnershipResponse { state: "claiming".to_owned(), epoch: entry.epoch().0 }
-            }
-            Some(entry) => OwnershipResponse {
-                state: entry.ownership.word().to_owned(),
-                epoch: entry.epoch().0,
-            },
+        let request = request.into_inner();
+        let container = named(request.container)?;
+        let failed = |error: JournalError| Status::internal(chain(&error));
+        let ledger = self.node.journal.ledger(&container).map_err(failed)?;
+        let entry = self.node.journal.container(&container).map_err(failed)?;
+        let epoch = Epoch(request.epoch);
+        let ended = ledger.ended.get(&epoch).map(|ended| ended.peer.clone());
+        let open = ledger.state.as_ref().filter(|state| state.epoch() == epoch);
+        let open = open.and_then(Ownership::peer).map(str::to_owned);
+        let incarnation = entry.and_then(|entry| entry.incarnation);
+        Ok(Response::new(OwnershipResponse {
+            fate: peer::Fate::from(ledger.fate(epoch, &request.peer)).into(),
+            epoch: ledger.last().0,
+            recipient: ended.or(open).unwrap_or_default(),
+            incarnation: incarnation.map(|one| one.to_string()).unwrap_or_default(),
         }))
     }
 

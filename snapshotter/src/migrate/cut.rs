@@ -161,7 +161,7 @@ async fn take_here(
         entry.incarnation = Some(incarnation);
         entry.frozen = true;
     });
-    let epoch = offered?.epoch();
+    let epoch = offered?;
     let shared = (&subjects, &lease);
     let frozen = freeze_and_dump(node, &described, shared, &directory).await;
     take_offer_back(node, container, epoch).await;

@@ -70,14 +70,10 @@ impl Absence {
     }
 }
 
-/// Whether the entry of a deleted container may end. What is being handed over is settled first, and a
-/// container that was never let run here stays known as such: its source may yet ask.
+/// Whether the entry of a deleted container may end. What is being handed over is settled first; a
+/// released container that was deleted is given away.
 fn may_be_forgotten(entry: &Entry) -> bool {
-    match entry.ownership {
-        Ownership::Offered(..) | Ownership::Claiming(..) | Ownership::Returned(..) => false,
-        Ownership::Owner(_) => entry.session.is_none() || entry.resumed,
-        Ownership::Released(..) => true,
-    }
+    !entry.ownership.is_open() || matches!(entry.ownership, Ownership::Released(..))
 }
 
 /// Which container of this name containerd has. Errors: also that it has none.

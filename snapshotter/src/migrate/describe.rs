@@ -167,8 +167,9 @@ impl Described {
             return Err(MigrationError::NotRunning { container: container.clone(), status });
         }
         let entry = node.journal.container(container)?;
-        if let Some(Ownership::Offered(_, to) | Ownership::Released(_, to)) =
-            entry.map(|entry| entry.ownership)
+        if let Some(
+            Ownership::Offered(_, to) | Ownership::Released(_, to) | Ownership::Moved(_, to),
+        ) = entry.map(|entry| entry.ownership)
         {
             return Err(MigrationError::Busy { container: container.clone(), to });
         }

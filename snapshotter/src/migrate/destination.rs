@@ -22,12 +22,14 @@ use godwit_protos::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::MigrationError;
 use super::session::begin;
 use super::spec::Outline;
+use super::{MigrationError, arrival};
 use crate::content::object::Kind;
 use crate::directory::{Entry, Joined, Lookup, Query};
 use crate::node::Node;
+use crate::ownership::fate::{AtDestination, Fate};
+use crate::ownership::journal::JournalError;
 use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::channel::MEASURED_BYTES_MIN;
 use crate::peer::fetch::{Peers, Standings};
@@ -42,6 +44,9 @@ pub(super) const NEIGHBOUR_MAX: Duration = Duration::from_secs(2);
 
 /// How long the source has to answer a hello.
 const SOURCE_MAX: Duration = Duration::from_secs(10);
+
+/// Pause between questions for a lost answer to a release.
+const ASK_PAUSE: Duration = Duration::from_millis(300);
 
 /// How long a lost answer to a release is asked for again.
 const RELEASE_RETRY_MAX: Duration = Duration::from_secs(45);
@@ -244,6 +249,11 @@ impl Sessions {
         !self.live().is_empty()
     }
 
+    /// Whether this container is coming here.
+    pub(super) fn is_live(&self, container: &ContainerRef) -> bool {
+        self.live().contains_key(container)
+    }
+
     /// What the next session of the container is called in events.
     pub(super) fn name_next(&self, container: &ContainerRef, migration: &str) {
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
@@ -373,22 +383,21 @@ pub async fn settle(sessions: &Sessions, session: &str, settlement: Settlement) 
     }
     if let Some((container, entry)) = journalled(node, session) {
         let ran = settlement.running || settlement.may_have_run;
-        let outcome = match (&entry.ownership, &entry.migrate_from, ran) {
-            (_, _, true) => {
-                if let Err(error) = node.volumes.arrived(&container) {
-                    tracing::error!(%container, %error, "cannot journal its volumes");
-                }
-                node.journal.mark_resumed(&container)
+        let outcome = match (&entry.ownership, ran) {
+            (Ownership::Granted(..), true) => arrival::ran(node, &container).map(|epoch| {
+                epoch.into_iter().for_each(|epoch| {
+                    arrival::make_durable_later(node, &container, epoch);
+                });
+            }),
+            // What was not granted did not run, whatever its shim says.
+            (Ownership::Granted(epoch, _), false) | (Ownership::Claiming(epoch, _), _) => {
+                give_back(node, &container, *epoch).map_err(Into::into)
             }
-            (Ownership::Claiming(epoch, _) | Ownership::Owner(epoch), Some(from), false)
-                if !entry.resumed =>
-            {
-                give_back(node, &container, *epoch, from.clone())
-            }
-            (_, _, false) => Ok(()),
+            _ => Ok(()),
         };
         if let Err(error) = outcome {
-            tracing::error!(%container, %error, "cannot journal how the restore ended");
+            let error = error.chain();
+            tracing::error!(%container, error, "cannot journal how the restore ended");
         }
     }
 }
@@ -405,9 +414,8 @@ pub(super) fn give_back(
     node: &Node,
     container: &ContainerRef,
     epoch: Epoch,
-    to: String,
-) -> Result<(), crate::ownership::journal::JournalError> {
-    node.journal.apply(container, &Event::GiveBack(epoch, to), |_| {}).map(drop)
+) -> Result<(), JournalError> {
+    node.journal.apply(container, &Event::GiveBack(epoch), |_| {}).map(drop)
 }
 
 /// A claim after a restart: what the journal says, and the source if the answer to the release was lost.
@@ -416,7 +424,7 @@ async fn claim_from_journal(node: &Node, session: &str) -> Result<(), String> {
         return Err("the migration is over; the container runs at its source".to_owned());
     };
     match entry.ownership {
-        Ownership::Owner(_) => Ok(()),
+        Ownership::Owner(_) | Ownership::Granted(..) => Ok(()),
         Ownership::Claiming(epoch, from) => ask_again(node, &container, epoch, &from).await,
         other => Err(format!("the container is {} here", other.word())),
     }
@@ -431,29 +439,31 @@ pub(super) async fn ask_again(
 ) -> Result<(), String> {
     let deadline = Instant::now() + RELEASE_RETRY_MAX;
     loop {
-        let answer = super::release::ask_owner(node, from).await;
-        match answer {
-            Ok((state, at)) if state == "released" && at == epoch => {
-                let granted = node.journal.apply(container, &Event::Granted(epoch), |_| {});
-                return granted.map(drop).map_err(|error| error.to_string());
-            }
-            Ok((state, _)) if state != "offered" => {
-                let given = give_back(node, container, epoch, from.to_owned());
-                given.map_err(|error| error.to_string())?;
-                return Err(format!("the source did not release it: it is {state} there"));
-            }
-            Ok(_) => {}
+        let answer = super::release::ask(node, from, epoch, container).await;
+        let answer = match answer {
+            Ok(fate) => Some(fate),
             Err(error) => {
                 tracing::warn!(%container, error = error.chain(), "asking for the release again");
+                None
             }
+        };
+        let next = Fate::at_destination(answer, Instant::now() > deadline);
+        if let Some(event) = next.event(epoch) {
+            let journalled = node.journal.apply(container, &event, |_| {});
+            journalled.map_err(|error| error.to_string())?;
         }
-        if Instant::now() > deadline {
+        match (next, answer) {
+            (AtDestination::Grant, _) => return Ok(()),
+            (AtDestination::GiveBack, Some(fate)) => {
+                return Err(format!("the source did not release it: there it is {fate}"));
+            }
             // Nothing has run and nothing will: should the source have released it, it may run it again.
-            let given = give_back(node, container, epoch, from.to_owned());
-            given.map_err(|error| error.to_string())?;
-            return Err("the source does not say whether it released the container".to_owned());
+            (AtDestination::GiveBack, None) => {
+                let reason = "the source does not say whether it released the container";
+                return Err(reason.to_owned());
+            }
+            (AtDestination::AskAgain, _) => tokio::time::sleep(ASK_PAUSE).await,
         }
-        tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
 

@@ -9,6 +9,7 @@
 //! What is promised on failure is in [`crate::ownership`] (never two runners) and [`source`] (frozen, not killed, until the
 //! destination runs); docs/failure-model.md has the table.
 
+mod arrival;
 pub mod choice;
 pub mod cut;
 pub mod deletion;
@@ -18,6 +19,7 @@ mod fit;
 pub mod follow;
 pub mod image;
 pub mod layout;
+mod let_go;
 mod line;
 mod links;
 pub mod obstacles;
@@ -27,6 +29,7 @@ mod record;
 pub mod release;
 pub mod report;
 pub mod request;
+pub mod resolve;
 pub mod restore;
 pub mod session;
 pub mod shim;
@@ -42,6 +45,7 @@ use godwit_protos::{ContainerRef, Digest, ParseDigestError, ParseNameError};
 use crate::containerd::ClientError;
 use crate::content::ContentError;
 use crate::node::Node;
+use crate::ownership::fate::Fate;
 use crate::peer::PeerError;
 use crate::peer::fetch::FetchError;
 use crate::store::{SnapshotId, StoreError};
@@ -176,6 +180,24 @@ pub enum MigrationError {
         code: String,
         /// Its words.
         detail: String,
+    },
+    /// The node that is to get the container does not claim it.
+    #[error(
+        "node {node} does not confirm that it asks for the container: its journal says {fate}; nothing was frozen"
+    )]
+    Unconfirmed {
+        /// The destination.
+        node: String,
+        /// What it says.
+        fate: Fate,
+    },
+    /// What a person says of a hand-off is contradicted, or there is nothing to say.
+    #[error("container {container} cannot be resolved so: {why}")]
+    Unresolvable {
+        /// Which.
+        container: ContainerRef,
+        /// Why not.
+        why: &'static str,
     },
     /// The other side ended the migration.
     #[error("aborted by the destination: {0}")]

@@ -1,41 +1,92 @@
 //! How an offer ends at the source: taken back, given away for good, or run here again.
 //!
-//! Before the release an offer is taken back by a thaw. After it only the destination's word counts: that the tasks have run
-//! there ([`Remembered::let_go`] ends them here), or that they never did ([`take_back`]). If that word was lost,
-//! [`settle_later`] asks for it until it comes; [`recover`] goes on with that after a restart. A destination whose journal
-//! does not know the container answers neither, and the container stays frozen and fenced for an operator to decide.
+//! Before the release an offer is taken back by a thaw. After it only the destination's answer counts
+//! ([`Fate::at_source`]): that the tasks ran there and all that they need is on its disk
+//! ([`Remembered::let_go`] ends them here), or that they never ran ([`take_back`]). [`settle_later`] asks
+//! until it gets one of the two; [`recover`] goes on with that after a restart. While the destination
+//! gives neither, the container stays frozen and fenced, and `godwit resolve` lets a person decide.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protos::peer::OwnershipRequest;
-use godwit_protos::{ContainerRef, MigrateFrom, VolumeId};
+use godwit_protos::{ContainerRef, MigrateFrom};
 
 use super::MigrationError;
+use super::arrival;
+use super::let_go::Remembered;
 use super::shim::Shim;
-use super::subjects::{Version, newest};
+use crate::containerd::TaskStatus;
 use crate::node::Node;
-use crate::ownership::journal::Entry;
+use crate::ownership::fate::{AtSource, Fate, Recovery};
+use crate::ownership::journal::JournalError;
 use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::Connection;
-use crate::retention::{admitted, record};
-use crate::store::Lease;
 use crate::supervise::Supervisor;
 
-/// Attempts to thaw: a dump that hangs holds the container until its watchdog ends it.
-const THAWS_MAX: u32 = 300;
+/// Pauses between attempts to thaw or to ask double from the first to the last.
+const PAUSE_FIRST: Duration = Duration::from_millis(50);
+const PAUSE_LAST: Duration = Duration::from_secs(30);
 
-/// Pause between them.
-const THAW_PAUSE: Duration = Duration::from_secs(2);
+/// How long a peer has to say what became of a hand-off.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// How long a daemon that is told to stop tries to thaw a container.
+const STOP_MAX: Duration = Duration::from_secs(5);
 
 /// Takes an offer back: 1. journal, 2. thaw, 3. journal that it is thawed. On open: what is ours and frozen is thawed.
 ///
-/// The journal decides, not the caller: what is not `Offered` any more is left as it is.
+/// The journal decides, not the caller: what is not `Offered` any more is left as it is. Where the
+/// journal cannot be written, the container is thawed first: it was not released, which no other than
+/// the caller can do, and on open the offer is taken back.
 pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
-    match node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
-        Ok(_) => thaw(node, container).await,
-        Err(error) => tracing::warn!(%container, %error, "the offer cannot be taken back"),
+    let mut pause = PAUSE_FIRST;
+    loop {
+        match node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
+            Ok(_) => return thaw(node, container).await,
+            Err(error @ JournalError::OutOfPhase { .. }) => {
+                tracing::warn!(%container, %error, "the offer cannot be taken back");
+                return;
+            }
+            Err(error) => {
+                let error = crate::error::chain(&error);
+                tracing::error!(%container, error, "the journal fails; thawing nevertheless");
+                thaw(node, container).await;
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE_LAST);
+    }
+}
+
+/// Ends an offer whose release could not be journalled for certain: the destination was refused, but the
+/// disk may have the release.
+///
+/// Nothing runs here until either the journal can be read again, which then decides, or the destination
+/// has journalled that it will never run it.
+pub(super) async fn withdraw_release(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+    epoch: Epoch,
+    remembered: Remembered,
+    there: &MigrateFrom,
+) {
+    let mut pause = PAUSE_FIRST;
+    loop {
+        match node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
+            Ok(_) => return thaw(node, container).await,
+            Err(JournalError::OutOfPhase { .. }) => {
+                return settle_later(node, container, Some(remembered)).await;
+            }
+            Err(error) => {
+                tracing::error!(%container, error = crate::error::chain(&error), "the journal fails");
+            }
+        }
+        if let Ok(Fate::NeverRan) = ask(node, &there.to_string(), epoch, container).await {
+            thaw(node, container).await;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE_LAST);
     }
 }
 
@@ -50,187 +101,145 @@ pub(super) async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoc
 
 /// Thaws a container that is ours until it succeeds, or until there is nothing left to thaw.
 async fn thaw(node: &Node, container: &ContainerRef) {
-    for attempt in 0..THAWS_MAX {
-        let thawed = match Shim::find(&node.config, container) {
-            Ok(shim) => shim.thaw(container.id()).await,
-            Err(error) => {
-                tracing::warn!(%container, error = error.chain(), "nothing to thaw");
-                Ok(())
-            }
-        };
-        match thawed {
-            Ok(()) => {
-                if let Err(error) = node.journal.note(container, |entry| entry.frozen = false) {
-                    tracing::error!(%container, %error, "cannot journal the thaw; it is repeated");
-                }
-                return;
-            }
-            Err(error) => {
-                tracing::error!(%container, attempt, error = error.chain(), "cannot thaw");
-            }
-        }
-        tokio::time::sleep(THAW_PAUSE).await;
+    let mut pause = PAUSE_FIRST;
+    while let Err(error) = thaw_once(node, container).await {
+        tracing::error!(%container, error = error.chain(), "cannot thaw; trying again");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE_LAST);
+    }
+    if let Err(error) = node.journal.note(container, |entry| entry.frozen = false) {
+        tracing::error!(%container, %error, "cannot journal the thaw; it is repeated");
     }
 }
 
-/// Asks the destination how the restore of a released container ended, until it answers.
+/// Errors: it is frozen, as far as is known.
+async fn thaw_once(node: &Node, container: &ContainerRef) -> Result<(), MigrationError> {
+    let thawed = match Shim::find(&node.config, container) {
+        Ok(shim) => shim.thaw(container.id()).await,
+        Err(error) => Err(error),
+    };
+    let Err(error) = thawed else { return Ok(()) };
+    // Deleted, or ended, while it was frozen.
+    match node.containerd.task(container.namespace(), container.id()).await {
+        Ok(None) => tracing::warn!(%container, "nothing to thaw: it has no task"),
+        Ok(Some(task)) if task.status == TaskStatus::Stopped => {
+            tracing::warn!(%container, "nothing to thaw: its task has ended");
+        }
+        _ => return Err(error),
+    }
+    Ok(())
+}
+
+/// Asks the destination how the hand-off of a released container ended, until its answer ends it here.
 pub(super) async fn settle_later(
     node: &Arc<Node>,
     container: &ContainerRef,
-    remembered: Option<Remembered>,
+    mut remembered: Option<Remembered>,
 ) {
-    let mut pause = Duration::from_millis(200);
+    let (mut pause, mut last) = (PAUSE_FIRST, None);
     loop {
         tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(30));
+        pause = (pause * 2).min(PAUSE_LAST);
         let entry = match node.journal.container(container) {
-            Ok(Some(entry)) => match entry.ownership.clone() {
-                Ownership::Released(epoch, to) => (epoch, to, entry),
-                _ => return,
-            },
+            Ok(Some(entry)) => entry,
             Ok(None) => return,
             Err(error) => {
-                tracing::error!(%container, %error, "journal");
+                tracing::error!(%container, error = crate::error::chain(&error), "journal");
                 continue;
             }
         };
-        let answer = ask_owner(node, &entry.1).await;
-        let answer =
-            answer.map(|(state, epoch)| if epoch < entry.0 { "unknown".to_owned() } else { state });
-        match answer.as_deref() {
-            // The node that gave it on has owned it.
-            Ok("owner" | "offered" | "released") => {
-                let remembered = match remembered {
-                    Some(remembered) => remembered,
-                    None => Remembered::after_restart(container, &entry.1, &entry.2),
-                };
-                return remembered.let_go(node).await;
-            }
-            Ok("returned") => return take_back(node, container, entry.0).await,
-            Ok(state) => tracing::info!(%container, state, "waiting for the destination"),
+        let Ownership::Released(epoch, to) = entry.ownership.clone() else { return };
+        let fate = match ask(node, &to, epoch, container).await {
+            Ok(fate) => fate,
             Err(error) => {
                 tracing::warn!(%container, error = error.chain(), "waiting for the destination");
+                continue;
             }
+        };
+        if last.replace(fate) != Some(fate) {
+            tracing::info!(%container, epoch = epoch.0, %fate, "at the destination");
+        }
+        match fate.at_source() {
+            AtSource::LetGo => {
+                let remembered = remembered.take();
+                let known = || Remembered::after_restart(container, epoch, &to, &entry);
+                return remembered.unwrap_or_else(known).let_go(node).await;
+            }
+            AtSource::TakeBack => return take_back(node, container, epoch).await,
+            AtSource::AskAgain => {}
         }
     }
 }
 
-/// What another node's journal says of a container.
-pub(super) async fn ask_owner(node: &Node, there: &str) -> Result<(String, Epoch), MigrationError> {
-    let MigrateFrom { node: peer, container } = there.parse()?;
-    let connection = Connection::open(&node.config, &peer, Duration::from_secs(5)).await?;
-    let asked = OwnershipRequest {
-        container: Some(godwit_protos::peer::Container {
-            namespace: container.namespace().to_owned(),
-            id: container.id().to_owned(),
-        }),
-    };
-    let answer = connection.client().ownership(asked).await;
-    let answer = answer.map_err(|status| connection.refused(status))?.into_inner();
-    Ok((answer.state, Epoch(answer.epoch)))
+/// What the node of `there`, `NODE/NAMESPACE/CONTAINER`, says became of `epoch`; `here` is the container
+/// on this node. Errors: it does not answer.
+pub(super) async fn ask(
+    node: &Node,
+    there: &str,
+    epoch: Epoch,
+    here: &ContainerRef,
+) -> Result<Fate, MigrationError> {
+    let there: MigrateFrom = there.parse()?;
+    let connection = Connection::open(&node.config, &there.node, ANSWER_MAX).await?;
+    ask_over(&connection, node, &there.container, epoch, here).await
 }
 
-/// Goes on after a restart with what the journal holds: an offer is taken back, a release is settled.
+/// The same over a connection that is open.
+pub(super) async fn ask_over(
+    connection: &Connection,
+    node: &Node,
+    there: &ContainerRef,
+    epoch: Epoch,
+    here: &ContainerRef,
+) -> Result<Fate, MigrationError> {
+    let request = OwnershipRequest {
+        container: Some(super::line::named(there)),
+        epoch: epoch.0,
+        peer: format!("{}/{here}", node.config.node),
+    };
+    let response = tokio::time::timeout(ANSWER_MAX, connection.client().ownership(request)).await;
+    let response = response.map_err(|_late| MigrationError::Silent { patience: ANSWER_MAX })?;
+    let response = response.map_err(|status| connection.refused(status))?.into_inner();
+    Ok(response.fate().into())
+}
+
+/// Goes on after a restart with what the journal holds: an offer is taken back, a release is settled,
+/// a claim given back.
 pub fn recover(node: &Arc<Node>, supervisor: &Supervisor) -> Result<(), MigrationError> {
     for (container, entry) in node.journal.containers()? {
         let node = node.clone();
-        match entry.ownership {
-            Ownership::Offered(epoch, _) => {
+        match node.journal.ledger(&container)?.recovery(entry.frozen) {
+            Recovery::TakeOfferBack(epoch) => {
                 supervisor.run("taking back an offer", async move {
                     take_offer_back(&node, &container, epoch).await;
                 });
             }
-            Ownership::Released(..) if !entry.let_go => {
+            Recovery::AskDestination(_) => {
                 supervisor.run("settling a release", async move {
                     settle_later(&node, &container, None).await;
                 });
             }
-            Ownership::Owner(_) if entry.frozen => {
+            Recovery::Thaw => {
                 supervisor.run("thawing", async move { thaw(&node, &container).await });
             }
-            Ownership::Released(..)
-            | Ownership::Owner(_)
-            | Ownership::Claiming(..)
-            | Ownership::Returned(..) => {}
+            Recovery::GiveBack(epoch) => {
+                supervisor.run("giving back a claim", async move {
+                    arrival::give_back_unless_claimed(&node, &container, epoch).await;
+                });
+            }
+            // Once containerd is here: `request::settle_what_came`.
+            Recovery::FindOut(_) | Recovery::Nothing => {}
         }
     }
-    Ok(())
+    arrival::recover(node)
 }
 
 /// Takes back every offer, before the daemon ends.
 pub async fn take_offers_back(node: &Node) {
     for (container, entry) in node.journal.containers().unwrap_or_default() {
         if let Ownership::Offered(epoch, _) = entry.ownership {
-            take_offer_back(node, &container, epoch).await;
+            let taken = take_offer_back(node, &container, epoch);
+            let _ = tokio::time::timeout(STOP_MAX, taken).await;
         }
-    }
-}
-
-/// What remains to be done once the container runs elsewhere.
-pub(super) struct Remembered {
-    pub(super) container: ContainerRef,
-    pub(super) destination: String,
-    pub(super) remove_source: bool,
-    pub(super) volumes: Vec<VolumeId>,
-    pub(super) versions: Vec<Version>,
-    pub(super) directory: Option<PathBuf>,
-    pub(super) lease: Option<Arc<Lease>>,
-}
-
-impl Remembered {
-    /// After a restart the session is gone: what the journal knows. The snapshots of the cut are not among it.
-    fn after_restart(container: &ContainerRef, offered_as: &str, entry: &Entry) -> Self {
-        Self {
-            container: container.clone(),
-            destination: offered_as.split('/').next().unwrap_or_default().to_owned(),
-            remove_source: entry.remove_source,
-            volumes: entry.volumes.iter().filter_map(|id| id.parse().ok()).collect(),
-            versions: Vec::new(),
-            directory: None,
-            lease: None,
-        }
-    }
-
-    /// Ends the tasks, keeps the snapshots, gives the volumes away. Each step is safe to leave undone: a snapshot less
-    /// makes the next migration slower, and a volume that stays is fenced with its container.
-    pub(super) async fn let_go(self, node: &Arc<Node>) {
-        let container = &self.container;
-        let ended = async { Shim::find(&node.config, container)?.let_go(container.id()).await };
-        if let Err(error) = ended.await {
-            tracing::error!(%container, error = error.chain(), "cannot end the tasks that moved away");
-        }
-        node.observed.moved_away(container);
-        let (here, versions) = (node.clone(), self.versions);
-        let kept = tokio::task::spawn_blocking(move || {
-            let snapshots = newest(&here.store, &versions, &here.config.node)?;
-            record(&here, &admitted(&here, snapshots))
-        });
-        if let Ok(Err(error)) = kept.await {
-            tracing::warn!(%container, %error, "cannot keep the snapshots");
-        }
-        if self.remove_source {
-            super::remove_container(node, container).await;
-        }
-        let (volumes, ids, to) = (node.volumes.clone(), self.volumes, self.destination);
-        let given = tokio::task::spawn_blocking(move || {
-            let give = |id: &VolumeId| (id.clone(), volumes.give_away(id, &to));
-            ids.iter().map(give).collect::<Vec<_>>()
-        });
-        for (volume, given) in given.await.unwrap_or_default() {
-            match given {
-                // It may come back from now on; deleting takes as long as it is large.
-                Ok(removed) => drop(tokio::task::spawn_blocking(|| removed.delete())),
-                Err(error) => {
-                    tracing::warn!(%container, %volume, %error, "cannot remove a volume that moved away");
-                }
-            }
-        }
-        if let Err(error) = node.journal.note(container, |entry| entry.let_go = true) {
-            tracing::error!(%container, %error, "cannot journal that it was let go");
-        }
-        if let Some(directory) = self.directory {
-            let _ = tokio::fs::remove_dir_all(directory).await;
-        }
-        drop(self.lease);
     }
 }

@@ -14,7 +14,7 @@ use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse};
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
 use super::destination::{Prepared, Sessions, Settings, connect, mode_word};
-use super::{MigrationError, fit, image, obstacles, record, spec, terminal};
+use super::{MigrationError, arrival, fit, image, obstacles, record, spec, terminal};
 use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
 use crate::node::Node;
 use crate::ownership::Ownership;
@@ -185,19 +185,23 @@ fn remove_arriving(node: &Node, container: &ContainerRef) -> Result<(), VolumeEr
 pub async fn settle_what_came(node: &Arc<Node>) -> Result<(), MigrationError> {
     let mut settled = Ok(());
     for (container, entry) in node.journal.containers()? {
-        let is_open = entry.session.is_some() && !entry.resumed;
-        if is_open && matches!(entry.ownership, Ownership::Owner(_)) {
+        if matches!(entry.ownership, Ownership::Granted(..)) {
             settled = settled.and(settle_if_it_runs(node, &container).await);
         }
     }
     settled
 }
 
-async fn settle_if_it_runs(node: &Node, container: &ContainerRef) -> Result<(), MigrationError> {
+async fn settle_if_it_runs(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+) -> Result<(), MigrationError> {
     let task = node.containerd.task(container.namespace(), container.id()).await?;
-    if task.is_some_and(|task| matches!(task.status, TaskStatus::Running | TaskStatus::Paused)) {
-        node.journal.mark_resumed(container)?;
-        node.volumes.arrived(container)?;
+    let runs = |status| matches!(status, TaskStatus::Running | TaskStatus::Paused);
+    if task.is_some_and(|task| runs(task.status))
+        && let Some(epoch) = arrival::ran(node, container)?
+    {
+        arrival::make_durable_later(node, container, epoch);
     }
     Ok(())
 }
@@ -213,9 +217,7 @@ pub fn outlook(node: &Node, request: &Request, error: &MigrationError) -> &'stat
 /// Whether a container that a migration created was given to this node.
 fn has_come(node: &Node, container: &ContainerRef) -> Result<bool, MigrationError> {
     let entry = node.journal.container(container)?;
-    Ok(entry.is_some_and(|entry| {
-        !matches!(entry.ownership, Ownership::Claiming(..) | Ownership::Returned(..))
-    }))
+    Ok(entry.is_some_and(|entry| !matches!(entry.ownership, Ownership::Claiming(..))))
 }
 
 /// What the source says of a container.

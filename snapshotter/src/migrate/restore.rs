@@ -269,8 +269,7 @@ impl Work {
             }
         };
         let container = self.asked.container.clone();
-        let known = self.node.journal.container(&container)?;
-        let known = known.map_or(Epoch(0), |entry| entry.epoch());
+        let known = self.node.journal.ledger(&container)?.last();
         let epoch = known.max(Epoch(cut.epoch.min(EPOCH_MAX))).next();
         self.journal_claim(epoch).await?;
         self.node.journal.apply(&container, &Event::Granted(epoch), |_| {})?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use godwit_protos::peer::{
     Begin, Manifest, Release, Settled, Stop, Stopped, from_source, to_source,
 };
-use godwit_protos::{Digest, Subject, VolumeSource};
+use godwit_protos::{Digest, Subject, VolumeSource, peer};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::deletion::incarnation;
@@ -23,13 +23,13 @@ use super::layout::Layout;
 use super::line::{Beginning, Line, Subjects, named};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
-use super::{MigrationError, blocking, choice, origin};
+use super::{MigrationError, arrival, blocking, choice, origin};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
-use crate::content::on;
 use crate::directory::{Entry, Lookup, SEQUENCE_MAX};
 use crate::node::Node;
-use crate::ownership::{Epoch, Event};
+use crate::ownership::fate::Fate;
+use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::choose::Choice;
 use crate::policy::rounds;
@@ -143,6 +143,7 @@ impl Work {
             never = counting => match never {},
         };
         if let Err(error) = &outcome {
+            self.give_claim_back();
             line.abort(error.chain()).await;
             // The source thaws before anything is removed here.
             drop(line);
@@ -154,6 +155,18 @@ impl Work {
             }
         }
         outcome
+    }
+
+    /// A claim that was not granted ends with its session: nothing ran here, and nothing will.
+    fn give_claim_back(&self) {
+        let container = &self.asked.container;
+        let entry = self.node.journal.container(container).ok().flatten();
+        let ours = entry.filter(|entry| entry.session.as_deref() == Some(&self.id));
+        if let Some(Ownership::Claiming(epoch, _)) = ours.map(|entry| entry.ownership)
+            && let Err(error) = give_back(&self.node, container, epoch)
+        {
+            tracing::error!(%container, %error, "cannot give the claim back; it is done after a restart");
+        }
     }
 
     /// What came stays for the next attempt, also if this daemon is killed.
@@ -199,7 +212,7 @@ impl Work {
     }
 
     fn beginning(&self, prepared: &Prepared) -> Result<Begin, MigrationError> {
-        let known = self.node.journal.container(&self.asked.container)?;
+        let known = self.node.journal.ledger(&self.asked.container)?.last();
         Ok(Begin {
             container: Some(named(&self.asked.from.container)),
             destination: self.node.config.node.clone(),
@@ -207,7 +220,7 @@ impl Work {
             without_writable_layer: !self.asked.settings.writable_layer
                 || self.asked.upper_dir.is_none(),
             remove_source: prepared.remove_source,
-            known_epoch: known.map_or(0, |entry| entry.epoch().0),
+            known_epoch: known.0,
             r#as: Some(named(&self.asked.container)),
         })
     }
@@ -235,6 +248,8 @@ impl Work {
         lease.renew()?;
 
         self.somebody_waits().await?;
+        // Before the stop: the source freezes nothing for a node whose journal does not say so.
+        self.journal_claim(epoch).await?;
         let pre_copy = prepared.begun.elapsed();
         let received = prepared.connections.source.traffic.received();
         let stop = Instant::now();
@@ -452,7 +467,6 @@ impl Work {
             }
         };
         let from = self.asked.from.to_string();
-        self.journal_claim(epoch).await?;
         let asked = line.send(to_source::Message::Release(Release { epoch: epoch.0 })).await;
         let told = match asked {
             Ok(()) => line.next().await,
@@ -464,7 +478,7 @@ impl Work {
                 granted.map(drop).map_err(|error| error.to_string())
             }
             Err(MigrationError::Refused { code, detail }) => {
-                give_back(&self.node, &container, epoch, from)?;
+                give_back(&self.node, &container, epoch)?;
                 Err(format!("the source refused ({code}): {detail}"))
             }
             // The answer is lost, which says nothing about the release.
@@ -494,7 +508,6 @@ impl Work {
             entry.incarnation = incarnation;
             entry.session = Some(session);
             entry.migrate_from = Some(annotation);
-            entry.resumed = false;
         });
         Ok(journalled.map(drop)?)
     }
@@ -528,21 +541,28 @@ impl Work {
         let running = Instant::now();
         let ran = settlement.running || settlement.may_have_run;
         if ran {
-            self.node.journal.mark_resumed(&container)?;
-            self.node.volumes.arrived(&container)?;
+            arrival::ran(&self.node, &container)?;
         } else {
-            give_back(&self.node, &container, epoch, self.asked.from.to_string())?;
+            give_back(&self.node, &container, epoch)?;
             self.may_discard = true;
         }
         let _ = done.send(());
+        let mut fate = Fate::NeverRan;
         if ran {
             // The source removes its copy when it hears of it.
-            let state_dir = self.node.config.state_dir.clone();
-            blocking(move || sync_file_system(&state_dir)).await?;
+            fate = Fate::Ran;
+            match arrival::make_durable(&self.node, &container, epoch).await {
+                Ok(()) => fate = Fate::RanDurably,
+                Err(error) => {
+                    tracing::error!(%container, error = error.chain(), "cannot flush what came");
+                    arrival::make_durable_later(&self.node, &container, epoch);
+                }
+            }
         }
         if let Some(line) = line {
             // What may have run here is ours, also when it has ended.
-            let told = Settled { running: ran, reason: settlement.reason.clone() };
+            let fate = peer::Fate::from(fate).into();
+            let told = Settled { fate, reason: settlement.reason.clone() };
             // Should it be lost, the source asks.
             let _ = line.send(to_source::Message::Settled(told)).await;
         }
@@ -603,9 +623,3 @@ impl Work {
 
 /// Subject, root and sequence of each manifest.
 pub(super) type Parsed = Vec<(Subject, (Kind, Digest), u64)>;
-
-/// Makes everything on the file system of `path` durable.
-fn sync_file_system(path: &std::path::Path) -> Result<(), MigrationError> {
-    let directory = std::fs::File::open(path).map_err(on("open", path))?;
-    Ok(nix::unistd::syncfs(directory).map_err(on("sync", path))?)
-}

@@ -22,21 +22,25 @@ use godwit_protos::peer::{
 };
 use godwit_protos::{ContainerRef, Digest, MigrateFrom, Subject};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
 use super::cut::{self, Shared, lock};
 use super::deletion::incarnation;
 use super::describe::{Described, describe};
-use super::release::{Remembered, settle_later, take_back, take_offer_back};
+use super::let_go::Remembered;
+use super::release::{ask_over, settle_later, take_back, take_offer_back, withdraw_release};
 use super::subjects::{Subjects, Version};
 use super::{MigrationError, blocking};
 use crate::content::encoding::{Codec, Encoding};
 use crate::content::object::Kind;
 use crate::content::{ContentError, Source as _, difference::difference};
 use crate::node::Node;
+use crate::ownership::fate::{AtSource, Fate};
+use crate::ownership::journal::JournalError;
 use crate::ownership::{Epoch, Event};
-use crate::peer::BATCH_BYTES;
+use crate::peer::{BATCH_BYTES, Connection, PeerError};
 use crate::policy::rounds::ROUNDS_MAX;
 use crate::store::{Lease, Store};
 
@@ -48,6 +52,9 @@ const IDLE_MAX: Duration = Duration::from_secs(3600);
 
 /// Largest epoch that a destination may claim to know, far beyond any that is reached.
 pub(super) const EPOCH_MAX: u64 = 1 << 60;
+
+/// How long a connection back to the destination may take.
+const BACK_MAX: Duration = Duration::from_secs(10);
 
 /// Messages on their way to the destination.
 const QUEUE: usize = 4;
@@ -114,6 +121,10 @@ struct Session {
     directory: PathBuf,
     lease: Arc<Lease>,
     outbound: Outbound,
+    /// A connection back to the destination, so that nothing is frozen that could not be settled.
+    back: JoinHandle<Result<Connection, PeerError>>,
+    /// The epoch that the destination was told.
+    begun: Epoch,
     /// Set from the journal's `Offered` on.
     offered: Option<Epoch>,
 }
@@ -127,7 +138,7 @@ impl Session {
         let asked = begin.container.unwrap_or_default();
         let container = ContainerRef::new(&asked.namespace, &asked.id)?;
         if node.config.peer(&begin.destination).is_none() {
-            return Err(crate::peer::PeerError::Unknown(begin.destination).into());
+            return Err(PeerError::Unknown(begin.destination).into());
         }
         let asked = begin.r#as.unwrap_or_default();
         let offered_as = MigrateFrom {
@@ -140,11 +151,18 @@ impl Session {
         let subjects = Subjects::of(&node, &described, !begin.without_writable_layer);
         let directory = node.config.state_dir.join("dump").join(node.new_id());
         let lease = Arc::new(node.store.lease("migration", IDLE_MAX));
+        let (here, destination) = (node.clone(), begin.destination.clone());
+        let back =
+            tokio::spawn(
+                async move { Connection::open(&here.config, &destination, BACK_MAX).await },
+            );
         Ok(Self {
             destination: begin.destination,
             offered_as,
             known_epoch: Epoch(begin.known_epoch.min(EPOCH_MAX)),
             remove_source: begin.remove_source,
+            back,
+            begun: Epoch::default(),
             offered: None,
             node,
             container,
@@ -165,6 +183,7 @@ impl Session {
 
     async fn run(&mut self, inbound: &mut Streaming<ToSource>) -> Result<(), MigrationError> {
         let epoch = self.epoch()?;
+        self.begun = epoch;
         let subjects: Vec<Subject> = lock(&self.subjects).all().cloned().collect();
         let rate = |subject| self.node.observed.write_rate(subject).unwrap_or_default();
         let begun = Begun {
@@ -193,7 +212,13 @@ impl Session {
             _ => return Err(MigrationError::Protocol("expected a release or an abort")),
         };
         let (container, to) = (self.container.clone(), self.destination.clone());
-        self.node.journal.apply(&container, &Event::Release(epoch), |_| {})?;
+        let released = self.node.journal.apply(&container, &Event::Release(epoch), |_| {});
+        if let Err(error) = released {
+            if matches!(error, JournalError::Database { .. }) {
+                self.withdraw_release(epoch);
+            }
+            return Err(error.into());
+        }
         // The point of no return: from here on only the destination's word lets the tasks run here again.
         self.offered = None;
         tracing::info!(%container, %to, epoch = epoch.0, "released");
@@ -202,15 +227,15 @@ impl Session {
             Ok(()) => next(inbound, FROZEN_MAX).await,
             Err(error) => Err(error),
         };
-        let verdict = match settled {
-            Ok(to_source::Message::Settled(settled)) => Some(settled.running),
-            _ => None,
+        let fate = match settled {
+            Ok(to_source::Message::Settled(settled)) => settled.fate().into(),
+            _ => Fate::Unknown,
         };
-        let remembered = self.remembered();
-        match verdict {
-            Some(true) => remembered.let_go(&self.node).await,
-            Some(false) => take_back(&self.node, &container, epoch).await,
-            None => {
+        let remembered = self.remembered(epoch);
+        match fate.at_source() {
+            AtSource::LetGo => remembered.let_go(&self.node).await,
+            AtSource::TakeBack => take_back(&self.node, &container, epoch).await,
+            AtSource::AskAgain => {
                 let node = self.node.clone();
                 tokio::spawn(
                     async move { settle_later(&node, &container, Some(remembered)).await },
@@ -220,9 +245,20 @@ impl Session {
         Ok(())
     }
 
+    /// Whether the disk has the release is not known: [`withdraw_release`] finds out, and thaws.
+    fn withdraw_release(&mut self, epoch: Epoch) {
+        self.offered = None;
+        let remembered = self.remembered(epoch);
+        let (node, container) = (self.node.clone(), self.container.clone());
+        let there = self.offered_as.clone();
+        tokio::spawn(async move {
+            withdraw_release(&node, &container, epoch, remembered, &there).await;
+        });
+    }
+
     fn epoch(&self) -> Result<Epoch, MigrationError> {
-        let entry = self.node.journal.container(&self.container)?;
-        Ok(entry.map_or(Epoch(0), |entry| entry.epoch()).max(self.known_epoch).next())
+        let last = self.node.journal.ledger(&self.container)?.last();
+        Ok(last.max(self.known_epoch).next())
     }
 
     async fn round(&mut self, number: u32) -> Result<(), MigrationError> {
@@ -243,11 +279,24 @@ impl Session {
             .await
     }
 
+    /// Asks the destination, at its configured address, whether it claims what it is about to be offered.
+    /// Errors: it does not: the node that sent the messages of this session is not that node, or it has given up.
+    async fn confirm(&mut self) -> Result<(), MigrationError> {
+        let connection = (&mut self.back).await.map_err(|_cause| MigrationError::Interrupted)??;
+        let there = &self.offered_as.container;
+        let fate = ask_over(&connection, &self.node, there, self.begun, &self.container).await?;
+        if fate.confirms_offer() {
+            return Ok(());
+        }
+        Err(MigrationError::Unconfirmed { node: self.destination.clone(), fate })
+    }
+
     /// Freezes the container, makes the cut and sends what the destination lacks.
     async fn stop(&mut self) -> Result<(), MigrationError> {
         let container = self.container.clone();
         // Again: pre-copy may have taken minutes.
         self.described.survey(&self.node).await?.check()?;
+        self.confirm().await?;
         let offer = Event::Offer(self.offered_as.to_string(), self.known_epoch);
         let volumes =
             self.described.writable_volumes.iter().map(|one| one.id.to_string()).collect();
@@ -257,10 +306,14 @@ impl Session {
             entry.incarnation = Some(incarnation);
             entry.volumes = volumes;
             entry.remove_source = remove_source;
-            (entry.frozen, entry.let_go) = (true, false);
+            entry.frozen = true;
         });
-        let epoch = offered?.epoch();
+        let epoch = offered?;
         self.offered = Some(epoch);
+        if epoch != self.begun {
+            // It was offered meanwhile, as for a consistent snapshot, and taken back.
+            return Err(MigrationError::Interrupted);
+        }
 
         let before = lock(&self.subjects).versions();
         let subjects = (&self.subjects, &self.lease);
@@ -307,10 +360,11 @@ impl Session {
     }
 
     /// What is to be done once the container runs elsewhere.
-    fn remembered(&self) -> Remembered {
+    fn remembered(&self, epoch: Epoch) -> Remembered {
         let volumes = self.described.writable_volumes.iter().map(|one| one.id.clone());
         Remembered {
             container: self.container.clone(),
+            epoch,
             destination: self.destination.clone(),
             remove_source: self.remove_source,
             volumes: volumes.collect(),

@@ -199,6 +199,9 @@ impl Node {
             let work = move || {
                 node.volumes.leftovers().retry();
                 node.store.leftovers().retry();
+                if let Err(error) = node.journal.expire(unix_ms()) {
+                    tracing::warn!(error = crate::error::chain(&error), "old outcomes are kept");
+                }
                 node.sweep(Thrift::Usual)
             };
             match on_thread(work).await {

@@ -13,20 +13,34 @@ use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
-use godwit_protos::{ContainerRef, FileSystem, VolumeId};
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use serde::{Deserialize, Serialize};
-
-use super::absence::Incarnation;
-use super::{Epoch, Event, Ownership};
 use godwit_disk::database;
 use godwit_disk::step::reach;
 use godwit_disk::trees::{self, RemoveError};
+use godwit_protos::{ContainerRef, FileSystem, VolumeId};
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use super::absence::Incarnation;
+use super::{Ended, Epoch, Event, Ledger, Outcome, Ownership};
+use crate::host;
 
 /// Key: `NAMESPACE/ID`. Value: [`Entry`] as JSON.
 const CONTAINERS: TableDefinition<&str, &[u8]> = TableDefinition::new("containers_v1");
+
+/// Key: `NAMESPACE/ID/EPOCH`, the epoch in 16 hexadecimal digits. Value: [`Tombstone`] as JSON.
+const TOMBSTONES: TableDefinition<&str, &[u8]> = TableDefinition::new("tombstones_v1");
+
+/// Key: [`FLOOR`]. Value: the greatest epoch of the tombstones that have expired.
+const EPOCHS: TableDefinition<&str, u64> = TableDefinition::new("epochs_v1");
+
+const FLOOR: &str = "floor";
+
+/// How long the outcome of a hand-off is kept.
+pub const TOMBSTONE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Key: volume id. Value: [`VolumeEntry`] as JSON.
 const VOLUMES: TableDefinition<&str, &[u8]> = TableDefinition::new("volumes_v1");
@@ -40,8 +54,6 @@ pub struct Entry {
     pub session: Option<String>,
     /// Value of the migrate-from annotation, spent once the ownership is ours.
     pub migrate_from: Option<String>,
-    /// At a destination: whether the tasks have run.
-    pub resumed: bool,
     /// At a source: the writable volumes that go with the container.
     #[serde(default)]
     pub volumes: Vec<String>,
@@ -51,12 +63,23 @@ pub struct Entry {
     /// At a source: the tasks were frozen for an offer, and not thawed since.
     #[serde(default)]
     pub frozen: bool,
-    /// At a source: the tasks that were released have been ended.
-    #[serde(default)]
-    pub let_go: bool,
     /// Which container of this name it is.
     #[serde(default)]
     pub incarnation: Option<Incarnation>,
+}
+
+/// How a hand-off ended. It outlives the container, so that a question that comes late has an answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// How, and the container's name at the other node.
+    #[serde(flatten)]
+    pub ended: Ended,
+    /// Which container of the name it was.
+    pub incarnation: Option<Incarnation>,
+    /// When, in milliseconds since 1970.
+    pub at_unix_ms: i64,
+    /// The boot of the machine in which it ended so.
+    pub boot: String,
 }
 
 /// What is journalled of a writable volume.
@@ -130,10 +153,18 @@ pub enum JournalError {
     },
 }
 
+/// The database, which is opened again after it failed: redb takes no change any more once it could not write one.
+#[derive(Debug)]
+struct Reopened {
+    /// `None` while it could not be opened again.
+    open: RwLock<Option<Database>>,
+    has_failed: AtomicBool,
+}
+
 /// The journal of one node. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Journal {
-    database: Arc<Database>,
+    database: Arc<Reopened>,
     path: PathBuf,
     fences: PathBuf,
 }
@@ -159,8 +190,10 @@ impl Journal {
             }
         }
         let database = database::open(path, Database::builder(), |_| Ok(())).map_err(failed)?;
-        let journal =
-            Self { database: Arc::new(database), path: path.to_owned(), fences: fences.to_owned() };
+        let database =
+            Reopened { open: RwLock::new(Some(database)), has_failed: AtomicBool::new(false) };
+        let (path, fences) = (path.to_owned(), fences.to_owned());
+        let journal = Self { database: Arc::new(database), path, fences };
         journal.write(|_| Ok(()))?;
         journal.restore_fences()?;
         Ok(journal)
@@ -174,9 +207,57 @@ impl Journal {
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<T, JournalError>,
     ) -> Result<T, JournalError> {
-        let transaction = self.database.begin_write().map_err(|error| self.failed(error))?;
+        self.reopen()?;
+        let done = self.write_once(change);
+        if matches!(done, Err(JournalError::Database { .. })) {
+            self.database.has_failed.store(true, Ordering::SeqCst);
+        }
+        done
+    }
+
+    /// Opens the database again if it has failed. Errors: it cannot be opened; the next change tries again.
+    fn reopen(&self) -> Result<(), JournalError> {
+        if !self.database.has_failed.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let mut open = self.database.open.write().unwrap_or_else(PoisonError::into_inner);
+        *open = None;
+        // A journal that is not there, because a disk is gone, must not be made again.
+        let found =
+            fs::metadata(&self.path).map_err(|error| self.failed(redb::Error::Io(error)))?;
+        if found.len() == 0 {
+            return Err(self.failed(redb::Error::Io(io::ErrorKind::UnexpectedEof.into())));
+        }
+        let opened = database::open(&self.path, Database::builder(), |_| Ok(()));
+        *open = Some(opened.map_err(|error| self.failed(error))?);
+        self.database.has_failed.store(false, Ordering::SeqCst);
+        tracing::warn!(path = %self.path.display(), "the journal was opened again after an error");
+        Ok(())
+    }
+
+    fn with_database<T>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, JournalError> {
+        let open = self.database.open.read().unwrap_or_else(PoisonError::into_inner);
+        let closed = || redb::Error::Io(io::Error::other("it could not be opened again yet"));
+        let done = open.as_ref().ok_or_else(closed).and_then(work);
+        done.map_err(|error| self.failed(error))
+    }
+
+    fn begin_read(&self) -> Result<ReadTransaction, JournalError> {
+        self.with_database(|database| Ok(database.begin_read()?))
+    }
+
+    fn write_once<T>(
+        &self,
+        change: impl FnOnce(&redb::WriteTransaction) -> Result<T, JournalError>,
+    ) -> Result<T, JournalError> {
+        let transaction = self.with_database(|database| Ok(database.begin_write()?))?;
         transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
         transaction.open_table(VOLUMES).map_err(|error| self.failed(error))?;
+        transaction.open_table(TOMBSTONES).map_err(|error| self.failed(error))?;
+        transaction.open_table(EPOCHS).map_err(|error| self.failed(error))?;
         let done = change(&transaction)?;
         transaction.commit().map_err(|error| self.failed(error))?;
         Ok(done)
@@ -189,7 +270,7 @@ impl Journal {
 
     /// Every entry.
     pub fn containers(&self) -> Result<Vec<(ContainerRef, Entry)>, JournalError> {
-        let read = self.database.begin_read().map_err(|error| self.failed(error))?;
+        let read = self.begin_read()?;
         let table = read.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
         let mut entries = Vec::new();
         for row in table.iter().map_err(|error| self.failed(error))? {
@@ -204,8 +285,8 @@ impl Journal {
         Ok(entries)
     }
 
-    /// Takes `event`, changes the rest of the entry by `change`, and returns the new entry once it
-    /// is durable.
+    /// Takes `event`, changes the rest of the entry by `change`, and returns the greatest epoch of this name once all
+    /// of it is durable: after an offer, the offer's.
     ///
     /// Errors: [`JournalError::OutOfPhase`] when the state does not allow it; nothing changed then.
     pub fn apply(
@@ -213,57 +294,132 @@ impl Journal {
         container: &ContainerRef,
         event: &Event,
         change: impl FnOnce(&mut Entry),
-    ) -> Result<Entry, JournalError> {
+    ) -> Result<Epoch, JournalError> {
         let key = container.to_string();
-        let entry = self.write(|transaction| {
+        let (epoch, is_fenced) = self.write(|transaction| {
             let mut table =
                 transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
-            let before = table
+            let mut tombstones =
+                transaction.open_table(TOMBSTONES).map_err(|error| self.failed(error))?;
+            let epochs = transaction.open_table(EPOCHS).map_err(|error| self.failed(error))?;
+            let before: Option<Entry> = table
                 .get(key.as_str())
                 .map_err(|error| self.failed(error))?
                 .map(|value| parse(&key, value.value()))
                 .transpose()?;
-            let ownership = before.as_ref().map(|entry: &Entry| &entry.ownership);
-            let after =
-                Ownership::on(ownership, event).ok_or_else(|| JournalError::OutOfPhase {
-                    container: container.clone(),
-                    state: ownership.map_or("not known here", Ownership::word).to_owned(),
-                    event: event.clone(),
-                })?;
-            let mut entry = before.unwrap_or(Entry {
-                ownership: after.clone(),
-                session: None,
-                migrate_from: None,
-                resumed: false,
-                volumes: Vec::new(),
-                remove_source: false,
-                frozen: false,
-                let_go: false,
-                incarnation: None,
+            let mut ledger = self.ledger_of(container, before.as_ref(), &tombstones, &epochs)?;
+            let changed = ledger.on(event).ok_or_else(|| JournalError::OutOfPhase {
+                container: container.clone(),
+                state: ledger.state.as_ref().map_or("not known here", Ownership::word).to_owned(),
+                event: event.clone(),
+            })?;
+            let ended = changed.ended.clone();
+            ledger.apply(changed);
+            let incarnation = before.as_ref().and_then(|entry| entry.incarnation.clone());
+            let after = ledger.state.clone().map(|ownership| {
+                let fresh = || Entry::new(ownership.clone());
+                let mut entry =
+                    Entry { ownership: ownership.clone(), ..before.unwrap_or_else(fresh) };
+                change(&mut entry);
+                entry
             });
-            entry.ownership = after;
-            change(&mut entry);
-            if matches!(entry.ownership, Ownership::Released(..)) {
-                reach("release 1");
-                self.set_fence(container, &entry.ownership)?;
-                reach("release 2");
+            if let Some((epoch, ended)) = ended {
+                let key = tombstone_key(container, epoch);
+                let tombstone = Tombstone::new(ended, incarnation);
+                put(&mut tombstones, &key, &tombstone).map_err(|error| self.failed(error))?;
             }
-            put(&mut table, &key, &entry).map_err(|error| self.failed(error))?;
-            Ok(entry)
+            match &after {
+                Some(entry) if entry.ownership.is_fenced() => {
+                    reach("release 1");
+                    self.set_fence(container, &entry.ownership)?;
+                    reach("release 2");
+                    put(&mut table, &key, entry).map_err(|error| self.failed(error))?;
+                }
+                Some(entry) => put(&mut table, &key, entry).map_err(|error| self.failed(error))?,
+                None => {
+                    let removed = table.remove(key.as_str()).map(drop);
+                    removed.map_err(|error| self.failed(error))?;
+                }
+            }
+            Ok((ledger.last(), after.is_some_and(|entry| entry.ownership.is_fenced())))
         })?;
         reach("return 2");
-        if !matches!(entry.ownership, Ownership::Released(..))
-            && let Err(error) = self.remove_fence(container)
-        {
+        if !is_fenced && let Err(error) = self.remove_fence(container) {
             // It keeps the container from being created again here, no more; opening removes it.
             tracing::error!(%container, %error, "a fence stays");
         }
-        Ok(entry)
+        Ok(epoch)
     }
 
-    /// Notes that the tasks of a container that came here have run.
-    pub fn mark_resumed(&self, container: &ContainerRef) -> Result<(), JournalError> {
-        self.note(container, |entry| entry.resumed = true)
+    fn ledger_of(
+        &self,
+        container: &ContainerRef,
+        entry: Option<&Entry>,
+        tombstones: &impl ReadableTable<&'static str, &'static [u8]>,
+        epochs: &impl ReadableTable<&'static str, u64>,
+    ) -> Result<Ledger, JournalError> {
+        let state = entry.map(|entry| entry.ownership.clone());
+        let floor = epochs.get(FLOOR).map_err(|error| self.failed(error))?;
+        let floor = Epoch(floor.map_or(0, |value| value.value()));
+        let mut ledger = Ledger { state, floor, ..Ledger::default() };
+        // No name has a slash in it, and zero follows it.
+        let range = format!("{container}/")..format!("{container}0");
+        let rows = tombstones.range::<&str>(range.start.as_str()..range.end.as_str());
+        for row in rows.map_err(|error| self.failed(error))? {
+            let (key, value) = row.map_err(|error| self.failed(error))?;
+            let tombstone: Tombstone = parse(key.value(), value.value())?;
+            if let Some((_, epoch)) = parse_tombstone_key(key.value()) {
+                ledger.ended.insert(epoch, tombstone.ended);
+            }
+        }
+        Ok(ledger)
+    }
+
+    /// All that is known of a container's name.
+    pub fn ledger(&self, container: &ContainerRef) -> Result<Ledger, JournalError> {
+        let entry = self.container(container)?;
+        let read = self.begin_read()?;
+        let tombstones = read.open_table(TOMBSTONES).map_err(|error| self.failed(error))?;
+        let epochs = read.open_table(EPOCHS).map_err(|error| self.failed(error))?;
+        self.ledger_of(container, entry.as_ref(), &tombstones, &epochs)
+    }
+
+    /// Every hand-off that ended, by container and epoch.
+    pub fn tombstones(&self) -> Result<Vec<(ContainerRef, Epoch, Tombstone)>, JournalError> {
+        let read = self.begin_read()?;
+        let table = read.open_table(TOMBSTONES).map_err(|error| self.failed(error))?;
+        let mut all = Vec::new();
+        for row in table.iter().map_err(|error| self.failed(error))? {
+            let (key, value) = row.map_err(|error| self.failed(error))?;
+            if let Some((container, epoch)) = parse_tombstone_key(key.value()) {
+                all.push((container, epoch, parse(key.value(), value.value())?));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Removes tombstones that are older than [`TOMBSTONE_MAX`] at `now`, in milliseconds since 1970. Their
+    /// epochs are not used again.
+    pub fn expire(&self, now_unix_ms: i64) -> Result<(), JournalError> {
+        let kept_ms = i64::try_from(TOMBSTONE_MAX.as_millis()).unwrap_or(i64::MAX);
+        let all = self.tombstones()?.into_iter();
+        let expired =
+            all.filter(|(_, _, one)| now_unix_ms.saturating_sub(one.at_unix_ms) > kept_ms);
+        let expired: Vec<_> = expired.map(|(container, epoch, _)| (container, epoch)).collect();
+        let Some(greatest) = expired.iter().map(|(_, epoch)| *epoch).max() else { return Ok(()) };
+        self.write(|transaction| {
+            let mut epochs = transaction.open_table(EPOCHS).map_err(|error| self.failed(error))?;
+            let floor = epochs.get(FLOOR).map_err(|error| self.failed(error))?;
+            let floor = floor.map_or(0, |value| value.value()).max(greatest.0);
+            epochs.insert(FLOOR, floor).map_err(|error| self.failed(error))?;
+            let mut table =
+                transaction.open_table(TOMBSTONES).map_err(|error| self.failed(error))?;
+            for (container, epoch) in &expired {
+                let removed = table.remove(tombstone_key(container, *epoch).as_str());
+                removed.map(drop).map_err(|error| self.failed(error))?;
+            }
+            Ok(())
+        })
     }
 
     /// Changes what an entry says besides the ownership. A container without an entry is left
@@ -288,24 +444,14 @@ impl Journal {
         })
     }
 
-    /// Forgets a container that was deleted: a new one of its name starts without history.
+    /// Ends the entry of a container that was deleted. Its tombstones stay, so that epochs go on.
     pub fn forget(&self, container: &ContainerRef) -> Result<(), JournalError> {
-        let key = container.to_string();
-        self.write(|transaction| {
-            let mut table =
-                transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
-            table.remove(key.as_str()).map(drop).map_err(|error| self.failed(error))
-        })?;
-        if let Err(error) = self.remove_fence(container) {
-            // As in `apply`.
-            tracing::error!(%container, %error, "a fence stays");
-        }
-        Ok(())
+        self.apply(container, &Event::Deleted, |_| {}).map(drop)
     }
 
     /// The entry of a volume.
     pub fn volume(&self, id: &VolumeId) -> Result<Option<VolumeEntry>, JournalError> {
-        let read = self.database.begin_read().map_err(|error| self.failed(error))?;
+        let read = self.begin_read()?;
         let table = read.open_table(VOLUMES).map_err(|error| self.failed(error))?;
         let value = table.get(id.as_str()).map_err(|error| self.failed(error))?;
         value.map(|value| parse(id.as_str(), value.value())).transpose()
@@ -329,7 +475,7 @@ impl Journal {
 
     /// Every volume.
     pub fn volumes(&self) -> Result<Vec<(VolumeId, VolumeEntry)>, JournalError> {
-        let read = self.database.begin_read().map_err(|error| self.failed(error))?;
+        let read = self.begin_read()?;
         let table = read.open_table(VOLUMES).map_err(|error| self.failed(error))?;
         let mut entries = Vec::new();
         for row in table.iter().map_err(|error| self.failed(error))? {
@@ -350,7 +496,9 @@ impl Journal {
         container: &ContainerRef,
         ownership: &Ownership,
     ) -> Result<(), JournalError> {
-        let Ownership::Released(epoch, to) = ownership else { return self.remove_fence(container) };
+        let (Ownership::Released(epoch, to) | Ownership::Moved(epoch, to)) = ownership else {
+            return self.remove_fence(container);
+        };
         let path = self.fence(container);
         let node = to.split('/').next().unwrap_or(to);
         let text = format!("moved to {node}, epoch {}", epoch.0);
@@ -391,7 +539,7 @@ impl Journal {
         // not.
         let mut wanted = HashSet::new();
         for (container, entry) in self.containers()? {
-            if matches!(entry.ownership, Ownership::Released(..)) {
+            if entry.ownership.is_fenced() {
                 self.set_fence(&container, &entry.ownership)?;
                 wanted.insert(self.fence(&container));
             }
@@ -406,12 +554,44 @@ impl Journal {
     }
 }
 
+impl Tombstone {
+    fn new(ended: Ended, incarnation: Option<Incarnation>) -> Self {
+        Self { ended, incarnation, at_unix_ms: host::unix_ms(), boot: host::boot_id() }
+    }
+
+    /// At a destination: the tasks ran, and the machine stopped before what they need was on its disk.
+    pub fn is_torn(&self) -> bool {
+        self.ended.outcome == Outcome::Ran && self.boot != host::boot_id()
+    }
+}
+
+fn tombstone_key(container: &ContainerRef, epoch: Epoch) -> String {
+    format!("{container}/{:016x}", epoch.0)
+}
+
+fn parse_tombstone_key(key: &str) -> Option<(ContainerRef, Epoch)> {
+    let (container, epoch) = key.rsplit_once('/')?;
+    let (namespace, id) = container.split_once('/')?;
+    let epoch = u64::from_str_radix(epoch, 16).ok()?;
+    Some((ContainerRef::new(namespace, id).ok()?, Epoch(epoch)))
+}
+
 impl Entry {
-    /// Whether the tasks of this container came here by this annotation and were let run: the
-    /// annotation is spent.
+    fn new(ownership: Ownership) -> Self {
+        Self {
+            ownership,
+            session: None,
+            migrate_from: None,
+            volumes: Vec::new(),
+            remove_source: false,
+            frozen: false,
+            incarnation: None,
+        }
+    }
+
+    /// Whether the tasks of this container came here by this annotation and were let run: the annotation is spent.
     pub fn has_spent(&self, migrate_from: &str) -> bool {
         matches!(self.ownership, Ownership::Owner(_))
-            && self.resumed
             && self.migrate_from.as_deref() == Some(migrate_from)
     }
 
@@ -447,6 +627,7 @@ fn put<T: Serialize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ownership::fate::Fate;
     use godwit_disk::step::stop_before;
 
     fn container() -> ContainerRef {
@@ -563,10 +744,54 @@ mod tests {
                 entry.migrate_from = Some(from.into());
             })
             .unwrap();
-        let entry = journal.apply(&container(), &Event::Granted(Epoch(4)), |_| {}).unwrap();
-        assert!(!entry.has_spent(from));
-        journal.mark_resumed(&container()).unwrap();
-        assert!(journal.container(&container()).unwrap().unwrap().has_spent(from));
+        let has_spent = || journal.container(&container()).unwrap().unwrap().has_spent(from);
+        journal.apply(&container(), &Event::Granted(Epoch(4)), |_| {}).unwrap();
+        assert!(!has_spent());
+        journal.apply(&container(), &Event::Ran(Epoch(4)), |_| {}).unwrap();
+        assert!(has_spent());
+    }
+
+    #[test]
+    fn an_outcome_outlives_the_container_and_its_epoch_is_not_used_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = open(dir.path());
+        let other = ContainerRef::new("default", "cache2").unwrap();
+        let offer = || Event::Offer("edge-b/default/cache".into(), Epoch(0));
+        assert_eq!(journal.apply(&other, &offer(), |_| {}).unwrap(), Epoch(1));
+        journal.apply(&container(), &offer(), |_| {}).unwrap();
+        journal.apply(&container(), &Event::Release(Epoch(1)), |_| {}).unwrap();
+        journal.apply(&container(), &Event::LetGo(Epoch(1)), |_| {}).unwrap();
+        journal.forget(&container()).unwrap();
+        drop(journal);
+        let journal = open(dir.path());
+        assert_eq!(journal.container(&container()).unwrap(), None);
+        let fate = |peer| journal.ledger(&container()).unwrap().fate(Epoch(1), peer);
+        assert_eq!(fate("edge-b/default/cache"), Fate::Released);
+        assert_eq!(fate("edge-c/default/cache"), Fate::Unknown);
+        assert_eq!(journal.ledger(&other).unwrap().ended.len(), 0, "a name that only begins alike");
+        // Long after, nothing is known of it, but its epoch.
+        journal.expire(i64::MAX).unwrap();
+        assert_eq!(journal.tombstones().unwrap(), []);
+        assert_eq!(journal.apply(&container(), &offer(), |_| {}).unwrap(), Epoch(2));
+    }
+
+    /// Method: as after a write that failed; then the file is gone, and then it is there again.
+    #[test]
+    fn a_journal_that_failed_is_opened_again_and_never_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = open(dir.path());
+        let offer = Event::Offer("edge-b/default/cache".into(), Epoch(0));
+        journal.apply(&container(), &offer, |_| {}).unwrap();
+        let fail = || journal.database.has_failed.store(true, Ordering::SeqCst);
+        fail();
+        journal.apply(&container(), &Event::Abort(Epoch(1)), |_| {}).unwrap();
+        let (path, away) = (dir.path().join("node.redb"), dir.path().join("away"));
+        fs::rename(&path, &away).unwrap();
+        fail();
+        assert!(journal.apply(&container(), &offer, |_| {}).is_err());
+        assert!(journal.containers().is_err() && !path.exists());
+        fs::rename(&away, &path).unwrap();
+        assert_eq!(journal.apply(&container(), &offer, |_| {}).unwrap(), Epoch(2));
     }
 
     /// Method: the file is deleted, or emptied, beside a fence, and beside a volume.

@@ -1,26 +1,38 @@
 //! Who may run a container.
 //!
 //! ```text
-//!  source:        Owner --offer--> Offered --release--> Released --returned--> Owner
-//!                   ^-----abort------'                     '--gone--> (forgotten with the container)
-//!  destination:   Claiming --granted--> Owner
-//!                    |                    |
-//!                    '-----give back------'--> Returned      only while no task has run
+//!  source:        Owner --offer--> Offered --release--> Released --let go--> Moved
+//!                   ^                 |abort               |returned           (until it is deleted)
+//!                   '-----------------+--------------------'
+//!  destination:   Claiming --granted--> Granted --ran--> Owner --durable--> Owner
+//!                    '-----give back------'--> (none)     only while no task has run
 //! ```
 //!
-//! Promise: a node lets the container run only in [`Ownership::Owner`]. The source journals
-//! `Released` before it says so; the destination journals `Claiming` before it asks, and runs the
-//! tasks only once it has heard the release; if the message is lost it asks again. So a fault can
-//! delay a hand-off but never make two runners. Read next: [`journal`] for the bytes on disk,
-//! docs/failure-model.md for each fault.
+//! A [`Ledger`] is what a node knows of one name: the state, and the outcome of every epoch that ended.
+//! Outcomes outlive the container, so that a question that comes late has an answer, and epochs are
+//! never used twice.
+//!
+//! Promise: a node lets the container run only in [`Ownership::Owner`] and [`Ownership::Granted`]. The
+//! source journals `Released` before it says so; the destination journals `Claiming` before it asks, and
+//! runs the tasks only once it has journalled the grant; a lost message is asked for again. So a fault
+//! can delay a hand-off but never make two runners. Read next: [`fate`] for the questions and what
+//! follows from the answers, [`journal`] for the bytes on disk, docs/failure-model.md for each fault.
 
 pub mod absence;
+pub mod fate;
 pub mod journal;
+
+#[cfg(test)]
+mod model;
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 /// Fence of one offer. Grows by one with each offer and is never reused.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct Epoch(pub u64);
 
 impl Epoch {
@@ -30,40 +42,93 @@ impl Epoch {
     }
 }
 
-/// What this node knows of a container's owner. A container that was never offered has no entry and
-/// is ours. The text is the container's name at the other node: `NODE/NAMESPACE/CONTAINER`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What this node knows of a container's owner. A container that was never offered has no state and is
+/// ours. The text is the container's name at the other node: `NODE/NAMESPACE/CONTAINER`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Ownership {
-    /// This node may run it.
+    /// This node may run it. The epoch is that of its last hand-off.
     Owner(Epoch),
     /// Frozen here and offered to another node; not yet given away.
     Offered(Epoch, String),
-    /// Given to another node: this node must not run it.
+    /// Given to another node, which has not yet said how that ended: this node must not run it.
     Released(Epoch, String),
+    /// Given to another node for good; its tasks here have ended.
+    Moved(Epoch, String),
     /// This node asks another one for it, or waits for the answer.
     Claiming(Epoch, String),
-    /// This node never ran it and never will; the other node may.
-    Returned(Epoch, String),
+    /// The other node has released it: its tasks may run here from now on.
+    Granted(Epoch, String),
 }
 
 /// What happens to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The source freezes the container and offers it under this name, with an epoch beyond the one
-    /// given.
+    /// The source freezes the container and offers it under this name, with an epoch beyond the one given.
     Offer(String, Epoch),
     /// The source takes an offer back.
     Abort(Epoch),
     /// The source gives the container away.
     Release(Epoch),
-    /// The destination has journalled that it never resumed the tasks.
+    /// The destination has journalled that it never ran the tasks and never will.
     Returned(Epoch),
-    /// The destination has restored the container and asks for it.
+    /// The source has ended the tasks: the destination has all of it on its disk.
+    LetGo(Epoch),
+    /// The destination asks for the container.
     Claim(Epoch, String),
     /// The source has released it.
     Granted(Epoch),
     /// The destination gives up, and vouches that no task ran and none will.
-    GiveBack(Epoch, String),
+    GiveBack(Epoch),
+    /// The tasks ran at the destination, or may have.
+    Ran(Epoch),
+    /// What the tasks need is on the destination's disk.
+    Durable(Epoch),
+    /// The container was deleted from containerd.
+    Deleted,
+}
+
+/// How an epoch ended, as this node knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Outcome {
+    /// At a source: the offer was taken back, or the container came back without having run.
+    Kept,
+    /// At a source: given away for good.
+    GivenAway,
+    /// At a destination: no task ran here and none will.
+    NeverRan,
+    /// At a destination: tasks ran here, or may have.
+    Ran,
+    /// At a destination: tasks ran here, and what they need is on the disk.
+    RanDurably,
+}
+
+/// An epoch that ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Ended {
+    /// How.
+    pub outcome: Outcome,
+    /// The container's name at the other node.
+    pub peer: String,
+}
+
+/// What one node knows of one container's name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Ledger {
+    /// Who may run it now; `None` if it was never given or taken, or is over.
+    pub state: Option<Ownership>,
+    /// Epochs that ended.
+    pub ended: BTreeMap<Epoch, Ended>,
+    /// No epoch up to this one is used again, although nothing else may be known of it.
+    pub floor: Epoch,
+}
+
+/// What an event changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The state after it.
+    pub state: Option<Ownership>,
+    /// The epoch that ended, or whose outcome became another.
+    pub ended: Option<(Epoch, Ended)>,
 }
 
 /// In the words of an error: "is on its way to edge-b: it cannot be offered to ...".
@@ -74,75 +139,166 @@ impl std::fmt::Display for Event {
             Self::Abort(Epoch(epoch)) => write!(f, "have its offer {epoch} taken back"),
             Self::Release(Epoch(epoch)) => write!(f, "be given away by offer {epoch}"),
             Self::Returned(Epoch(epoch)) => write!(f, "come back from offer {epoch}"),
+            Self::LetGo(Epoch(epoch)) => write!(f, "be let go by offer {epoch}"),
             Self::Claim(Epoch(epoch), from) => write!(f, "be claimed from {from} by offer {epoch}"),
             Self::Granted(Epoch(epoch)) => write!(f, "be granted by offer {epoch}"),
-            Self::GiveBack(Epoch(epoch), to) => {
-                write!(f, "be given back to {to} from offer {epoch}")
-            }
+            Self::GiveBack(Epoch(epoch)) => write!(f, "be given back from offer {epoch}"),
+            Self::Ran(Epoch(epoch)) => write!(f, "have run by offer {epoch}"),
+            Self::Durable(Epoch(epoch)) => write!(f, "be durable by offer {epoch}"),
+            Self::Deleted => write!(f, "be forgotten"),
         }
     }
 }
 
-impl Ownership {
-    /// The state after `event`, or `None` if the event is stale or out of phase.
+impl Change {
+    fn to(state: Ownership) -> Option<Self> {
+        Some(Self { state: Some(state), ended: None })
+    }
+
+    fn ending(
+        state: Option<Ownership>,
+        epoch: Epoch,
+        outcome: Outcome,
+        peer: &str,
+    ) -> Option<Self> {
+        let ended = Ended { outcome, peer: peer.to_owned() };
+        Some(Self { state, ended: Some((epoch, ended)) })
+    }
+}
+
+impl Ledger {
+    /// What `event` changes, or `None` if it is stale or out of phase.
     ///
-    /// Pure: the caller journals the new state first and only then acts on it. `None` as the state
-    /// before is a container that this node never saw.
-    pub fn on(before: Option<&Self>, event: &Event) -> Option<Self> {
+    /// Pure: the caller journals the change first and only then acts on it.
+    pub fn on(&self, event: &Event) -> Option<Change> {
         use {Event as E, Ownership as S};
-        match (before, event) {
-            (None, E::Offer(to, known)) => Some(S::Offered(known.next(), to.clone())),
-            (Some(S::Owner(now)), E::Offer(to, known)) => {
-                Some(S::Offered(now.max(known).next(), to.clone()))
+        let is_new = |epoch: &Epoch| *epoch > self.last();
+        match (&self.state, event) {
+            (None | Some(S::Owner(_)), E::Offer(to, known)) => {
+                Change::to(S::Offered(self.last().max(*known).next(), to.clone()))
             }
-            (Some(S::Offered(now, _)), E::Abort(of)) => (of == now).then_some(S::Owner(*now)),
-            (Some(S::Offered(now, to)), E::Release(of)) => {
-                (of == now).then(|| S::Released(*now, to.clone()))
+            (Some(S::Offered(now, to)), E::Abort(of)) if of == now => {
+                Change::ending(Some(S::Owner(*now)), *now, Outcome::Kept, to)
             }
-            (Some(S::Released(now, _)), E::Returned(of)) => (of == now).then_some(S::Owner(*now)),
-            (None, E::Claim(epoch, from)) => Some(S::Claiming(*epoch, from.clone())),
-            // It was here before and comes back with a newer epoch, or an earlier attempt is
-            // superseded.
-            (
-                Some(
-                    S::Owner(now) | S::Released(now, _) | S::Claiming(now, _) | S::Returned(now, _),
-                ),
-                E::Claim(epoch, from),
-            ) => (epoch > now).then(|| S::Claiming(*epoch, from.clone())),
-            (Some(S::Claiming(now, _)), E::Granted(of)) => (of == now).then_some(S::Owner(*now)),
-            (Some(S::Claiming(now, _) | S::Owner(now)), E::GiveBack(of, to)) => {
-                (of == now).then(|| S::Returned(*now, to.clone()))
+            (Some(S::Offered(now, to)), E::Release(of)) if of == now => {
+                Change::to(S::Released(*now, to.clone()))
+            }
+            (Some(S::Released(now, to)), E::Returned(of)) if of == now => {
+                Change::ending(Some(S::Owner(*now)), *now, Outcome::Kept, to)
+            }
+            (Some(S::Released(now, to)), E::LetGo(of)) if of == now => {
+                let moved = S::Moved(*now, to.clone());
+                Change::ending(Some(moved), *now, Outcome::GivenAway, to)
+            }
+            // It was here before and comes back.
+            (None | Some(S::Owner(_) | S::Moved(..)), E::Claim(epoch, from)) if is_new(epoch) => {
+                Change::to(S::Claiming(*epoch, from.clone()))
+            }
+            // An earlier attempt, which was never granted, is superseded.
+            (Some(S::Claiming(old, earlier)), E::Claim(epoch, from)) if is_new(epoch) => {
+                let claiming = S::Claiming(*epoch, from.clone());
+                Change::ending(Some(claiming), *old, Outcome::NeverRan, earlier)
+            }
+            (Some(S::Claiming(now, from)), E::Granted(of)) if of == now => {
+                Change::to(S::Granted(*now, from.clone()))
+            }
+            (Some(S::Claiming(now, from) | S::Granted(now, from)), E::GiveBack(of))
+                if of == now =>
+            {
+                Change::ending(None, *now, Outcome::NeverRan, from)
+            }
+            (Some(S::Granted(now, from)), E::Ran(of)) if of == now => {
+                Change::ending(Some(S::Owner(*now)), *now, Outcome::Ran, from)
+            }
+            (state, E::Durable(of)) => {
+                let ended = self.ended.get(of)?;
+                let ran = matches!(ended.outcome, Outcome::Ran | Outcome::RanDurably);
+                let durable =
+                    || Change::ending(state.clone(), *of, Outcome::RanDurably, &ended.peer);
+                ran.then(durable)?
+            }
+            (None | Some(S::Owner(_) | S::Moved(..)), E::Deleted) => {
+                Some(Change { state: None, ended: None })
+            }
+            (Some(S::Released(now, to)), E::Deleted) => {
+                Change::ending(None, *now, Outcome::GivenAway, to)
             }
             // Listed, not `_`: a new state or event must be decided here.
             (
                 None,
-                E::Abort(_) | E::Release(_) | E::Returned(_) | E::Granted(_) | E::GiveBack(..),
-            )
-            | (Some(S::Owner(_)), E::Abort(_) | E::Release(_) | E::Returned(_) | E::Granted(_))
-            | (
-                Some(S::Offered(..)),
-                E::Offer(..) | E::Returned(_) | E::Claim(..) | E::Granted(_) | E::GiveBack(..),
-            )
-            | (
-                Some(S::Released(..)),
-                E::Offer(..) | E::Abort(_) | E::Release(_) | E::Granted(_) | E::GiveBack(..),
+                E::Abort(_)
+                | E::Release(_)
+                | E::Returned(_)
+                | E::LetGo(_)
+                | E::Claim(..)
+                | E::Granted(_)
+                | E::GiveBack(_)
+                | E::Ran(_),
             )
             | (
-                Some(S::Claiming(..) | S::Returned(..)),
-                E::Offer(..) | E::Abort(_) | E::Release(_) | E::Returned(_),
+                Some(S::Owner(_)),
+                E::Abort(_)
+                | E::Release(_)
+                | E::Returned(_)
+                | E::LetGo(_)
+                | E::Claim(..)
+                | E::Granted(_)
+                | E::GiveBack(_)
+                | E::Ran(_),
             )
-            | (Some(S::Returned(..)), E::Granted(_) | E::GiveBack(..)) => None,
+            | (
+                Some(S::Offered(..) | S::Released(..) | S::Moved(..)),
+                E::Offer(..)
+                | E::Abort(_)
+                | E::Release(_)
+                | E::Returned(_)
+                | E::LetGo(_)
+                | E::Claim(..)
+                | E::Granted(_)
+                | E::GiveBack(_)
+                | E::Ran(_),
+            )
+            | (
+                Some(S::Claiming(..) | S::Granted(..)),
+                E::Offer(..)
+                | E::Abort(_)
+                | E::Release(_)
+                | E::Returned(_)
+                | E::LetGo(_)
+                | E::Claim(..)
+                | E::Granted(_)
+                | E::GiveBack(_)
+                | E::Ran(_)
+                | E::Deleted,
+            )
+            | (Some(S::Offered(..)), E::Deleted) => None,
         }
     }
 
+    /// Takes a change over.
+    pub fn apply(&mut self, change: Change) {
+        self.state = change.state;
+        self.ended.extend(change.ended);
+    }
+
+    /// The greatest epoch that was ever used for this name.
+    pub fn last(&self) -> Epoch {
+        let state = self.state.as_ref().map_or(self.floor, Ownership::epoch);
+        let ended = self.ended.keys().next_back().copied().unwrap_or_default();
+        self.floor.max(state).max(ended)
+    }
+}
+
+impl Ownership {
     /// The epoch of the state.
     pub fn epoch(&self) -> Epoch {
         match self {
             Self::Owner(epoch)
             | Self::Offered(epoch, _)
             | Self::Released(epoch, _)
+            | Self::Moved(epoch, _)
             | Self::Claiming(epoch, _)
-            | Self::Returned(epoch, _) => *epoch,
+            | Self::Granted(epoch, _) => *epoch,
         }
     }
 
@@ -152,19 +308,34 @@ impl Ownership {
             Self::Owner(_) => None,
             Self::Offered(_, peer)
             | Self::Released(_, peer)
+            | Self::Moved(_, peer)
             | Self::Claiming(_, peer)
-            | Self::Returned(_, peer) => Some(peer),
+            | Self::Granted(_, peer) => Some(peer),
         }
     }
 
-    /// The protocol's word for the state.
+    /// Whether a task of this name must not be created here.
+    pub fn is_fenced(&self) -> bool {
+        matches!(self, Self::Released(..) | Self::Moved(..))
+    }
+
+    /// Whether a hand-off is under way.
+    pub fn is_open(&self) -> bool {
+        match self {
+            Self::Owner(_) | Self::Moved(..) => false,
+            Self::Offered(..) | Self::Released(..) | Self::Claiming(..) | Self::Granted(..) => true,
+        }
+    }
+
+    /// The state in one word, for people.
     pub fn word(&self) -> &'static str {
         match self {
             Self::Owner(_) => "owner",
             Self::Offered(..) => "offered",
             Self::Released(..) => "released",
+            Self::Moved(..) => "moved",
             Self::Claiming(..) => "claiming",
-            Self::Returned(..) => "returned",
+            Self::Granted(..) => "granted",
         }
     }
 }
@@ -172,97 +343,67 @@ impl Ownership {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
-    fn step(before: &mut Option<Ownership>, event: Event) {
-        if let Some(after) = Ownership::on(before.as_ref(), &event) {
-            *before = Some(after);
+    fn ledger(events: &[Event]) -> Ledger {
+        let mut ledger = Ledger::default();
+        for event in events {
+            let change = ledger.on(event).unwrap_or_else(|| panic!("{event:?} in {ledger:?}"));
+            ledger.apply(change);
         }
+        ledger
     }
 
-    /// Messages between two nodes that may be lost, repeated and late.
-    #[derive(Debug, Clone, Copy)]
-    enum Move {
-        Offer,
-        Abort(u64),
-        Claim(u64),
-        Release(u64),
-        Grant(u64),
-        GiveBack(u64),
-        Returned(u64),
+    fn offer() -> Event {
+        Event::Offer("b/d/c".into(), Epoch(0))
     }
 
-    fn moves() -> impl Strategy<Value = Vec<Move>> {
-        let epoch = 1..4u64;
-        proptest::collection::vec(
-            prop_oneof![
-                Just(Move::Offer),
-                epoch.clone().prop_map(Move::Abort),
-                epoch.clone().prop_map(Move::Claim),
-                epoch.clone().prop_map(Move::Release),
-                epoch.clone().prop_map(Move::Grant),
-                epoch.clone().prop_map(Move::GiveBack),
-                epoch.prop_map(Move::Returned),
-            ],
-            0..40,
-        )
-    }
-
-    proptest! {
-        /// Method: any order of messages, each delivered only if its sender's journal allows it; at
-        /// no time may both nodes run the container.
-        #[test]
-        fn there_is_never_a_second_runner(moves in moves()) {
-            let (mut source, mut destination) = (Some(Ownership::Owner(Epoch(0))), None);
-            for one in moves {
-                match one {
-                    Move::Offer => step(&mut source, Event::Offer("b".into(), Epoch(0))),
-                    Move::Abort(epoch) => step(&mut source, Event::Abort(Epoch(epoch))),
-                    // The destination claims what it was offered at some time.
-                    Move::Claim(epoch) if source.as_ref().is_some_and(|s| s.epoch() >= Epoch(epoch)) => {
-                        step(&mut destination, Event::Claim(Epoch(epoch), "a".into()));
-                    }
-                    // The source is asked only by a node that claims.
-                    Move::Release(epoch)
-                        if destination == Some(Ownership::Claiming(Epoch(epoch), "a".into())) =>
-                    {
-                        step(&mut source, Event::Release(Epoch(epoch)));
-                    }
-                    // A grant is heard only after it was said.
-                    Move::Grant(epoch)
-                        if source == Some(Ownership::Released(Epoch(epoch), "b".into())) =>
-                    {
-                        step(&mut destination, Event::Granted(Epoch(epoch)));
-                    }
-                    Move::GiveBack(epoch) => {
-                        step(&mut destination, Event::GiveBack(Epoch(epoch), "a".into()));
-                    },
-                    Move::Returned(epoch)
-                        if destination == Some(Ownership::Returned(Epoch(epoch), "a".into())) =>
-                    {
-                        step(&mut source, Event::Returned(Epoch(epoch)));
-                    }
-                    Move::Claim(_) | Move::Release(_) | Move::Grant(_) | Move::Returned(_) => {}
-                }
-                let runs = |state: &Option<Ownership>| matches!(state, Some(Ownership::Owner(_)));
-                prop_assert!(!(runs(&source) && runs(&destination)), "{source:?} {destination:?}");
-            }
-        }
+    fn claim(epoch: u64) -> Event {
+        Event::Claim(Epoch(epoch), "a/d/c".into())
     }
 
     #[test]
     fn a_stale_release_is_refused() {
-        let offered = Ownership::Offered(Epoch(3), "b".into());
-        assert_eq!(Ownership::on(Some(&offered), &Event::Release(Epoch(2))), None);
-        assert!(Ownership::on(Some(&offered), &Event::Release(Epoch(3))).is_some());
+        let offered = ledger(&[Event::Offer("b/d/c".into(), Epoch(2))]);
+        assert_eq!(offered.on(&Event::Release(Epoch(2))), None);
+        assert!(offered.on(&Event::Release(Epoch(3))).is_some());
     }
 
     #[test]
-    fn an_epoch_is_never_reused() {
-        let mut state = None;
-        step(&mut state, Event::Offer("b".into(), Epoch(0)));
-        step(&mut state, Event::Abort(Epoch(1)));
-        step(&mut state, Event::Offer("b".into(), Epoch(0)));
-        assert_eq!(state, Some(Ownership::Offered(Epoch(2), "b".into())));
+    fn an_epoch_is_never_reused_not_even_by_a_namesake_of_a_deleted_container() {
+        let again = ledger(&[offer(), Event::Abort(Epoch(1)), offer()]);
+        assert_eq!(again.last(), Epoch(2));
+        let again = ledger(&[offer(), Event::Abort(Epoch(1)), Event::Deleted, offer()]);
+        assert_eq!(again.last(), Epoch(2));
+        let came = ledger(&[claim(7), Event::GiveBack(Epoch(7))]);
+        assert_eq!((came.on(&claim(7)), came.last()), (None, Epoch(7)));
+        let expired = Ledger { floor: Epoch(7), ..Ledger::default() };
+        assert_eq!(expired.on(&claim(7)), None);
+        assert!(expired.on(&claim(8)).is_some());
+    }
+
+    #[test]
+    fn what_was_given_back_leaves_its_name_free() {
+        let back = ledger(&[claim(1), Event::GiveBack(Epoch(1))]);
+        assert_eq!(back.state, None);
+        assert_eq!(ledger(&[claim(1), Event::GiveBack(Epoch(1)), offer()]).last(), Epoch(2));
+    }
+
+    #[test]
+    fn only_what_was_granted_can_have_run_and_what_ran_is_never_given_back() {
+        let (granted, ran) = (Event::Granted(Epoch(1)), Event::Ran(Epoch(1)));
+        assert_eq!(ledger(&[claim(1)]).on(&ran), None);
+        let here = ledger(&[claim(1), granted, ran]);
+        assert_eq!(here.on(&Event::GiveBack(Epoch(1))), None);
+        assert_eq!(here.state, Some(Ownership::Owner(Epoch(1))));
+        assert_eq!(here.on(&Event::Durable(Epoch(2))), None);
+    }
+
+    #[test]
+    fn what_is_under_way_is_not_forgotten_and_what_was_released_is_given_away() {
+        for open in [vec![offer()], vec![claim(1)], vec![claim(1), Event::Granted(Epoch(1))]] {
+            assert_eq!(ledger(&open).on(&Event::Deleted), None, "{open:?}");
+        }
+        let gone = ledger(&[offer(), Event::Release(Epoch(1)), Event::Deleted]);
+        assert_eq!(gone.ended[&Epoch(1)].outcome, Outcome::GivenAway);
     }
 }

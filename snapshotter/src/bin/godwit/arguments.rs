@@ -43,6 +43,8 @@ pub(crate) enum Command {
     /// Volumes on this node.
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Decide how a hand-off ended that `godwit status` shows as released or granted and that does not end by itself.
+    Resolve(Resolve),
     /// The nodes that this node knows, and how they answer.
     Peers,
     /// This node: versions, what the store holds, who owns which container.
@@ -65,6 +67,21 @@ pub(crate) struct Check {
     /// The daemon's configuration, which says where the state is while no daemon runs.
     #[arg(long, default_value = config::DEFAULT_PATH)]
     pub(crate) config: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct Resolve {
+    /// The container, as it is called on this node.
+    pub(crate) name: String,
+    /// Its tasks ran at the destination: the source's copy is given up.
+    #[arg(long, required_unless_present = "never_ran", conflicts_with = "never_ran")]
+    pub(crate) ran: bool,
+    /// Its tasks never ran at the destination: the source runs them again.
+    #[arg(long)]
+    pub(crate) never_ran: bool,
+    /// Do not ask for a confirmation.
+    #[arg(long)]
+    pub(crate) yes: bool,
 }
 
 #[derive(Args)]

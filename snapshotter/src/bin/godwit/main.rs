@@ -3,19 +3,21 @@
 mod arguments;
 mod output;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use arguments::{
-    Arguments, Command, Migrate, Mode, Output, SnapshotCommand, VolumeCommand, VolumeKind, YesNo,
+    Arguments, Command, Migrate, Mode, Output, Resolve, SnapshotCommand, VolumeCommand, VolumeKind,
+    YesNo,
 };
 use clap::Parser as _;
 use godwit_protos::control::{
     CheckRequest, Container, ControlClient, CreateSnapshotRequest, CreateVolumeRequest,
     DeleteSnapshotRequest, Empty, ExportVolumeRequest, ImportVolumeRequest, MigrateRequest,
-    PinSnapshotRequest, Progress, RemoveVolumeRequest, RestoreSnapshotRequest, Snapshot,
-    StatusResponse, VerifyVolumeRequest, Volume,
+    Ownership, PinSnapshotRequest, Progress, RemoveVolumeRequest, ResolveRequest,
+    RestoreSnapshotRequest, Snapshot, StatusResponse, Verdict, VerifyVolumeRequest, Volume,
 };
 use godwit_protos::{FileSystem, SNAPSHOTTER};
 use godwit_snapshotter::check;
@@ -95,6 +97,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Plan(asked) => plan(&client, &arguments.namespace, asked, &out).await,
         Command::Snapshot(command) => snapshot(&client, &arguments.namespace, command, &out).await,
         Command::Volume(command) => volume(&client, command, &out).await,
+        Command::Resolve(asked) => resolve(&client, &arguments.namespace, asked).await,
         Command::Peers => peers(&client, &out).await,
         Command::Status => status(&client, &out).await,
         Command::Watch => {
@@ -317,6 +320,44 @@ async fn volume(client: &ControlClient, command: VolumeCommand, out: &Out) -> an
     }
 }
 
+/// Shows what both nodes know and what could go wrong, asks, and ends the hand-off.
+async fn resolve(client: &ControlClient, namespace: &str, asked: Resolve) -> anyhow::Result<()> {
+    let mut request = ResolveRequest::new();
+    request.container = Some(container(namespace, asked.name.clone())).into();
+    let verdict = if asked.ran { Verdict::VERDICT_RAN } else { Verdict::VERDICT_NEVER_RAN };
+    request.verdict = verdict.into();
+    let known = client.resolve(deadline(), &request).await?;
+    println!("{namespace}/{}, epoch {}", asked.name, known.epoch);
+    println!("  this node says:  {}", known.here);
+    println!("  {} says:  {}", known.peer, known.there);
+    println!("then {}", known.risk);
+    if !asked.yes {
+        print!("type the container's name to go on: ");
+        std::io::stdout().flush()?;
+        let mut typed = String::new();
+        std::io::stdin().read_line(&mut typed)?;
+        if typed.trim() != asked.name {
+            bail!("not confirmed; nothing was changed");
+        }
+    }
+    request.is_confirmed = true;
+    client.resolve(deadline(), &request).await?;
+    println!("done");
+    Ok(())
+}
+
+fn state_word(state: Ownership) -> &'static str {
+    match state {
+        Ownership::OWNERSHIP_UNSPECIFIED => "unknown",
+        Ownership::OWNERSHIP_OWNER => "owner",
+        Ownership::OWNERSHIP_OFFERED => "offered",
+        Ownership::OWNERSHIP_RELEASED => "released",
+        Ownership::OWNERSHIP_MOVED => "moved",
+        Ownership::OWNERSHIP_CLAIMING => "claiming",
+        Ownership::OWNERSHIP_GRANTED => "granted",
+    }
+}
+
 async fn peers(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     let listed = client.list_peers(deadline(), &Empty::new()).await?;
     let line = |one: &godwit_protos::control::Peer| {
@@ -341,7 +382,8 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
     let status = client.status(deadline(), &Empty::new()).await?;
     let ownership = status.ownership.iter().map(|one| {
         let container = format!("{}/{}", one.container.namespace, one.container.id);
-        json!({"container": container, "state": one.state, "epoch": one.epoch, "peer": one.peer})
+        let state = state_word(one.state.enum_value_or_default());
+        json!({"container": container, "state": state, "epoch": one.epoch, "peer": one.peer})
     });
     let ownership: Vec<_> = ownership.collect();
     let object = json!({"node": status.node, "version": status.version, "criu_version": status.criu_version,

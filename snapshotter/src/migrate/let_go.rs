@@ -1,0 +1,166 @@
+//! Letting go: what the source does once the destination has all of a container on its disk.
+//!
+//! 1. End the tasks. 2. Keep the cut as snapshots. 3. Remove the container, if `godwit migrate` asked for
+//!    it. 4. Give the volumes away. 5. Journal that it moved.
+//!
+//! A step that fails is tried again, for ever and at growing pauses: containerd may be away. On open: as
+//! the journal says "released" until step 5, the destination is asked again, and it begins again.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use godwit_protos::{ContainerRef, VolumeId};
+
+use super::MigrationError;
+use super::deletion::incarnation;
+use super::shim::Shim;
+use super::subjects::{Version, newest};
+use super::terminal;
+use crate::containerd::{ClientError, TaskStatus};
+use crate::node::Node;
+use crate::ownership::absence::Incarnation;
+use crate::ownership::journal::{Entry, JournalError};
+use crate::ownership::{Epoch, Event};
+use crate::retention::{admitted, record};
+use crate::store::Lease;
+
+/// Pauses between attempts double from the first to the last.
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+const PAUSE_LAST: Duration = Duration::from_secs(60);
+
+/// What remains to be done once the container runs elsewhere.
+pub(super) struct Remembered {
+    pub(super) container: ContainerRef,
+    pub(super) epoch: Epoch,
+    pub(super) destination: String,
+    pub(super) remove_source: bool,
+    pub(super) volumes: Vec<VolumeId>,
+    pub(super) versions: Vec<Version>,
+    pub(super) directory: Option<PathBuf>,
+    pub(super) lease: Option<Arc<Lease>>,
+}
+
+impl Remembered {
+    /// After a restart the session is gone: what the journal knows. The snapshots of the cut are not among it.
+    pub(super) fn after_restart(
+        container: &ContainerRef,
+        epoch: Epoch,
+        offered_as: &str,
+        entry: &Entry,
+    ) -> Self {
+        Self {
+            container: container.clone(),
+            epoch,
+            destination: offered_as.split('/').next().unwrap_or_default().to_owned(),
+            remove_source: entry.remove_source,
+            volumes: entry.volumes.iter().filter_map(|id| id.parse().ok()).collect(),
+            versions: Vec::new(),
+            directory: None,
+            lease: None,
+        }
+    }
+
+    /// Does all of it. Caller: the destination has said that all of it is on its disk.
+    pub(super) async fn let_go(self, node: &Arc<Node>) {
+        let container = &self.container;
+        node.observed.moved_away(container);
+        let mut pause = PAUSE_FIRST;
+        while let Err(error) = self.end(node).await {
+            let error = error.chain();
+            tracing::error!(%container, error, "cannot remove what moved away; trying again");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_LAST);
+        }
+        let (here, versions) = (node.clone(), self.versions);
+        let kept = tokio::task::spawn_blocking(move || {
+            let snapshots = newest(&here.store, &versions, &here.config.node)?;
+            record(&here, &admitted(&here, snapshots))
+        });
+        if let Ok(Err(error)) = kept.await {
+            tracing::warn!(%container, %error, "cannot keep the snapshots");
+        }
+        let (volumes, ids, to) = (node.volumes.clone(), self.volumes, self.destination);
+        let given = tokio::task::spawn_blocking(move || {
+            let give = |id: &VolumeId| (id.clone(), volumes.give_away(id, &to));
+            ids.iter().map(give).collect::<Vec<_>>()
+        });
+        for (volume, given) in given.await.unwrap_or_default() {
+            match given {
+                // It may come back from now on; deleting takes as long as it is large.
+                Ok(removed) => drop(tokio::task::spawn_blocking(|| removed.delete())),
+                Err(error) => {
+                    tracing::warn!(%container, %volume, %error, "cannot remove a volume that moved away");
+                }
+            }
+        }
+        match node.journal.apply(container, &Event::LetGo(self.epoch), |entry| entry.frozen = false)
+        {
+            // The deletion of the container may have ended its entry already.
+            Ok(_) | Err(JournalError::OutOfPhase { .. }) => {}
+            Err(error) => {
+                tracing::error!(%container, %error, "cannot journal that it moved; it is done again");
+            }
+        }
+        if let Some(directory) = self.directory {
+            let _ = tokio::fs::remove_dir_all(directory).await;
+        }
+        drop(self.lease);
+    }
+
+    /// Ends the tasks, and removes the container if it is to be. Errors: something is left; calling again goes on.
+    async fn end(&self, node: &Node) -> Result<(), MigrationError> {
+        let (namespace, id) = (self.container.namespace(), self.container.id());
+        let entry = node.journal.container(&self.container)?;
+        let journalled = entry.and_then(|entry| entry.incarnation);
+        let here = match incarnation(node, &self.container).await {
+            Err(MigrationError::Containerd(ClientError::NotFound(_))) => None,
+            here => Some(here?),
+        };
+        // One of the same name that was created since is not ours to end.
+        if !is_ours(journalled.as_ref(), here.as_ref()) {
+            tracing::warn!(container = %self.container, "another container has its name; it stays");
+            return Ok(());
+        }
+        let task = node.containerd.task(namespace, id).await?;
+        let is_alive = |status| !matches!(status, TaskStatus::Stopped);
+        if task.as_ref().is_some_and(|task| is_alive(task.status)) {
+            Shim::find(&node.config, &self.container)?.let_go(id).await?;
+        }
+        if !self.remove_source {
+            return Ok(());
+        }
+        match node.containerd.delete_task(namespace, id).await {
+            Ok(_) | Err(ClientError::NotFound(_)) => {
+                if let Some(task) = task {
+                    terminal::remove_fifos(&task.streams);
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let record = match node.containerd.container(namespace, id).await {
+            Err(ClientError::NotFound(_)) => return Ok(()),
+            record => record?,
+        };
+        // The snapshot first: once the record is gone, it is no longer known which one it is.
+        if !record.snapshot_key.is_empty() {
+            let (snapshotter, key) = (&record.snapshotter, &record.snapshot_key);
+            match node.containerd.remove_snapshot(namespace, snapshotter, key).await {
+                Ok(()) | Err(ClientError::NotFound(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match node.containerd.delete_container(namespace, id).await {
+            Ok(()) | Err(ClientError::NotFound(_)) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Whether the container that is here is the one that was given away, or gone.
+fn is_ours(journalled: Option<&Incarnation>, here: Option<&Incarnation>) -> bool {
+    match (journalled, here) {
+        (Some(journalled), Some(here)) => journalled == here,
+        (None, _) | (_, None) => true,
+    }
+}
