@@ -112,7 +112,7 @@ pub(crate) struct Container {
     /// Paths of what its processes watch that CRIU has to be told, as they were before the freeze.
     pub(crate) watched: Mutex<Vec<PathBuf>>,
     /// Frozen for a migration: only the daemon lets it run on.
-    pub(crate) is_handed_off: AtomicBool,
+    pub(crate) frozen_for_migration: AtomicBool,
     /// CRIU has dumped it since it was frozen, which interrupts system calls.
     pub(crate) is_disturbed: AtomicBool,
 }
@@ -157,7 +157,7 @@ impl Container {
             oom_kills: AtomicU64::new(0),
             stopped_when_frozen: Mutex::default(),
             watched: Mutex::default(),
-            is_handed_off: AtomicBool::new(false),
+            frozen_for_migration: AtomicBool::new(false),
             is_disturbed: AtomicBool::new(false),
         }
     }
@@ -415,7 +415,7 @@ impl Container {
         if self.init.phase() != Phase::Paused {
             return Err(self.phase_error("a paused container can be resumed only"));
         }
-        if self.is_handed_off.load(Ordering::SeqCst) {
+        if self.frozen_for_migration.load(Ordering::SeqCst) {
             return Err(self.phase_error("a migration froze it, and another node may run it"));
         }
         self.runc.resume().await?;

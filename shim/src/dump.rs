@@ -227,7 +227,7 @@ impl Container {
         self.note_watched().await?;
         let begun = Instant::now();
         let is_paused = self.init.phase() == Phase::Paused;
-        if is_paused && !self.is_handed_off.load(Ordering::SeqCst) {
+        if is_paused && !self.frozen_for_migration.load(Ordering::SeqCst) {
             // A thaw could not tell it from a container that ran before the freeze.
             return Err(self.phase_error("it was paused before the freeze; resume it first"));
         }
@@ -235,9 +235,9 @@ impl Container {
             // What would block the dump costs no downtime when it is found here.
             self.check_stopped(&self.cgroup()?)?;
             self.is_disturbed.store(false, Ordering::SeqCst);
-            self.is_handed_off.store(true, Ordering::SeqCst);
+            self.frozen_for_migration.store(true, Ordering::SeqCst);
             if let Err(error) = self.stop_tasks().await {
-                self.is_handed_off.store(false, Ordering::SeqCst);
+                self.frozen_for_migration.store(false, Ordering::SeqCst);
                 return Err(error);
             }
         }
@@ -253,7 +253,7 @@ impl Container {
         let begun = Instant::now();
         let _operation = self.operation.lock().await;
         self.on_volumes(volumes::thaw).await?;
-        if self.init.phase() == Phase::Paused && !self.is_handed_off.load(Ordering::SeqCst) {
+        if self.init.phase() == Phase::Paused && !self.frozen_for_migration.load(Ordering::SeqCst) {
             return Ok(begun.elapsed());
         }
         if self.is_disturbed.swap(false, Ordering::SeqCst) {
@@ -266,7 +266,7 @@ impl Container {
     fn thaw_tasks(&self) -> Result<(), TaskError> {
         // Whatever the phase says: a freeze that was broken off may have got half way.
         self.cgroup()?.thaw().map_err(TaskError::io("thawing the container"))?;
-        self.is_handed_off.store(false, Ordering::SeqCst);
+        self.frozen_for_migration.store(false, Ordering::SeqCst);
         if self.init.phase() == Phase::Paused {
             self.note_resumed();
         }

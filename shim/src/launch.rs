@@ -479,7 +479,7 @@ impl Container {
         connections: Connections,
         action_script: Option<&str>,
     ) -> Result<(), TaskError> {
-        let files_are_frozen = self.is_handed_off.load(Ordering::SeqCst)
+        let files_are_frozen = self.frozen_for_migration.load(Ordering::SeqCst)
             && !rootfs::mounts_below(&volumes::directory(&self.name))?.is_empty();
         let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let config = criu::Config {
