@@ -392,11 +392,11 @@ impl Container {
     /// Freezes every process. Errors: the container does not run.
     pub(crate) async fn pause(&self) -> Result<(), TaskError> {
         let _operation = self.operation.lock().await;
-        self.stop_tasks().await
+        self.pause_locked().await
     }
 
     /// [`Container::pause`] for a caller that holds the operation.
-    pub(crate) async fn stop_tasks(&self) -> Result<(), TaskError> {
+    pub(crate) async fn pause_locked(&self) -> Result<(), TaskError> {
         if self.init.phase() != Phase::Running {
             return Err(self.phase_error("a running container can be paused only"));
         }

@@ -236,7 +236,7 @@ impl Container {
             self.check_stopped(&self.cgroup()?)?;
             self.is_disturbed.store(false, Ordering::SeqCst);
             self.frozen_for_migration.store(true, Ordering::SeqCst);
-            if let Err(error) = self.stop_tasks().await {
+            if let Err(error) = self.pause_locked().await {
                 self.frozen_for_migration.store(false, Ordering::SeqCst);
                 return Err(error);
             }
