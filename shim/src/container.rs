@@ -42,8 +42,8 @@ use crate::publisher::Publisher;
 use crate::reap::{Exit, Reaper, Waiter};
 use crate::rootfs;
 use crate::runc::{Launch, Runc};
+use crate::stdio::{ConsoleSocket, Owner, Unasked};
 use crate::volumes::{self, VolumeError};
-use crate::wiring::{ConsoleSocket, Owner, Unasked};
 
 /// How long the init's exit waits for starts under way, and again for the other processes' ends;
 /// how long a delete waits for the init's exit.

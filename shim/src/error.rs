@@ -13,8 +13,8 @@ use crate::options::OptionsError;
 use crate::rootfs::RootfsError;
 use crate::runc::RuncError;
 use crate::spec::SpecError;
+use crate::stdio::WiringError;
 use crate::volumes::VolumeError;
-use crate::wiring::WiringError;
 
 /// A failed call.
 #[derive(Debug, thiserror::Error)]

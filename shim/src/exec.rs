@@ -16,8 +16,8 @@ use crate::error::TaskError;
 use crate::process::{Phase, Process};
 use crate::reap::{Exit, Mark};
 use crate::spec;
+use crate::stdio::Unasked;
 use crate::time_namespace::Inside;
-use crate::wiring::Unasked;
 
 /// Exit status of an added process that the runtime could not start: containerd's "unknown".
 const NOT_STARTED: u32 = 255;

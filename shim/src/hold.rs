@@ -95,7 +95,7 @@ pub(crate) struct Hold {
 impl Hold {
     /// Listens in `bundle`. Errors: I/O.
     pub(crate) fn listen(bundle: &Path) -> std::io::Result<Self> {
-        let listener = crate::wiring::bind_in(bundle, SOCKET_NAME)?;
+        let listener = crate::stdio::bind_in(bundle, SOCKET_NAME)?;
         let (tell, held) = mpsc::channel(8);
         let (verdict, decided) = watch::channel(None);
         let resuming = Arc::new(AtomicBool::new(false));

@@ -34,8 +34,8 @@ use crate::process::Phase;
 use crate::reap::{Mark, Waiter};
 use crate::rootfs;
 use crate::spec::{CRIU_CONFIG, Spec};
+use crate::stdio::Unasked;
 use crate::volumes;
-use crate::wiring::Unasked;
 
 /// How long CRIU is given to get from the grant to the resume when the runtime around it has failed.
 const CRIU_OUTLIVES_MAX: Duration = Duration::from_secs(2);

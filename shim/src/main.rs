@@ -44,11 +44,11 @@ mod runc;
 mod server;
 mod spec;
 mod stats;
+mod stdio;
 mod sys;
 mod task;
 mod time_namespace;
 mod volumes;
-mod wiring;
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -18,7 +18,7 @@ use containerd_shim::protos::api::Status;
 use tokio::sync::watch;
 
 use crate::reap::Exit;
-use crate::wiring::Wiring;
+use crate::stdio::Wiring;
 
 /// Where a process stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
