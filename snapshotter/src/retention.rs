@@ -14,7 +14,7 @@ use crate::content::object::Kind;
 use crate::host::unix_ms;
 use crate::node::Node;
 use crate::policy::retain::{Kept, Reason, Removal, Rules, retain};
-use crate::store::{Snapshot, SnapshotId, StoreError, Thrift};
+use crate::store::{Compaction, Snapshot, SnapshotId, StoreError};
 use crate::supervise::on_thread;
 use crate::volumes::VolumeError;
 
@@ -148,7 +148,7 @@ fn worse(over_budget: u64, short_of_disk: u64) -> Option<(u64, Lack)> {
 /// what is lacking still.
 fn make_room(node: &Node) -> Result<Option<Lack>, VolumeError> {
     for _ in 0..ROUNDS_MAX {
-        if let Err(error) = node.sweep(Thrift::Tight) {
+        if let Err(error) = node.sweep(Compaction::Tight) {
             // Leased: users of the store come first.
             tracing::debug!(error = crate::error::chain(&error), "no room is made now");
             return Ok(None);

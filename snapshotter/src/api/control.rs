@@ -33,7 +33,7 @@ use crate::node::Node;
 use crate::ownership::Ownership;
 use crate::peer::Connection;
 use crate::snapshots::Snapshots;
-use crate::store::{SnapshotId, StoreError, Thrift};
+use crate::store::{Compaction, SnapshotId, StoreError};
 use crate::volumes::{Shape, VolumeError};
 use godwit_disk::leftovers::Leftovers;
 
@@ -580,7 +580,7 @@ impl Control for Service {
     }
 
     async fn sweep(&self, _context: &TtrpcContext, _asked: Empty) -> ttrpc::Result<SweepResponse> {
-        let report = self.blocking(|node| node.sweep(Thrift::Usual)).await?;
+        let report = self.blocking(|node| node.sweep(Compaction::Usual)).await?;
         let mut answer = SweepResponse::new();
         answer.freed_bytes = report.bytes_freed;
         answer.kept_objects = report.objects_kept;

@@ -27,7 +27,7 @@ use crate::ownership::journal::Journal;
 use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
 use crate::peer::shunned::Shunned;
-use crate::store::{Options, SnapshotId, Store, StoreError, SweepReport, Thrift};
+use crate::store::{Compaction, Options, SnapshotId, Store, StoreError, SweepReport};
 use crate::supervise::on_thread;
 use crate::volumes::fetch::Fetcher;
 use crate::volumes::{VolumeError, Volumes};
@@ -173,9 +173,9 @@ impl Node {
     ///
     /// Errors: [`VolumeError`] for a list of volumes that cannot be read, or the store's; nothing
     /// is removed then.
-    pub fn sweep(&self, thrift: Thrift) -> Result<SweepReport, VolumeError> {
+    pub fn sweep(&self, compaction: Compaction) -> Result<SweepReport, VolumeError> {
         self.store
-            .sweep(&children, is_leaf, &|| Ok(self.content_roots()?), thrift)
+            .sweep(&children, is_leaf, &|| Ok(self.content_roots()?), compaction)
             .map_err(|error| VolumeError::Sweep(Box::new(error)))
     }
 
@@ -202,7 +202,7 @@ impl Node {
                 if let Err(error) = node.journal.expire(unix_ms()) {
                     tracing::warn!(error = crate::error::chain(&error), "old outcomes are kept");
                 }
-                node.sweep(Thrift::Usual)
+                node.sweep(Compaction::Usual)
             };
             match on_thread(work).await {
                 Some(Ok(report)) => tracing::info!(?report, "swept"),

@@ -64,7 +64,7 @@ pub use lease::Lease;
 use lease::Leases;
 use pack::{Found, Packs};
 pub use snapshots::{Snapshot, SnapshotId};
-pub use sweep::{Children, Roots, SweepError, SweepReport, Thrift};
+pub use sweep::{Children, Compaction, Roots, SweepError, SweepReport};
 pub use writer::Writer;
 
 /// Largest object, in bytes.

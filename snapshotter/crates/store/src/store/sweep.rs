@@ -6,7 +6,7 @@
 //! 3. remove unmarked entries from the index, durably, together with the packs in which none is
 //!    left;
 //! 4. let leases be taken again; unlink the empty packs;
-//! 5. copy what lives in packs that are less alive than [`Thrift`] asks for into the active
+//! 5. copy what lives in packs that are less alive than [`Compaction`] asks for into the active
 //!    pack, 6. commit the new places durably without the old packs, 7. unlink the old packs.
 //!
 //! On open: packs that the index does not name are deleted, which finishes steps 4 and 7; copies of
@@ -30,14 +30,14 @@ const COPY_BYTES: usize = 4 << 20;
 
 /// How much of a pack may be dead before what lives in it is copied elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Thrift {
+pub enum Compaction {
     /// Half: copying costs less than what it gives back.
     Usual,
     /// A tenth: space is short.
     Tight,
 }
 
-impl Thrift {
+impl Compaction {
     fn live_percent_min(self) -> u64 {
         match self {
             Self::Usual => 50,
@@ -116,7 +116,7 @@ fn prefix(digest: &Digest) -> u64 {
 
 /// What step 3 leaves to do for the later ones.
 struct Census {
-    thrift: Thrift,
+    compaction: Compaction,
     report: SweepReport,
     /// Bytes in records that live, by pack.
     live: BTreeMap<u32, u64>,
@@ -133,7 +133,7 @@ impl Census {
 
     fn is_worth_rewriting(&self, pack: u32) -> bool {
         self.ends.get(&pack).is_none_or(|end| {
-            self.live_in(pack) * 100 < u64::from(*end) * self.thrift.live_percent_min()
+            self.live_in(pack) * 100 < u64::from(*end) * self.compaction.live_percent_min()
         })
     }
 
@@ -159,7 +159,7 @@ impl Store {
     /// - `children` gives kinds and digests of what an object of some kind refers to; its bytes
     ///   have been verified.
     /// - `is_leaf` says of which kinds the objects refer to nothing; they are not read.
-    /// - `thrift` says which packs are rewritten.
+    /// - `compaction` says which packs are rewritten.
     /// - Errors: [`SweepError`]; nothing was removed, except that after a full disk in the last
     ///   steps the space of some dead objects is not given back yet.
     pub fn sweep<E: std::error::Error + 'static>(
@@ -167,7 +167,7 @@ impl Store {
         children: Children<'_, E>,
         is_leaf: fn(u8) -> bool,
         extra_roots: Roots<'_, E>,
-        thrift: Thrift,
+        compaction: Compaction,
     ) -> Result<SweepReport, SweepError<E>> {
         let inner = &*self.inner;
         let generation = inner.leases.generation();
@@ -182,7 +182,7 @@ impl Store {
             let Some(_guard) = inner.leases.exclusive(generation) else {
                 return Err(SweepError::Disturbed);
             };
-            inner.remove_unmarked(&marks, thrift)?
+            inner.remove_unmarked(&marks, compaction)?
         };
         inner.give_space_back(&mut census)?;
         Ok(census.report)
@@ -258,9 +258,9 @@ impl Store {
 
 impl Inner {
     /// Step 3. Called with leases excluded.
-    fn remove_unmarked(&self, marks: &Marks, thrift: Thrift) -> Result<Census, StoreError> {
+    fn remove_unmarked(&self, marks: &Marks, compaction: Compaction) -> Result<Census, StoreError> {
         let write = self.index.begin_write()?;
-        let mut census = retain_marked(&write, marks, thrift)?;
+        let mut census = retain_marked(&write, marks, compaction)?;
         {
             let mut packs = write.open_table(index::PACKS)?;
             for entry in packs.iter()? {
@@ -386,10 +386,10 @@ impl Inner {
 fn retain_marked(
     write: &redb::WriteTransaction,
     marks: &Marks,
-    thrift: Thrift,
+    compaction: Compaction,
 ) -> Result<Census, StoreError> {
     let (report, live, ends) = (SweepReport::default(), BTreeMap::new(), BTreeMap::new());
-    let mut census = Census { thrift, report, live, ends, closed_below: 0 };
+    let mut census = Census { compaction, report, live, ends, closed_below: 0 };
     let Census { report, live, .. } = &mut census;
     let mut unreadable = None;
     write.open_table(index::OBJECTS)?.retain(|digest, entry| {

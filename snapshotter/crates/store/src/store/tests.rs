@@ -60,7 +60,7 @@ fn no_roots<E>() -> Result<Vec<(u8, Digest)>, E> {
 }
 
 fn sweep(store: &Store) -> Result<SweepReport, SweepError<NotANode>> {
-    store.sweep(&leaves_of, is_leaf, &no_roots, Thrift::Usual)
+    store.sweep(&leaves_of, is_leaf, &no_roots, Compaction::Usual)
 }
 
 fn snapshot(root: Digest, sequence: u64) -> Snapshot {
@@ -348,11 +348,12 @@ fn a_sweep_removes_nothing_while_a_lease_is_live_or_was_taken_meanwhile() {
         drop(store.lease("late", HOUR));
         leaves_of(NODE, bytes)
     };
-    let refused = store.sweep(&take_one, is_leaf, &no_roots, Thrift::Usual).unwrap_err();
+    let refused = store.sweep(&take_one, is_leaf, &no_roots, Compaction::Usual).unwrap_err();
     assert!(matches!(refused, SweepError::Disturbed));
     assert!(all_whole(&store, &digests));
-    let report =
-        store.sweep(&leaves_of, is_leaf, &|| Ok(vec![(LEAF, digests[0])]), Thrift::Usual).unwrap();
+    let report = store
+        .sweep(&leaves_of, is_leaf, &|| Ok(vec![(LEAF, digests[0])]), Compaction::Usual)
+        .unwrap();
     assert_eq!((report.objects_kept, report.objects_removed), (4, 0));
     assert_eq!(sweep(&store).unwrap().objects_removed, 1);
     assert!(all_whole(&store, &leaves));
@@ -376,7 +377,7 @@ fn a_sweep_does_not_take_what_was_named_while_it_asked_for_the_roots() {
         }
         Ok(before)
     };
-    let sweep = || store.sweep(&leaves_of, is_leaf, &roots, Thrift::Usual);
+    let sweep = || store.sweep(&leaves_of, is_leaf, &roots, Compaction::Usual);
     assert!(matches!(sweep().unwrap_err(), SweepError::Disturbed));
     let report = sweep().unwrap();
     assert_eq!((report.objects_kept, report.objects_removed), (2, 1));
@@ -399,7 +400,8 @@ fn what_a_snapshot_alone_holds_is_what_its_removal_frees() {
     assert_eq!(bytes, [(one, 2 * page + list(5)), (other, 3 * page + list(5))].into());
     store.remove_snapshot(other).unwrap();
     let before = store.usage().unwrap().bytes;
-    let report = store.sweep(&leaves_of, is_leaf, &|| Ok(kept.to_vec()), Thrift::Tight).unwrap();
+    let report =
+        store.sweep(&leaves_of, is_leaf, &|| Ok(kept.to_vec()), Compaction::Tight).unwrap();
     assert_eq!(report.objects_removed, 4);
     assert!(before - store.usage().unwrap().bytes >= bytes[&other], "tight: it is given back");
 }
@@ -449,14 +451,15 @@ fn a_sweep_fails_closed_on_what_it_cannot_read() {
     let garbage = put_all(&store, &[page(1)]);
     let (id, leaves) = record(&store, 2..4);
     let cannot = |_: u8, _: &[u8]| Err(NotANode);
-    let failed = store.sweep(&cannot, is_leaf, &no_roots, Thrift::Usual).unwrap_err();
+    let failed = store.sweep(&cannot, is_leaf, &no_roots, Compaction::Usual).unwrap_err();
     assert!(matches!(failed, SweepError::Children { source: NotANode, .. }));
     let unknown = || Err(NotANode);
-    let failed = store.sweep(&leaves_of, is_leaf, &unknown, Thrift::Usual).unwrap_err();
+    let failed = store.sweep(&leaves_of, is_leaf, &unknown, Compaction::Usual).unwrap_err();
     assert!(matches!(failed, SweepError::Roots(NotANode)));
     let absent = Digest::of(b"absent");
-    let failed =
-        store.sweep(&leaves_of, is_leaf, &|| Ok(vec![(NODE, absent)]), Thrift::Usual).unwrap_err();
+    let failed = store
+        .sweep(&leaves_of, is_leaf, &|| Ok(vec![(NODE, absent)]), Compaction::Usual)
+        .unwrap_err();
     assert!(matches!(failed, SweepError::Missing(digest) if digest == absent));
     assert!(all_whole(&store, &garbage) && all_whole(&store, &leaves));
 
@@ -766,7 +769,7 @@ fn agrees_with_a_map(acts: Vec<Act>) -> Result<(), TestCaseError> {
                 now.pending.clear();
                 drop(lease);
                 let nothing = |_: u8, _: &[u8]| Ok::<_, Infallible>(Vec::new());
-                let report = store.sweep(&nothing, is_leaf, &no_roots, Thrift::Usual).unwrap();
+                let report = store.sweep(&nothing, is_leaf, &no_roots, Compaction::Usual).unwrap();
                 let roots: BTreeSet<Digest> = now.snapshots.iter().map(|(_, root)| *root).collect();
                 now.visible.retain(|digest, _| roots.contains(digest));
                 prop_assert_eq!(report.objects_kept, now.visible.len() as u64);
