@@ -43,8 +43,8 @@ use crate::content::object::{Kind, Layer};
 use crate::content::{ContentError, Source};
 use crate::host::unix_ms;
 use crate::node::Node;
+use crate::peer::backoff::{BACKOFF_LIAR, BACKOFF_SILENT};
 use crate::peer::fetch::{FetchError, fetch_from};
-use crate::peer::shunned::{SHUN_LIAR, SHUN_SILENT};
 use crate::retention::{free_bytes, has_room, record};
 use crate::snapshots::{self, SnapshotError, Snapshots};
 use crate::store::{Lease, Snapshot, Store, StoreError};
@@ -137,9 +137,9 @@ impl LayerError {
     /// How long those who gave the object are skipped; `None` if it is this node that failed.
     fn shuns(&self) -> Option<Duration> {
         match self {
-            _ if self.is_lie() => Some(SHUN_LIAR),
+            _ if self.is_lie() => Some(BACKOFF_LIAR),
             Self::Fetch(FetchError::Content(_) | FetchError::Interrupted) => None,
-            Self::Fetch(_) | Self::Guard(_) => Some(SHUN_SILENT),
+            Self::Fetch(_) | Self::Guard(_) => Some(BACKOFF_SILENT),
             Self::TooLarge(_)
             | Self::Length { .. }
             | Self::Containerd(_)
@@ -322,7 +322,7 @@ impl Inner {
                         // What is wrong with this node would be so with the next offer.
                         let Some(time) = error.shuns() else { return Err(error) };
                         let names = offer.peers.iter().map(|peer| &peer.node);
-                        self.node.shunned.add(names, time);
+                        self.node.backoff.add(names, time);
                         outcome = Err(error);
                     }
                 }
@@ -618,7 +618,7 @@ mod tests {
             ContentError::Store(StoreError::Corrupt { digest, pack: 1, offset: 2, why })
         };
         let cut = std::io::ErrorKind::UnexpectedEof.into();
-        let (lie, silent) = (Some(SHUN_LIAR), Some(SHUN_SILENT));
+        let (lie, silent) = (Some(BACKOFF_LIAR), Some(BACKOFF_SILENT));
         for (error, is_damage, shuns) in [
             (reading(broken()), true, lie),
             (broken().into(), true, lie),

@@ -12,8 +12,8 @@ use crate::containerd::FoundLayer;
 use crate::directory::{LOOKUP_MAX, Lookup, Query};
 use crate::node::Node;
 use crate::peer::Connection;
+use crate::peer::backoff::BACKOFF_SILENT;
 use crate::peer::neighbours::connect;
-use crate::peer::shunned::SHUN_SILENT;
 
 /// How long a neighbour has to answer a hello.
 const HELLO_MAX: Duration = Duration::from_millis(300);
@@ -44,21 +44,21 @@ pub(super) struct Neighbours<'a> {
 impl<'a> Neighbours<'a> {
     pub(super) async fn connect(node: &'a Arc<Node>) -> Self {
         let (connections, absent) =
-            connect(&node.config, &node.channels, HELLO_MAX, &node.shunned.names()).await;
-        node.shunned.add(&absent, SHUN_SILENT);
+            connect(&node.config, &node.channels, HELLO_MAX, &node.backoff.names()).await;
+        node.backoff.add(&absent, BACKOFF_SILENT);
         Self { node, connections }
     }
 
     /// Who has the layer in this way; the object that most have comes first. A neighbour that was
     /// found wanting meanwhile is not asked again.
     pub(super) async fn offers(&mut self, way: Way, layer: &FoundLayer) -> Vec<Offer> {
-        let shunned = self.node.shunned.names();
-        self.connections.retain(|peer| !shunned.contains(&peer.node));
+        let backoff = self.node.backoff.names();
+        self.connections.retain(|peer| !backoff.contains(&peer.node));
         match way {
             Way::Kept => self.kept(layer).await,
             Way::Made => {
                 let (made, silent) = make::ask(&self.connections, layer).await;
-                self.node.shunned.add(&silent, SHUN_SILENT);
+                self.node.backoff.add(&silent, BACKOFF_SILENT);
                 grouped(made)
             }
         }

@@ -20,9 +20,9 @@ use crate::config::Tags;
 use crate::containerd::{BLOB_BYTES_MAX_WHOLE, ClientError};
 use crate::node::Node;
 use crate::peer::Connection;
+use crate::peer::backoff::BACKOFF_SILENT;
 use crate::peer::blobs;
 use crate::peer::neighbours::connect;
-use crate::peer::shunned::SHUN_SILENT;
 use crate::retention::{free_bytes, has_room};
 
 /// How long a neighbour has to answer a hello.
@@ -58,11 +58,11 @@ async fn here(node: &Arc<Node>, digest: Digest) -> Result<Option<Found>, ClientE
 async fn elsewhere(node: &Arc<Node>, digest: Digest, most: u64) -> Option<Found> {
     let connections = neighbours(node).await;
     let (holders, silent) = blobs::holders(connections, "", digest).await;
-    node.shunned.add(&silent, SHUN_SILENT);
+    node.backoff.add(&silent, BACKOFF_SILENT);
     let fits = |size_bytes| {
         size_bytes <= most && size_bytes <= free_bytes(node).unwrap_or(0) && has_room(node)
     };
-    match spool::bring(&node.config.state_dir, digest, holders, &node.shunned, fits).await {
+    match spool::bring(&node.config.state_dir, digest, holders, &node.backoff, fits).await {
         Ok(found) => found.map(|(file, size_bytes)| {
             let pieces = Box::pin(spool::read_back(file));
             Found { size_bytes, pieces }
@@ -76,8 +76,8 @@ async fn elsewhere(node: &Arc<Node>, digest: Digest, most: u64) -> Option<Found>
 
 async fn neighbours(node: &Arc<Node>) -> Vec<Arc<Connection>> {
     let (connections, absent) =
-        connect(&node.config, &node.channels, HELLO_MAX, &node.shunned.names()).await;
-    node.shunned.add(&absent, SHUN_SILENT);
+        connect(&node.config, &node.channels, HELLO_MAX, &node.backoff.names()).await;
+    node.backoff.add(&absent, BACKOFF_SILENT);
     connections
 }
 

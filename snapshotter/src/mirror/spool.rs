@@ -21,8 +21,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _, AsyncWriteExt as _};
 
+use crate::peer::backoff::{BACKOFF_LIAR, BACKOFF_SILENT, Backoff};
 use crate::peer::blobs::{self, Demand};
-use crate::peer::shunned::{SHUN_LIAR, SHUN_SILENT, Shunned};
 use crate::peer::{Connection, PeerError};
 
 /// Bytes that are read back at once.
@@ -56,14 +56,14 @@ enum SpoolError {
 
 /// Brings the blob from `holders`, the last of them first, into a file without a name below `dir`,
 /// and returns that with its length. `None`: no neighbour sent it well. Those to blame for that go
-/// to `shunned`.
+/// to `backoff`.
 ///
 /// Errors: this node's disk. `fits` says whether there is room for so many bytes.
 pub(super) async fn bring(
     dir: &Path,
     digest: Digest,
     mut holders: Vec<Arc<Connection>>,
-    shunned: &Shunned,
+    backoff: &Backoff,
     fits: impl Fn(u64) -> bool,
 ) -> io::Result<Option<(File, u64)>> {
     let mut spool = Spool::begin(dir, digest).await?;
@@ -76,7 +76,7 @@ pub(super) async fn bring(
                 if spool.from.len() > 1 {
                     holders.push(peer);
                 } else {
-                    shunned.add([node], SHUN_LIAR);
+                    backoff.add([node], BACKOFF_LIAR);
                 }
                 spool = Spool::begin(dir, digest).await?;
             }
@@ -85,7 +85,7 @@ pub(super) async fn bring(
             Err(error) => {
                 let error = crate::error::chain(&error);
                 tracing::info!(%digest, node, error, "blob did not come whole; asking elsewhere");
-                shunned.add([node], SHUN_SILENT);
+                backoff.add([node], BACKOFF_SILENT);
             }
         }
     }
@@ -181,13 +181,13 @@ mod tests {
         blob: &[u8],
         script: Vec<(&str, Sends)>,
     ) -> (Option<Vec<u8>>, Vec<String>, Vec<String>) {
-        let (dir, shunned) = (tempfile::tempdir().unwrap(), Shunned::default());
+        let (dir, backoff) = (tempfile::tempdir().unwrap(), Backoff::default());
         let mut holders = Vec::new();
         for (name, sends) in script {
             holders.push(sending(name, sends).await);
         }
         let fits = |size_bytes| size_bytes <= 1 << 20;
-        let found = bring(dir.path(), Digest::of(blob), holders, &shunned, fits).await.unwrap();
+        let found = bring(dir.path(), Digest::of(blob), holders, &backoff, fits).await.unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "something has a name");
         let mut bytes = None;
         if let Some((file, size_bytes)) = found {
@@ -196,8 +196,8 @@ mod tests {
             assert_eq!(read.len() as u64, size_bytes);
             bytes = Some(read);
         }
-        let is_liar = |name: &String| shunned.time_left(name).unwrap() > SHUN_SILENT;
-        let mut names = shunned.names();
+        let is_liar = |name: &String| backoff.time_left(name).unwrap() > BACKOFF_SILENT;
+        let mut names = backoff.names();
         names.sort();
         let (liars, silent) = names.into_iter().partition(is_liar);
         (bytes, silent, liars)

@@ -24,9 +24,9 @@ use crate::content::on;
 use crate::directory::{self, Directory};
 use crate::host::unix_ms;
 use crate::ownership::journal::Journal;
+use crate::peer::backoff::Backoff;
 use crate::peer::channel::Channels;
 use crate::peer::precedence::Precedence;
-use crate::peer::shunned::Shunned;
 use crate::store::{Compaction, Options, SnapshotId, Store, StoreError, SweepReport};
 use crate::supervise::on_thread;
 use crate::volumes::fetch::Fetcher;
@@ -64,7 +64,7 @@ pub struct Node {
     /// containerd.
     pub containerd: Client,
     /// Neighbours that are not asked for images now.
-    pub shunned: Shunned,
+    pub backoff: Backoff,
     /// What was seen of containers and volumes.
     pub observed: Observed,
     /// What happens, for watchers.
@@ -136,7 +136,7 @@ impl Node {
             precedence: Precedence::default(),
             directory,
             containerd,
-            shunned: Shunned::default(),
+            backoff: Backoff::default(),
             observed: Observed::default(),
             events: Events::default(),
             criu_version,

@@ -5,6 +5,7 @@
 //! several peers at once; `api::peer` answers them. Every call has a deadline, and a peer that went
 //! silent is noticed by HTTP/2 pings within [`SILENCE_MAX`].
 
+pub mod backoff;
 pub mod blobs;
 pub mod channel;
 pub mod fetch;
@@ -12,7 +13,6 @@ pub mod neighbours;
 mod pace;
 pub mod precedence;
 mod queue;
-pub mod shunned;
 
 use std::io;
 use std::net::SocketAddr;

@@ -6,16 +6,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a neighbour is skipped that did not answer, or did not deliver ...
-pub const SHUN_SILENT: Duration = Duration::from_secs(30);
+pub const BACKOFF_SILENT: Duration = Duration::from_secs(30);
 
 /// ... and one that gave other bytes than it said.
-pub const SHUN_LIAR: Duration = Duration::from_secs(600);
+pub const BACKOFF_LIAR: Duration = Duration::from_secs(600);
 
 /// Names, and until when.
 #[derive(Debug, Default)]
-pub struct Shunned(Mutex<HashMap<String, Instant>>);
+pub struct Backoff(Mutex<HashMap<String, Instant>>);
 
-impl Shunned {
+impl Backoff {
     /// Those that are skipped now.
     pub fn names(&self) -> Vec<String> {
         let now = Instant::now();
@@ -51,12 +51,12 @@ mod tests {
 
     #[test]
     fn whoever_lied_is_passed_over_longer_than_whoever_was_silent() {
-        let shunned = Shunned::default();
+        let backoff = Backoff::default();
         let [a, b] = ["a", "b"].map(str::to_owned);
-        shunned.add([&a, &b], Duration::from_millis(5));
-        shunned.add([&b], SHUN_LIAR);
-        shunned.add([&b], Duration::ZERO);
+        backoff.add([&a, &b], Duration::from_millis(5));
+        backoff.add([&b], BACKOFF_LIAR);
+        backoff.add([&b], Duration::ZERO);
         std::thread::sleep(Duration::from_millis(10));
-        assert_eq!(shunned.names(), [b]);
+        assert_eq!(backoff.names(), [b]);
     }
 }
