@@ -209,7 +209,7 @@ impl Peer for Service {
         let pieces = pieces.then(move |piece| {
             let node = node.clone();
             async move {
-                node.precedence.give_way().await;
+                node.freeze_gate.give_way().await;
                 piece
             }
         });
@@ -398,7 +398,7 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
 /// Sends what the store has, in its stored form, and the names of what it has not.
 fn send_objects(node: &Node, digests: &[Digest], send: &mpsc::Sender<Result<ObjectBatch, Status>>) {
     let send = |batch| {
-        tokio::runtime::Handle::current().block_on(node.precedence.give_way());
+        tokio::runtime::Handle::current().block_on(node.freeze_gate.give_way());
         send.blocking_send(Ok(batch))
     };
     let (mut batch, mut bytes) = (ObjectBatch::default(), 0);

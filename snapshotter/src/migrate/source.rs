@@ -321,7 +321,7 @@ impl Session {
         let cut = cut.await?;
         let begun = Instant::now();
         let node = self.node.clone();
-        let _urgent = node.precedence.take();
+        let _urgent = node.freeze_gate.take();
         let versions = cut::read_dump(subjects, &self.directory).await?;
         let manifests = self.manifests(&versions)?;
         let base = |version: &Version| {

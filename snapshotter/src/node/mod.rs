@@ -26,7 +26,7 @@ use crate::host::unix_ms;
 use crate::ownership::journal::Journal;
 use crate::peer::backoff::Backoff;
 use crate::peer::channel::Channels;
-use crate::peer::precedence::Precedence;
+use crate::peer::freeze_gate::FreezeGate;
 use crate::store::{Compaction, Options, SnapshotId, Store, StoreError, SweepReport};
 use crate::supervise::on_thread;
 use crate::volumes::fetch::Fetcher;
@@ -58,7 +58,7 @@ pub struct Node {
     /// What is known of the ways to the peers.
     pub channels: Channels,
     /// What goes before answers to peers.
-    pub precedence: Precedence,
+    pub freeze_gate: FreezeGate,
     /// Who holds what elsewhere.
     pub directory: Arc<dyn Directory>,
     /// containerd.
@@ -133,7 +133,7 @@ impl Node {
             journal,
             volumes,
             channels,
-            precedence: Precedence::default(),
+            freeze_gate: FreezeGate::default(),
             directory,
             containerd,
             backoff: Backoff::default(),

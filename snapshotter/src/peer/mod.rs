@@ -9,9 +9,9 @@ pub mod backoff;
 pub mod blobs;
 pub mod channel;
 pub mod fetch;
+pub mod freeze_gate;
 pub mod neighbours;
 mod pace;
-pub mod precedence;
 mod queue;
 
 use std::io;

@@ -13,7 +13,7 @@
 //! would take longer for what is left than the source alone for everything.
 //!
 //! A difference that a frozen container waits for is urgent: others get what it leaves of the way
-//! out of its node, as in `peer/precedence.rs`.
+//! out of its node, as in `peer/freeze_gate.rs`.
 //!
 //! Only what changes costs: when a flow begins or ends, those that share a link with it are
 //! computed again.

@@ -14,20 +14,20 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// How many containers are frozen here until their difference is sent.
 #[derive(Debug)]
-pub struct Precedence(watch::Sender<usize>);
+pub struct FreezeGate(watch::Sender<usize>);
 
 /// Held while a difference is being sent.
 #[must_use]
 #[derive(Debug)]
-pub struct Urgent<'p>(&'p Precedence);
+pub struct Urgent<'p>(&'p FreezeGate);
 
-impl Default for Precedence {
+impl Default for FreezeGate {
     fn default() -> Self {
         Self(watch::Sender::new(0))
     }
 }
 
-impl Precedence {
+impl FreezeGate {
     /// Goes before others until it is dropped.
     pub fn take(&self) -> Urgent<'_> {
         self.0.send_modify(|frozen| *frozen += 1);
@@ -64,10 +64,10 @@ mod tests {
 
     #[tokio::test]
     async fn others_wait_for_the_last_that_is_frozen() {
-        let precedence = Precedence::default();
-        precedence.give_way().await;
-        let (one, other) = (precedence.take(), precedence.take());
-        let mut waits = std::pin::pin!(precedence.give_way());
+        let freeze_gate = FreezeGate::default();
+        freeze_gate.give_way().await;
+        let (one, other) = (freeze_gate.take(), freeze_gate.take());
+        let mut waits = std::pin::pin!(freeze_gate.give_way());
         assert!(is_pending(&mut waits).await);
         drop(one);
         assert!(is_pending(&mut waits).await);
@@ -77,9 +77,9 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_waits_for_ever() {
-        let precedence = Precedence::default();
-        let _stalled = precedence.take();
-        precedence.give_way_for(Duration::from_millis(10)).await;
+        let freeze_gate = FreezeGate::default();
+        let _stalled = freeze_gate.take();
+        freeze_gate.give_way_for(Duration::from_millis(10)).await;
     }
 
     async fn is_pending(future: &mut (impl Future<Output = ()> + Unpin)) -> bool {
