@@ -286,7 +286,7 @@ async fn fetch_copies(
 ) -> Result<(), MigrationError> {
     let source = Arc::new(Connection::open(&node.config, from, HELLO_MAX).await?);
     let peers =
-        Peers { neighbours: Vec::new(), source: Some(source.clone()), standings: Arc::default() };
+        Peers { neighbours: Vec::new(), source: Some(source.clone()), health: Arc::default() };
     let lease = Arc::new(node.store.lease("copy", KEEP_MAX));
     let root = |one: &Snapshot| Some((Kind::try_from(one.root_kind).ok()?, one.root));
     let roots: Vec<_> = snapshots.iter().filter_map(root).collect();

@@ -32,7 +32,7 @@ use crate::ownership::fate::{AtDestination, Fate};
 use crate::ownership::journal::JournalError;
 use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::channel::MEASURED_BYTES_MIN;
-use crate::peer::fetch::{Peers, Standings};
+use crate::peer::fetch::{PeerHealth, Peers};
 use crate::peer::{Connection, PeerError};
 use crate::policy::rounds::ROUNDS_MAX;
 
@@ -116,7 +116,7 @@ pub struct Connections {
     /// Nodes that have answered so far; none in traditional mode.
     neighbours: Joined,
     is_cooperative: bool,
-    standings: Arc<Standings>,
+    health: Arc<PeerHealth>,
 }
 
 /// What a migration starts from.
@@ -312,9 +312,9 @@ pub async fn connect(
     let _ = tokio::time::timeout_at(deadline, all).await;
     // Who has not answered yet goes on trying.
     joining.detach_all();
-    let standings = Arc::new(Standings::known(node.channels.rates()));
+    let health = Arc::new(PeerHealth::known(node.channels.rates()));
     let (source, is_cooperative) = (Arc::new(source), settings.cooperative);
-    Ok(Connections { source, neighbours, is_cooperative, standings })
+    Ok(Connections { source, neighbours, is_cooperative, health })
 }
 
 /// Brings a container's state here and has the source stop it. See the module's comment.
@@ -509,8 +509,8 @@ impl Connections {
 
     /// The source without its neighbours.
     pub fn source_alone(&self) -> Peers {
-        let (source, standings) = (Some(self.source.clone()), self.standings.clone());
-        Peers { neighbours: Vec::new(), source, standings }
+        let (source, health) = (Some(self.source.clone()), self.health.clone());
+        Peers { neighbours: Vec::new(), source, health }
     }
 
     /// Bytes received from each node so far, protocol included.
@@ -521,7 +521,7 @@ impl Connections {
 
     /// Bytes per second of the peers that have sent enough to tell.
     pub fn measured(&self) -> Vec<(String, f64)> {
-        self.standings.measured(MEASURED_BYTES_MIN)
+        self.health.measured(MEASURED_BYTES_MIN)
     }
 
     /// Keeps what was learnt of the peers for the next migration.

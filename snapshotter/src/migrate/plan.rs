@@ -350,7 +350,7 @@ impl Survey<'_> {
     ) -> HashSet<Digest> {
         let roots = theirs.iter().map(|entry| entry.manifest);
         let peers =
-            Peers { neighbours: Vec::new(), source: Some(peer.clone()), standings: Arc::default() };
+            Peers { neighbours: Vec::new(), source: Some(peer.clone()), health: Arc::default() };
         let mut has = HashSet::new();
         for theirs in roots.collect::<BTreeSet<_>>() {
             if theirs == root {

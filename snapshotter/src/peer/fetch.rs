@@ -11,7 +11,7 @@
 //!
 //! So a byte comes from the source only if no neighbour has it or brings it as fast, a dead
 //! neighbour costs one grace, and a lying one nothing but its own bytes: each object is checked
-//! against its digest before it is kept. What was learnt of a peer ([`Standings`]) holds for the
+//! against its digest before it is kept. What was learnt of a peer ([`PeerHealth`]) holds for the
 //! whole migration; a peer that failed once is not asked again.
 //!
 //! On failure everything that arrived stays in the store, durable up to the last [`SYNC_INTERVAL`];
@@ -101,7 +101,7 @@ pub type Brought = BTreeMap<String, (u64, u64)>;
 
 /// What a migration has learnt of the peers that it asks, by name.
 #[derive(Debug, Default)]
-pub struct Standings(Mutex<HashMap<String, Standing>>);
+pub struct PeerHealth(Mutex<HashMap<String, Standing>>);
 
 #[derive(Clone, Debug, Default)]
 struct Standing {
@@ -109,7 +109,7 @@ struct Standing {
     is_dead: bool,
 }
 
-impl Standings {
+impl PeerHealth {
     /// Begins with the rates, in bytes per second, that earlier migrations measured.
     pub fn known(rates: impl IntoIterator<Item = (String, f64)>) -> Self {
         let standing = |rate| Standing { pace: Pace::known(Some(rate)), is_dead: false };
@@ -122,8 +122,8 @@ impl Standings {
 
     /// Who still answers, as a bit set, and the paces of all, the source's last.
     fn of(&self, neighbours: &[Arc<Connection>], source: Option<&str>) -> (u64, Vec<Pace>) {
-        let standings = self.lock();
-        let of = |node: &str| standings.get(node).cloned().unwrap_or_default();
+        let health = self.lock();
+        let of = |node: &str| health.get(node).cloned().unwrap_or_default();
         let (mut alive, mut paces) = (0, Vec::new());
         for (index, neighbour) in neighbours.iter().enumerate() {
             let Standing { pace, is_dead } = of(&neighbour.node);
@@ -135,19 +135,19 @@ impl Standings {
     }
 
     fn keep(&self, asked: &[Arc<Connection>], source: Option<&str>, alive: u64, paces: &[Pace]) {
-        let mut standings = self.lock();
+        let mut health = self.lock();
         let nodes = asked.iter().map(|peer| peer.node.as_str()).chain(source);
         for (index, (node, pace)) in nodes.zip(paces).enumerate() {
             let is_dead = index < asked.len() && alive & 1 << index == 0;
-            standings.insert(node.to_owned(), Standing { pace: pace.clone(), is_dead });
+            health.insert(node.to_owned(), Standing { pace: pace.clone(), is_dead });
         }
     }
 
     /// Rates in bytes per second of the peers that sent at least `bytes_min`.
     pub fn measured(&self, bytes_min: u64) -> Vec<(String, f64)> {
-        let (standings, now) = (self.lock(), Instant::now());
+        let (health, now) = (self.lock(), Instant::now());
         let rate = |standing: &Standing| standing.pace.measured(now, bytes_min);
-        standings.iter().filter_map(|(node, one)| Some((node.clone(), rate(one)?))).collect()
+        health.iter().filter_map(|(node, one)| Some((node.clone(), rate(one)?))).collect()
     }
 }
 
@@ -159,7 +159,7 @@ pub struct Peers {
     /// The node that has all of it.
     pub source: Option<Arc<Connection>>,
     /// What is known of them; shared by all fetches of a migration.
-    pub standings: Arc<Standings>,
+    pub health: Arc<PeerHealth>,
 }
 
 /// What a fetch goes down to.
@@ -266,8 +266,8 @@ pub async fn fetch_from(
     lease: &Arc<Lease>,
     patience: Duration,
 ) -> Result<Brought, FetchError> {
-    let standings = Arc::new(Standings::known(channels.rates()));
-    let peers = Peers { neighbours: holders, source: None, standings };
+    let health = Arc::new(PeerHealth::known(channels.rates()));
+    let peers = Peers { neighbours: holders, source: None, health };
     let patience = Patience { neighbour: patience, ..Patience::USUAL };
     let (roots, depth) = ([root], Depth::Content);
     let brought = fetch_within(store, lease, &peers, &roots, depth, patience).await?;
@@ -339,7 +339,7 @@ async fn fetch_level(
 ) -> Result<(), FetchError> {
     let asked = asked_neighbours(peers);
     let source = peers.source.as_ref().map(|source| source.node.as_str());
-    let (alive, paces) = peers.standings.of(asked, source);
+    let (alive, paces) = peers.health.of(asked, source);
     let queue = Queue::new(missing, alive, paces, patience, std::mem::take(brought));
     let level = Arc::new(Level { queue: Mutex::new(queue), changed: Notify::new() });
     let mut workers = tokio::task::JoinSet::new();
@@ -377,7 +377,7 @@ async fn fetch_level(
         }
     }
     let mut queue = level.lock();
-    peers.standings.keep(asked, source, queue.alive, &queue.paces);
+    peers.health.keep(asked, source, queue.alive, &queue.paces);
     *brought = std::mem::take(&mut queue.brought);
     queue.outcome(source.is_some())
 }

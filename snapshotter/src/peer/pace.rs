@@ -1,7 +1,7 @@
 //! How fast a peer is, as far as this node has seen: what decides whether it is waited for.
 //!
 //! Pure: every call takes the time as an argument. A pace is kept per peer and migration
-//! ([`super::fetch::Standings`]), and begins with what earlier migrations measured
+//! ([`super::fetch::PeerHealth`]), and begins with what earlier migrations measured
 //! ([`super::channel`]).
 
 use std::collections::VecDeque;

@@ -517,7 +517,7 @@ impl Destination {
     ) -> Result<Brought, FetchError> {
         let neighbours = neighbours.iter().copied().cloned().collect();
         let source = source.into().cloned();
-        let peers = Peers { neighbours, source, standings: Arc::default() };
+        let peers = Peers { neighbours, source, health: Arc::default() };
         let roots = [content.root];
         let work = fetch_within(&self.store, &self.lease, &peers, &roots, Depth::Content, PATIENCE);
         let done = tokio::time::timeout(LIMIT, work).await;
