@@ -28,8 +28,8 @@ use tokio::sync::Notify;
 
 use super::Connection;
 use super::channel::Channels;
-use super::pace::Pace;
 use super::queue::{Batch, Ending, Queue};
+use super::rate::RateEstimate;
 use crate::content::encoding::Codec;
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
@@ -105,14 +105,14 @@ pub struct PeerHealth(Mutex<HashMap<String, Standing>>);
 
 #[derive(Clone, Debug, Default)]
 struct Standing {
-    pace: Pace,
+    pace: RateEstimate,
     is_dead: bool,
 }
 
 impl PeerHealth {
     /// Begins with the rates, in bytes per second, that earlier migrations measured.
     pub fn known(rates: impl IntoIterator<Item = (String, f64)>) -> Self {
-        let standing = |rate| Standing { pace: Pace::known(Some(rate)), is_dead: false };
+        let standing = |rate| Standing { pace: RateEstimate::known(Some(rate)), is_dead: false };
         Self(Mutex::new(rates.into_iter().map(|(node, rate)| (node, standing(rate))).collect()))
     }
 
@@ -121,7 +121,7 @@ impl PeerHealth {
     }
 
     /// Who still answers, as a bit set, and the paces of all, the source's last.
-    fn of(&self, neighbours: &[Arc<Connection>], source: Option<&str>) -> (u64, Vec<Pace>) {
+    fn of(&self, neighbours: &[Arc<Connection>], source: Option<&str>) -> (u64, Vec<RateEstimate>) {
         let health = self.lock();
         let of = |node: &str| health.get(node).cloned().unwrap_or_default();
         let (mut alive, mut paces) = (0, Vec::new());
@@ -134,7 +134,13 @@ impl PeerHealth {
         (alive, paces)
     }
 
-    fn keep(&self, asked: &[Arc<Connection>], source: Option<&str>, alive: u64, paces: &[Pace]) {
+    fn keep(
+        &self,
+        asked: &[Arc<Connection>],
+        source: Option<&str>,
+        alive: u64,
+        paces: &[RateEstimate],
+    ) {
         let mut health = self.lock();
         let nodes = asked.iter().map(|peer| peer.node.as_str()).chain(source);
         for (index, (node, pace)) in nodes.zip(paces).enumerate() {

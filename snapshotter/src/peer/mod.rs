@@ -11,8 +11,8 @@ pub mod channel;
 pub mod fetch;
 pub mod freeze_gate;
 pub mod neighbours;
-mod pace;
 mod queue;
+mod rate;
 
 use std::io;
 use std::net::SocketAddr;

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use godwit_protos::Digest;
 
 use super::fetch::{Brought, FetchError, Patience};
-use super::pace::Pace;
+use super::rate::RateEstimate;
 
 /// Objects per request, at most; with pages of 4 KiB half a megabyte, with chunks of files some 10
 /// MiB ...
@@ -92,7 +92,7 @@ pub(super) struct Queue {
     /// Neighbours that still answer, as a bit set.
     pub(super) alive: u64,
     /// By neighbour, and last the source.
-    pub(super) paces: Vec<Pace>,
+    pub(super) paces: Vec<RateEstimate>,
     source_error: Option<String>,
     pub(super) nowhere: Option<Digest>,
     pub(super) failed: Option<FetchError>,
@@ -106,7 +106,7 @@ impl Queue {
     pub(super) fn new(
         missing: &[(Digest, usize)],
         alive: u64,
-        paces: Vec<Pace>,
+        paces: Vec<RateEstimate>,
         patience: Patience,
         brought: Vec<Brought>,
     ) -> Self {
@@ -132,7 +132,7 @@ impl Queue {
         queue
     }
 
-    fn pace(&mut self, neighbour: Option<usize>) -> &mut Pace {
+    fn pace(&mut self, neighbour: Option<usize>) -> &mut RateEstimate {
         let index = neighbour.unwrap_or(self.paces.len() - 1);
         &mut self.paces[index]
     }
@@ -450,7 +450,7 @@ mod tests {
         (0..count).map(|number| (Digest::of(&number.to_le_bytes()), 0)).collect()
     }
 
-    fn queue(objects: u32, paces: Vec<Pace>) -> Queue {
+    fn queue(objects: u32, paces: Vec<RateEstimate>) -> Queue {
         let alive = (1 << (paces.len() - 1)) - 1;
         Queue::new(&digests(objects), alive, paces, PATIENCE, vec![Brought::new()])
     }
@@ -465,7 +465,7 @@ mod tests {
     fn the_source_waits_for_the_grace_of_neighbours_and_then_helps_unless_they_are_faster() {
         let begun = Instant::now();
         for (rate, helps) in [(None, true), (Some(1e6), false), (Some(1e9), true)] {
-            let mut queue = queue(1000, vec![Pace::default(), Pace::known(rate)]);
+            let mut queue = queue(1000, vec![RateEstimate::default(), RateEstimate::known(rate)]);
             let (flight, batch) = queue.take(Some(0), begun).unwrap();
             assert!(queue.take(None, begun + MS).is_none(), "within the grace");
             // 128 pages in 100 ms are some 5 MB/s.
@@ -478,7 +478,10 @@ mod tests {
     #[test]
     fn what_a_silent_neighbour_was_asked_for_is_asked_of_another_and_then_of_the_source() {
         let begun = Instant::now();
-        let mut queue = queue(100, vec![Pace::default(), Pace::default(), Pace::default()]);
+        let mut queue = queue(
+            100,
+            vec![RateEstimate::default(), RateEstimate::default(), RateEstimate::default()],
+        );
         let (silent, batch) = queue.take(Some(0), begun).unwrap();
         assert_eq!(batch.len(), 100);
         assert!(queue.take(Some(1), begun + 20 * MS).is_none());
@@ -499,7 +502,7 @@ mod tests {
     #[test]
     fn a_neighbour_that_everything_overtook_is_not_waited_for_again() {
         let begun = Instant::now();
-        let mut queue = queue(10, vec![Pace::default(), Pace::default()]);
+        let mut queue = queue(10, vec![RateEstimate::default(), RateEstimate::default()]);
         let (silent, _) = queue.take(Some(0), begun).unwrap();
         let (flight, batch) = queue.take(None, begun + 60 * MS).unwrap();
         deliver(&mut queue, flight, &batch, begun + 61 * MS);
@@ -520,7 +523,7 @@ mod tests {
         const OBJECTS: u32 = 2800;
         let (begun, tick) = (Instant::now(), 5 * MS);
         let alive = (1 << 3) - 1;
-        let paces = vec![Pace::default(); 4];
+        let paces = vec![RateEstimate::default(); 4];
         let mut queue = Queue::new(&digests(OBJECTS), alive, paces, PATIENCE, vec![Brought::new()]);
         // What was asked of each worker and has not been sent, with the time of the last message.
         type Asked = Option<(u64, Batch, Instant)>;
@@ -580,7 +583,7 @@ mod tests {
             let peers = (0..neighbours).map(Some).chain([None]);
             let workers =
                 peers.flat_map(|peer| [(peer, Doing::Nothing), (peer, Doing::Nothing)]).collect();
-            let queue = queue(objects, vec![Pace::default(); neighbours + 1]);
+            let queue = queue(objects, vec![RateEstimate::default(); neighbours + 1]);
             Self { queue, now: Instant::now(), workers }
         }
 

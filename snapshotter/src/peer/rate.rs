@@ -16,7 +16,7 @@ const MEASURED_MIN: Duration = Duration::from_millis(100);
 
 /// What was seen of one peer.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct RateEstimate {
     /// Bytes per second of earlier migrations, if there were any.
     known_rate: Option<f64>,
     bytes: u64,
@@ -30,7 +30,7 @@ pub(super) struct Pace {
     silent: Duration,
 }
 
-impl Pace {
+impl RateEstimate {
     /// A peer of which earlier migrations measured `rate` in bytes per second.
     pub(super) fn known(rate: Option<f64>) -> Self {
         Self { known_rate: rate, ..Self::default() }
@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn a_rate_is_bytes_over_the_time_with_requests_on_their_way() {
         let begun = Instant::now();
-        let mut pace = Pace::known(Some(7.0));
+        let mut pace = RateEstimate::known(Some(7.0));
         assert_eq!(pace.rate(begun), Some(7.0));
         pace.begin(begun);
         pace.begin(begun);
@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn who_was_slow_before_is_given_more_time_and_who_was_silent_none() {
-        let mut pace = Pace::default();
+        let mut pace = RateEstimate::default();
         assert_eq!(pace.hedge_delay(50 * MS), 50 * MS);
         for _ in 0..100 {
             pace.progress(1, 80 * MS);
