@@ -331,12 +331,12 @@ pub async fn online(node: &Arc<Node>, kept: Kept, repair: bool) -> Result<Report
     let here = kept.clone();
     let quarantined = blocking(move || Ok(here.quarantine())).await??;
     let lease = Arc::new(node.store.lease("repair", CHECK_MAX));
-    let (peers, _) = connect(&node.config, &node.channels, HELLO_MAX, &[]).await;
+    let (peers, _) = connect(&node.config, &node.links, HELLO_MAX, &[]).await;
     let mut fetched = 0;
     for loss in look(&kept).await?.1 {
         let (peers, patience) = (peers.clone(), Patience::USUAL.source);
         let brought =
-            fetch_from(&node.store, &node.channels, peers, loss.root, &lease, patience).await;
+            fetch_from(&node.store, &node.links, peers, loss.root, &lease, patience).await;
         match brought {
             Ok(brought) => fetched += brought.values().map(|(objects, _)| objects).sum::<u64>(),
             Err(error) => {

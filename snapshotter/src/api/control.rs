@@ -386,12 +386,12 @@ impl Control for Service {
                     line.reachable = true;
                     line.round_trip_ms = connection.round_trip.as_secs_f64() * 1e3;
                     line.load = connection.hello.load;
-                    self.node.channels.greeted(&connection);
+                    self.node.links.greeted(&connection);
                     line.detail = format!("protocol {}", connection.hello.version);
                 }
                 Err(error) => line.detail = chain(&error),
             }
-            let channel = self.node.channels.of(&configured.name);
+            let channel = self.node.links.of(&configured.name);
             line.throughput_bytes_per_second =
                 channel.throughput_bytes_per_second.unwrap_or_default();
             line

@@ -160,7 +160,7 @@ async fn neighbours(
 ) -> Vec<(Neighbour, Option<Connection>)> {
     let ask = node.config.peers.iter().map(|peer| async {
         let connection = Connection::open(&node.config, &peer.name, HELLO_MAX).await.ok();
-        let channel = node.channels.of(&peer.name);
+        let channel = node.links.of(&peer.name);
         let hello = connection.as_ref().map(|connection| &connection.hello);
         let neighbour = Neighbour {
             name: peer.name.clone(),

@@ -415,7 +415,7 @@ impl Inner {
         let fetch = pin!(async {
             let root = (Kind::Layer, *root);
             tokio::select! {
-                brought = fetch_from(&self.node.store, &self.node.channels, peers.clone(), root, lease, PATIENCE) => Ok(brought?),
+                brought = fetch_from(&self.node.store, &self.node.links, peers.clone(), root, lease, PATIENCE) => Ok(brought?),
                 why = guard(peers, *size_bytes) => Err(LayerError::Guard(why)),
             }
         });

@@ -44,7 +44,7 @@ pub(super) struct Neighbours<'a> {
 impl<'a> Neighbours<'a> {
     pub(super) async fn connect(node: &'a Arc<Node>) -> Self {
         let (connections, absent) =
-            connect(&node.config, &node.channels, HELLO_MAX, &node.backoff.names()).await;
+            connect(&node.config, &node.links, HELLO_MAX, &node.backoff.names()).await;
         node.backoff.add(&absent, BACKOFF_SILENT);
         Self { node, connections }
     }

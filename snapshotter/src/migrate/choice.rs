@@ -36,17 +36,17 @@ pub fn choices(
                 node: peer.node.clone(),
                 lag: head - entry.sequence,
                 age: entry.age,
-                rate: node.channels.of(&peer.node).throughput_bytes_per_second,
+                rate: node.links.of(&peer.node).throughput_bytes_per_second,
                 round_trip: peer.round_trip,
                 load: peer.hello.load,
             })
         })
         .collect();
     let source = &connections.source;
-    let rate = node.channels.of(&source.node).throughput_bytes_per_second;
+    let rate = node.links.of(&source.node).throughput_bytes_per_second;
     let of_source = Source { rate, round_trip: source.round_trip, load: source.hello.load };
     // However many send, this node takes in no more than it ever did.
-    let rates = node.channels.rates().into_iter().map(|(_, rate)| rate);
+    let rates = node.links.rates().into_iter().map(|(_, rate)| rate);
     let ingest = rates.fold(RATE_UNKNOWN, f64::max);
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let size = size_bytes as f64;

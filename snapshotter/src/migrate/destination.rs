@@ -31,8 +31,8 @@ use crate::node::Node;
 use crate::ownership::fate::{AtDestination, Fate};
 use crate::ownership::journal::JournalError;
 use crate::ownership::{Epoch, Event, Ownership};
-use crate::peer::channel::MEASURED_BYTES_MIN;
 use crate::peer::fetch::{PeerHealth, Peers};
+use crate::peer::link::MEASURED_BYTES_MIN;
 use crate::peer::{Connection, PeerError};
 use crate::policy::rounds::ROUNDS_MAX;
 
@@ -297,7 +297,7 @@ pub async fn connect(
         joining.spawn(async move {
             match Connection::open(&node.config, &peer.name, NEIGHBOUR_MAX).await {
                 Ok(connection) => {
-                    node.channels.greeted(&connection);
+                    node.links.greeted(&connection);
                     joined.send_modify(|all| all.push(Arc::new(connection)));
                 }
                 Err(error) => {
@@ -307,12 +307,12 @@ pub async fn connect(
         });
     }
     let source = Connection::open(&node.config, source, SOURCE_MAX).await?;
-    node.channels.greeted(&source);
+    node.links.greeted(&source);
     let all = async { while joining.join_next().await.is_some() {} };
     let _ = tokio::time::timeout_at(deadline, all).await;
     // Who has not answered yet goes on trying.
     joining.detach_all();
-    let health = Arc::new(PeerHealth::known(node.channels.rates()));
+    let health = Arc::new(PeerHealth::known(node.links.rates()));
     let (source, is_cooperative) = (Arc::new(source), settings.cooperative);
     Ok(Connections { source, neighbours, is_cooperative, health })
 }
@@ -526,7 +526,7 @@ impl Connections {
 
     /// Keeps what was learnt of the peers for the next migration.
     pub fn remember(&self, node: &Node) {
-        node.channels.measured(&self.measured());
+        node.links.measured(&self.measured());
     }
 }
 

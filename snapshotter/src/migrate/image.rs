@@ -113,7 +113,7 @@ pub async fn bring(
         return Err(ClientError::ImageDiffers { name, existing, wanted }.into());
     }
     let lease = node.containerd.lease(namespace).await?;
-    let source = holders.source().map(|source| node.channels.of(&source.node));
+    let source = holders.source().map(|source| node.links.of(&source.node));
     let source = source.and_then(|channel| channel.throughput_bytes_per_second);
     let bring = Bring {
         client: lease.client(),

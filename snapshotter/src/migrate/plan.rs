@@ -168,7 +168,7 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
         let root = (Kind::Tree, digest);
         surveyed.push(survey.tree(digest.to_string(), root, None, (&entries, &[])).await?);
     }
-    let mut rates: BTreeMap<_, _> = node.channels.rates().into_iter().collect();
+    let mut rates: BTreeMap<_, _> = node.links.rates().into_iter().collect();
     rates.extend(connections.measured());
     let input = Input {
         parts: surveyed.iter().map(|one| one.part.clone()).collect(),
@@ -368,7 +368,7 @@ impl Survey<'_> {
 
     /// What help from `peer` is worth, of which `known` says what it has.
     fn candidate(&self, peer: &Connection, known: Candidate, held: f64, part: &Part) -> Candidate {
-        let channel = self.node.channels.of(&peer.node);
+        let channel = self.node.links.of(&peer.node);
         let share = format!("{:.0}% of what is missing", 100.0 * held / part.missing.max(1.0));
         let words = [share.as_str(), known.reason.as_str()];
         let reason =

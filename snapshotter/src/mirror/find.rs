@@ -76,7 +76,7 @@ async fn elsewhere(node: &Arc<Node>, digest: Digest, most: u64) -> Option<Found>
 
 async fn neighbours(node: &Arc<Node>) -> Vec<Arc<Connection>> {
     let (connections, absent) =
-        connect(&node.config, &node.channels, HELLO_MAX, &node.backoff.names()).await;
+        connect(&node.config, &node.links, HELLO_MAX, &node.backoff.names()).await;
     node.backoff.add(&absent, BACKOFF_SILENT);
     connections
 }

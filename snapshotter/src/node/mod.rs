@@ -25,8 +25,8 @@ use crate::directory::{self, Directory};
 use crate::host::unix_ms;
 use crate::ownership::journal::Journal;
 use crate::peer::backoff::Backoff;
-use crate::peer::channel::Channels;
 use crate::peer::freeze_gate::FreezeGate;
+use crate::peer::link::LinkStats;
 use crate::store::{Compaction, Options, SnapshotId, Store, StoreError, SweepReport};
 use crate::supervise::on_thread;
 use crate::volumes::fetch::Fetcher;
@@ -56,7 +56,7 @@ pub struct Node {
     /// Volumes.
     pub volumes: Volumes,
     /// What is known of the ways to the peers.
-    pub channels: Channels,
+    pub links: LinkStats,
     /// What goes before answers to peers.
     pub freeze_gate: FreezeGate,
     /// Who holds what elsewhere.
@@ -125,14 +125,14 @@ impl Node {
             tracing::warn!(%error, "CRIU cannot be used: containers can neither leave nor come");
         }
         let containerd = Client::connect(&config.containerd_socket);
-        let channels = Channels::open(&state.join("peers.json"));
+        let links = LinkStats::open(&state.join("peers.json"));
         let directory = directory::open(&config);
         Ok(Arc::new(Self {
             config,
             store,
             journal,
             volumes,
-            channels,
+            links,
             freeze_gate: FreezeGate::default(),
             directory,
             containerd,
@@ -164,7 +164,7 @@ impl Node {
             config: &self.config,
             store: &self.store,
             volumes: &self.volumes,
-            channels: &self.channels,
+            links: &self.links,
             directory: &self.directory,
         }
     }

@@ -27,7 +27,7 @@ use godwit_protos::peer::{FetchObjectsRequest, ObjectBatch};
 use tokio::sync::Notify;
 
 use super::Connection;
-use super::channel::Channels;
+use super::link::LinkStats;
 use super::queue::{Batch, Ending, Queue};
 use super::rate::RateEstimate;
 use crate::content::encoding::Codec;
@@ -266,13 +266,13 @@ fn asked_neighbours(peers: &Peers) -> &[Arc<Connection>] {
 /// bring all of it.
 pub async fn fetch_from(
     store: &Store,
-    channels: &Channels,
+    links: &LinkStats,
     holders: Vec<Arc<Connection>>,
     root: (Kind, Digest),
     lease: &Arc<Lease>,
     patience: Duration,
 ) -> Result<Brought, FetchError> {
-    let health = Arc::new(PeerHealth::known(channels.rates()));
+    let health = Arc::new(PeerHealth::known(links.rates()));
     let peers = Peers { neighbours: holders, source: None, health };
     let patience = Patience { neighbour: patience, ..Patience::USUAL };
     let (roots, depth) = ([root], Depth::Content);

@@ -7,9 +7,9 @@
 
 pub mod backoff;
 pub mod blobs;
-pub mod channel;
 pub mod fetch;
 pub mod freeze_gate;
+pub mod link;
 pub mod neighbours;
 mod queue;
 mod rate;

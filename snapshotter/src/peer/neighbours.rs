@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Connection;
-use super::channel::Channels;
+use super::link::LinkStats;
 use crate::config::Config;
 
 /// How long a neighbour has to answer a hello.
@@ -14,7 +14,7 @@ pub const HELLO_MAX: Duration = Duration::from_millis(500);
 /// those that do not. Those of `except` are not asked.
 pub async fn connect(
     config: &Config,
-    channels: &Channels,
+    links: &LinkStats,
     limit: Duration,
     except: &[String],
 ) -> (Vec<Arc<Connection>>, Vec<String>) {
@@ -31,7 +31,7 @@ pub async fn connect(
         }
     }
     let rate =
-        |peer: &Arc<Connection>| channels.of(&peer.node).throughput_bytes_per_second.unwrap_or(0.0);
+        |peer: &Arc<Connection>| links.of(&peer.node).throughput_bytes_per_second.unwrap_or(0.0);
     connections.sort_by(|one, other| rate(one).total_cmp(&rate(other)));
     (connections, absent)
 }

@@ -2,7 +2,7 @@
 //!
 //! Pure: every call takes the time as an argument. A pace is kept per peer and migration
 //! ([`super::fetch::PeerHealth`]), and begins with what earlier migrations measured
-//! ([`super::channel`]).
+//! ([`super::link`]).
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

@@ -17,8 +17,8 @@ use crate::config::Config;
 use crate::content::object::Kind;
 use crate::directory::{Directory, LOOKUP_MAX, Lookup, Query};
 use crate::peer::Connection;
-use crate::peer::channel::Channels;
 use crate::peer::fetch::{FetchError, Patience, fetch_from};
+use crate::peer::link::LinkStats;
 use crate::peer::neighbours::{HELLO_MAX, connect};
 use crate::store::Store;
 
@@ -49,7 +49,7 @@ pub struct Fetcher<'a> {
     /// Lays the content out.
     pub volumes: &'a Volumes,
     /// Tells which peers are fast.
-    pub channels: &'a Channels,
+    pub links: &'a LinkStats,
     /// Tells which peers have it.
     pub directory: &'a Arc<dyn Directory>,
 }
@@ -69,7 +69,7 @@ impl Fetcher<'_> {
         }
         let lease = Arc::new(self.store.lease("volume", BRING_MAX));
         let (root, patience) = ((Kind::Tree, digest), Patience::USUAL.source);
-        fetch_from(self.store, self.channels, holders, root, &lease, patience).await?;
+        fetch_from(self.store, self.links, holders, root, &lease, patience).await?;
         let volumes = self.volumes.clone();
         let laid_out = tokio::task::spawn_blocking(move || volumes.lay_out(&digest).map(drop));
         Ok(laid_out.await.map_err(|_cause| BringError::Interrupted)??)
@@ -77,7 +77,7 @@ impl Fetcher<'_> {
 
     /// Neighbours that say they have it, the fastest last.
     async fn holders(self, digest: Digest) -> Vec<Arc<Connection>> {
-        let (mut holders, _) = connect(self.config, self.channels, HELLO_MAX, &[]).await;
+        let (mut holders, _) = connect(self.config, self.links, HELLO_MAX, &[]).await;
         let query = Query { manifests: vec![digest], ..Query::default() };
         let (_, joined) = watch::channel(holders.clone());
         let found = Lookup::begin(self.directory, query, joined).found(LOOKUP_MAX).await;

@@ -18,7 +18,7 @@ const NEW_SHARE: f64 = 0.5;
 
 /// The way to one peer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Channel {
+pub struct Link {
     /// Bytes per second, uncompressed, that it delivered while it was asked.
     pub throughput_bytes_per_second: Option<f64>,
     /// How long its last hello took, in milliseconds.
@@ -29,12 +29,12 @@ pub struct Channel {
 
 /// The ways to all peers. Cheap to ask.
 #[derive(Debug)]
-pub struct Channels {
+pub struct LinkStats {
     path: PathBuf,
-    known: Mutex<BTreeMap<String, Channel>>,
+    known: Mutex<BTreeMap<String, Link>>,
 }
 
-impl Channels {
+impl LinkStats {
     /// What the file says; nothing if it is not there or damaged.
     pub fn open(path: &Path) -> Self {
         let known = match fs::read(path) {
@@ -47,18 +47,18 @@ impl Channels {
         Self { path: path.to_owned(), known: Mutex::new(known) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Channel>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Link>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is known of one.
-    pub fn of(&self, node: &str) -> Channel {
+    pub fn of(&self, node: &str) -> Link {
         self.lock().get(node).copied().unwrap_or_default()
     }
 
     /// Rates of all that were measured, in bytes per second.
     pub fn rates(&self) -> Vec<(String, f64)> {
-        let rate = |(node, channel): (&String, &Channel)| {
+        let rate = |(node, channel): (&String, &Link)| {
             Some((node.clone(), channel.throughput_bytes_per_second?))
         };
         self.lock().iter().filter_map(rate).collect()
@@ -100,12 +100,12 @@ mod tests {
     fn measurements_are_averaged_and_outlive_the_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("peers.json");
-        let channels = Channels::open(&path);
+        let channels = LinkStats::open(&path);
         channels.measured(&[("near".to_owned(), 100.0)]);
         channels.measured(&[("near".to_owned(), 200.0), ("far".to_owned(), 8.0)]);
-        let again = Channels::open(&path);
+        let again = LinkStats::open(&path);
         assert_eq!(again.rates(), [("far".to_owned(), 8.0), ("near".to_owned(), 150.0)]);
-        assert_eq!(again.of("unknown"), Channel::default());
+        assert_eq!(again.of("unknown"), Link::default());
     }
 
     #[test]
@@ -113,9 +113,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("peers.json");
         fs::write(&path, "{").unwrap();
-        let channels = Channels::open(&path);
+        let channels = LinkStats::open(&path);
         assert!(channels.rates().is_empty());
         channels.measured(&[("near".to_owned(), 1.0)]);
-        assert_eq!(Channels::open(&path).rates().len(), 1);
+        assert_eq!(LinkStats::open(&path).rates().len(), 1);
     }
 }
