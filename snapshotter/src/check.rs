@@ -43,7 +43,7 @@ use crate::node::Node;
 use crate::ownership::journal::Journal;
 use crate::peer::fetch::{Patience, fetch_from};
 use crate::peer::neighbours::{HELLO_MAX, connect};
-use crate::snapshots::Snapshots;
+use crate::snapshots::Snapshotter;
 use crate::store::{Options, Store, StoreError};
 use crate::volumes::{VolumeError, Volumes};
 
@@ -147,7 +147,7 @@ pub enum CheckError {
 pub struct Kept {
     store: Store,
     volumes: Volumes,
-    snapshots: Arc<Snapshots>,
+    snapshots: Arc<Snapshotter>,
 }
 
 /// A root, and what is lost of it.
@@ -158,7 +158,7 @@ struct Loss {
 
 impl Kept {
     /// What a running node keeps.
-    pub fn of(node: &Node, snapshots: Arc<Snapshots>) -> Self {
+    pub fn of(node: &Node, snapshots: Arc<Snapshotter>) -> Self {
         Self { store: node.store.clone(), volumes: node.volumes.clone(), snapshots }
     }
 
@@ -388,7 +388,7 @@ fn open(config: &Config) -> Result<Kept, OpenError> {
     }
     use crate::{snapshots, store};
     let state = &config.state_dir;
-    let snapshots = Snapshots::open(&state.join("snapshots"))
+    let snapshots = Snapshotter::open(&state.join("snapshots"))
         .map_err(|error| failed(matches!(error, snapshots::OpenError::Locked(_)), error))?;
     let store = Store::open(&state.join("store"), Options::default())
         .map_err(|error| failed(matches!(error, store::OpenError::InUse(_)), error))?;

@@ -37,7 +37,7 @@ pub const STOP_MAX: Duration = Duration::from_secs(3);
 pub async fn run(config: Config) -> anyhow::Result<()> {
     fs::create_dir_all(&config.state_dir)
         .with_context(|| format!("cannot make {}", config.state_dir.display()))?;
-    let snapshots = snapshots::Snapshots::open(&config.state_dir.join("snapshots"))
+    let snapshots = snapshots::Snapshotter::open(&config.state_dir.join("snapshots"))
         .context("cannot open the snapshots")?;
     let snapshots = Arc::new(snapshots);
     let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
@@ -147,7 +147,7 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 
 fn serve_control(
     sessions: &Arc<Sessions>,
-    snapshots: &Arc<snapshots::Snapshots>,
+    snapshots: &Arc<snapshots::Snapshotter>,
 ) -> anyhow::Result<ttrpc::asynchronous::Server> {
     let path = sessions.node.config.run_dir.join("control.sock");
     if path.exists() {

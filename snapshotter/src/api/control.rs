@@ -32,7 +32,7 @@ use crate::migrate::{MigrationError, Next, cut, describe, plan, resolve, restore
 use crate::node::Node;
 use crate::ownership::Ownership;
 use crate::peer::Connection;
-use crate::snapshots::Snapshots;
+use crate::snapshots::Snapshotter;
 use crate::store::{Compaction, SnapshotId, StoreError};
 use crate::volumes::{Shape, VolumeError};
 use godwit_disk::leftovers::Leftovers;
@@ -45,12 +45,12 @@ const PEER_MAX: Duration = Duration::from_secs(2);
 pub struct Service {
     node: Arc<Node>,
     sessions: Arc<Sessions>,
-    snapshots: Arc<Snapshots>,
+    snapshots: Arc<Snapshotter>,
 }
 
 impl Service {
     /// The service, to be registered with `godwit_protos::control::create_control`.
-    pub fn new(sessions: Arc<Sessions>, snapshots: Arc<Snapshots>) -> Self {
+    pub fn new(sessions: Arc<Sessions>, snapshots: Arc<Snapshotter>) -> Self {
         Self { node: sessions.node.clone(), sessions, snapshots }
     }
 

@@ -1,4 +1,4 @@
-//! The gRPC side of [`Snapshots`]: containerd's snapshots service, which a proxy plugin of type
+//! The gRPC side of [`Snapshotter`]: containerd's snapshots service, which a proxy plugin of type
 //! "snapshot" calls.
 //!
 //! It has a thread of its own ([`serve`]), on which calls that wait for nothing are answered; the
@@ -24,7 +24,7 @@ use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
 
 use crate::layers::{Layers, Wanted};
-use crate::snapshots::{Info, Kind, MAPPINGS, SnapshotError, Snapshots, Usage};
+use crate::snapshots::{Info, Kind, MAPPINGS, SnapshotError, Snapshotter, Usage};
 use generated::snapshots_server::{Snapshots as Api, SnapshotsServer};
 
 /// `google.protobuf.Empty`, under a name the generated server can use.
@@ -39,10 +39,10 @@ pub mod generated {
 /// How many snapshots go into one message of a list, as containerd itself does it.
 const INFOS_PER_MESSAGE: usize = 100;
 
-/// containerd's snapshots service over [`Snapshots`].
+/// containerd's snapshots service over [`Snapshotter`].
 #[derive(Clone, Debug)]
 pub struct Service {
-    snapshots: Arc<Snapshots>,
+    snapshots: Arc<Snapshotter>,
     layers: Option<Layers>,
 }
 
@@ -53,7 +53,7 @@ pub struct Service {
 /// Errors: the system's, when the thread cannot be started, and then the server's.
 pub fn serve(
     listener: UnixListener,
-    snapshots: Arc<Snapshots>,
+    snapshots: Arc<Snapshotter>,
     layers: Option<Layers>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<impl Future<Output = io::Result<()>>> {
@@ -81,7 +81,7 @@ impl Service {
     fn at_once<T>(
         &self,
         call: &'static str,
-        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError>,
+        work: impl FnOnce(&Snapshotter) -> Result<T, SnapshotError>,
     ) -> Result<T, Status> {
         let done = catch_unwind(AssertUnwindSafe(|| work(&self.snapshots)));
         answer(call, done.map_err(|_panicked| "a panic"))
@@ -91,7 +91,7 @@ impl Service {
     async fn change<T: Send + 'static>(
         &self,
         call: &'static str,
-        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
+        work: impl FnOnce(&Snapshotter) -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, Status> {
         if self.snapshots.is_busy() {
             return self.apart(call, work).await;
@@ -105,12 +105,12 @@ impl Service {
         &self,
         call: &'static str,
         labels: HashMap<String, String>,
-        work: impl FnOnce(&Snapshots, BTreeMap<String, String>) -> Result<Vec<Mount>, SnapshotError>
+        work: impl FnOnce(&Snapshotter, BTreeMap<String, String>) -> Result<Vec<Mount>, SnapshotError>
         + Send
         + 'static,
     ) -> Result<Vec<Mount>, Status> {
         let has_owner = MAPPINGS.iter().any(|key| labels.contains_key(*key));
-        let work = move |all: &Snapshots| work(all, labels.into_iter().collect());
+        let work = move |all: &Snapshotter| work(all, labels.into_iter().collect());
         if has_owner { self.apart(call, work).await } else { self.change(call, work).await }
     }
 
@@ -118,7 +118,7 @@ impl Service {
     async fn apart<T: Send + 'static>(
         &self,
         call: &'static str,
-        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
+        work: impl FnOnce(&Snapshotter) -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, Status> {
         let snapshots = self.snapshots.clone();
         answer(call, tokio::task::spawn_blocking(move || work(&snapshots)).await)
@@ -210,7 +210,7 @@ impl Api for Service {
                 return Err(Status::already_exists(format!("layer {chain_id} is there")));
             }
         }
-        let work = move |all: &Snapshots, labels| all.prepare(&key, parent(&below), labels);
+        let work = move |all: &Snapshotter, labels| all.prepare(&key, parent(&below), labels);
         let mounts = self.add("prepare", labels, work).await?;
         Ok(Response::new(api::PrepareSnapshotResponse { mounts }))
     }
@@ -220,7 +220,7 @@ impl Api for Service {
         request: Request<api::ViewSnapshotRequest>,
     ) -> Result<Response<api::ViewSnapshotResponse>, Status> {
         let api::ViewSnapshotRequest { key, parent: below, labels, .. } = request.into_inner();
-        let work = move |all: &Snapshots, labels| all.view(&key, parent(&below), labels);
+        let work = move |all: &Snapshotter, labels| all.view(&key, parent(&below), labels);
         let mounts = self.add("view", labels, work).await?;
         Ok(Response::new(api::ViewSnapshotResponse { mounts }))
     }
@@ -268,7 +268,7 @@ impl Api for Service {
         let api::UpdateSnapshotRequest { info, update_mask, .. } = request.into_inner();
         let info = info.ok_or_else(|| Status::invalid_argument("update lacks the snapshot"))?;
         let fields = update_mask.map(|mask| mask.paths).unwrap_or_default();
-        let work = move |all: &Snapshots| all.update(&info.name, sorted(info.labels), &fields);
+        let work = move |all: &Snapshotter| all.update(&info.name, sorted(info.labels), &fields);
         let info = self.change("update", work).await?;
         Ok(Response::new(api::UpdateSnapshotResponse { info: Some(to_api(info)) }))
     }
@@ -304,7 +304,7 @@ impl Api for Service {
         &self,
         _request: Request<api::CleanupRequest>,
     ) -> Result<Response<Empty>, Status> {
-        self.apart("cleanup", Snapshots::cleanup).await?;
+        self.apart("cleanup", Snapshotter::cleanup).await?;
         Ok(Response::new(()))
     }
 }

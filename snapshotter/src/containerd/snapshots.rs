@@ -158,7 +158,7 @@ impl Client {
 mod tests {
     use super::*;
     use crate::api;
-    use crate::snapshots::Snapshots;
+    use crate::snapshots::Snapshotter;
     use std::os::unix::net::UnixListener;
     use std::path::Path;
     use std::sync::Arc;
@@ -184,7 +184,7 @@ mod tests {
 
     /// Serves the state below `dir` until told to stop.
     fn serve(dir: &Path) -> (oneshot::Sender<()>, impl Future<Output = std::io::Result<()>>) {
-        let snapshots = Arc::new(Snapshots::open(&dir.join("state")).unwrap());
+        let snapshots = Arc::new(Snapshotter::open(&dir.join("state")).unwrap());
         let socket = dir.join("socket");
         let _ = std::fs::remove_file(&socket);
         let (stop, stopped) = oneshot::channel();

@@ -46,7 +46,7 @@ use crate::node::Node;
 use crate::peer::backoff::{BACKOFF_LIAR, BACKOFF_SILENT};
 use crate::peer::fetch::{FetchError, fetch_from};
 use crate::retention::{free_bytes, has_room, record};
-use crate::snapshots::{self, SnapshotError, Snapshots};
+use crate::snapshots::{self, SnapshotError, Snapshotter};
 use crate::store::{Lease, Snapshot, Store, StoreError};
 use arriving::{Arriving, Coming, bytes_of};
 use guard::guard;
@@ -224,7 +224,7 @@ pub struct Layers(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     node: Arc<Node>,
-    snapshots: Arc<Snapshots>,
+    snapshots: Arc<Snapshotter>,
     runtime: tokio::runtime::Handle,
     turns: Semaphore,
     /// Who supplies which layer: a second who wants it finds it kept.
@@ -234,7 +234,7 @@ struct Inner {
 impl Layers {
     /// For this node and its snapshots. Caller: is on the runtime that is to do the work, whichever
     /// thread asks for it.
-    pub fn new(node: Arc<Node>, snapshots: Arc<Snapshots>) -> Self {
+    pub fn new(node: Arc<Node>, snapshots: Arc<Snapshotter>) -> Self {
         let runtime = tokio::runtime::Handle::current();
         let (turns, busy) = (Semaphore::new(SUPPLIES_MAX), std::sync::Mutex::default());
         Self(Arc::new(Inner { node, snapshots, runtime, turns, busy }))
@@ -511,7 +511,8 @@ impl Inner {
         diff_id: Digest,
     ) -> Result<(), LayerError> {
         let Wanted { key, parent, .. } = wanted.clone();
-        let prepare = move |all: &Snapshots| all.prepare(&key, parent.as_deref(), BTreeMap::new());
+        let prepare =
+            move |all: &Snapshotter| all.prepare(&key, parent.as_deref(), BTreeMap::new());
         let mounts = self.blocking(prepare).await?;
         if containerd.apply(namespace, blob, mounts).await? != diff_id {
             return Err(ClientError::WrongContent(diff_id).into());
@@ -537,7 +538,7 @@ impl Inner {
 
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
+        work: impl FnOnce(&Snapshotter) -> Result<T, SnapshotError> + Send + 'static,
     ) -> Result<T, LayerError> {
         let snapshots = self.snapshots.clone();
         blocking(move || Ok(work(&snapshots)?)).await

@@ -3,10 +3,10 @@
 use std::fs::{self, File};
 
 use super::tree::{discard, write_out};
-use super::{Info, Kind, SnapshotError, Snapshots};
+use super::{Info, Kind, SnapshotError, Snapshotter};
 use godwit_disk::step;
 
-impl Snapshots {
+impl Snapshotter {
     /// The committed snapshots whose directories are missing, parents first.
     pub fn lost(&self) -> Result<Vec<Info>, SnapshotError> {
         let mut lost = self.metadata.all()?;

@@ -10,7 +10,7 @@
 //! Each has a number, which is never used twice, and a directory of that number: `fs/<number>/fs`
 //! holds what it adds to its parents, `fs/<number>/work` is overlayfs's own. Directories are made
 //! in advance ([`spare`]). The names, the kinds and the chain are in a database ([`metadata`]).
-//! What is mounted ([`Snapshots::mounts`]) is either a bind mount, where there is one tree only, or
+//! What is mounted ([`Snapshotter::mounts`]) is either a bind mount, where there is one tree only, or
 //! an overlay of the whole chain; containerd mounts it, we never do.
 //!
 //! Promises: what the database names has a directory, whenever the machine stops; a committed layer
@@ -120,7 +120,7 @@ pub struct Info {
 /// The snapshots of one node. All methods block on the disk; none holds a lock while it measures or
 /// deletes a tree.
 #[derive(Debug)]
-pub struct Snapshots {
+pub struct Snapshotter {
     metadata: Metadata,
     /// Absolute path of `fs/`.
     trees: PathBuf,
@@ -135,7 +135,7 @@ pub struct Snapshots {
     _lock: File,
 }
 
-impl Snapshots {
+impl Snapshotter {
     /// Opens the snapshots in `dir`, which is made if it is not there; see the rules above.
     ///
     /// Errors: [`OpenError`]; in every case what snapshots have is as it was.

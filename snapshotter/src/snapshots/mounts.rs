@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use containerd_client::types::Mount;
 
 use super::metadata::Chain;
-use super::{Kind, Snapshots};
+use super::{Kind, Snapshotter};
 
-impl Snapshots {
+impl Snapshotter {
     /// overlayfs needs two trees at least, so a single one is bound.
     pub(super) fn mounts_of(&self, chain: &Chain) -> Vec<Mount> {
         let text = |path: PathBuf| path.to_string_lossy().into_owned();

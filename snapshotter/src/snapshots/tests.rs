@@ -18,9 +18,9 @@ fn scratch() -> tempfile::TempDir {
     if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap()
 }
 
-pub(crate) fn fixture() -> (tempfile::TempDir, Snapshots) {
+pub(crate) fn fixture() -> (tempfile::TempDir, Snapshotter) {
     let dir = scratch();
-    let snapshots = Snapshots::open(dir.path()).unwrap();
+    let snapshots = Snapshotter::open(dir.path()).unwrap();
     (dir, snapshots)
 }
 
@@ -29,7 +29,7 @@ fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 }
 
 /// Runs `work` while a change is under way.
-pub(crate) fn holding_a_change(snapshots: &Snapshots, work: impl FnOnce()) {
+pub(crate) fn holding_a_change(snapshots: &Snapshotter, work: impl FnOnce()) {
     let _change = snapshots.metadata.begin().unwrap();
     work();
 }
@@ -39,7 +39,7 @@ pub(crate) fn none() -> BTreeMap<String, String> {
 }
 
 /// A committed snapshot whose tree holds one file of that name.
-pub(crate) fn layer(snapshots: &Snapshots, name: &str, parent: Option<&str>) {
+pub(crate) fn layer(snapshots: &Snapshotter, name: &str, parent: Option<&str>) {
     let key = format!("extract {name}");
     let mounts = snapshots.prepare(&key, parent, none()).unwrap();
     fs::write(upper_of(&mounts[0]).join(name), name).unwrap();
@@ -191,7 +191,7 @@ fn removal_frees_the_directory_and_numbers_are_not_used_again() {
     snapshots.cleanup().unwrap();
     assert!(trees(dir.path()).is_empty());
     drop(snapshots);
-    let snapshots = Snapshots::open(dir.path()).unwrap();
+    let snapshots = Snapshotter::open(dir.path()).unwrap();
     assert!(snapshots.list(&[]).unwrap().is_empty());
     snapshots.prepare("x", None, none()).unwrap();
     assert_eq!(trees(dir.path()), ["3"]);
@@ -207,7 +207,7 @@ fn opening_waits_for_a_daemon_that_is_ending() {
         std::thread::sleep(LOCK_WAIT / 10);
         drop(lock);
     });
-    Snapshots::open(dir.path()).unwrap();
+    Snapshotter::open(dir.path()).unwrap();
     ending.join().unwrap();
 }
 
@@ -220,7 +220,7 @@ fn everything_is_there_after_reopening() {
     let before = snapshots.list(&[]).unwrap();
     let usage = snapshots.usage("b").unwrap();
     drop(snapshots);
-    let snapshots = Snapshots::open(dir.path()).unwrap();
+    let snapshots = Snapshotter::open(dir.path()).unwrap();
     assert_eq!(snapshots.list(&[]).unwrap(), before);
     assert_eq!(snapshots.mounts("x").unwrap(), mounts);
     assert_eq!(snapshots.usage("b").unwrap(), usage);
@@ -230,16 +230,16 @@ fn everything_is_there_after_reopening() {
 #[test]
 fn a_second_daemon_is_refused_until_the_first_is_gone() {
     let (dir, snapshots) = fixture();
-    assert!(matches!(Snapshots::open(dir.path()), Err(OpenError::Locked(_))));
+    assert!(matches!(Snapshotter::open(dir.path()), Err(OpenError::Locked(_))));
     drop(snapshots);
-    Snapshots::open(dir.path()).unwrap();
+    Snapshotter::open(dir.path()).unwrap();
 }
 
 #[test]
 fn a_path_that_overlayfs_would_misread_is_refused() {
     let dir = scratch();
     for name in ["a:b", "a,b", "a\\b"] {
-        let opened = Snapshots::open(&dir.path().join(name));
+        let opened = Snapshotter::open(&dir.path().join(name));
         assert!(matches!(opened, Err(OpenError::Path(_))), "{name}");
     }
 }
@@ -255,7 +255,7 @@ fn a_damaged_database_is_an_error_and_loses_nothing() {
     let good = fs::read(&path).unwrap();
     let file = dir.path().join("fs/1/fs/a");
     let refused = |what: &str| {
-        let error = Snapshots::open(dir.path()).expect_err(what);
+        let error = Snapshotter::open(dir.path()).expect_err(what);
         assert!(error.to_string().contains("metadata.redb"), "{what}: {error}");
         assert!(file.exists(), "{what}");
     };
@@ -276,21 +276,21 @@ fn a_damaged_database_is_an_error_and_loses_nothing() {
         let mut flipped = good.clone();
         flipped[offset] ^= 0x40;
         fs::write(&path, &flipped).unwrap();
-        if let Ok(snapshots) = Snapshots::open(dir.path()) {
+        if let Ok(snapshots) = Snapshotter::open(dir.path()) {
             assert_eq!(snapshots.list(&[]).unwrap().len(), 1, "offset {offset}");
         }
         assert!(file.exists(), "offset {offset}");
     }
     fs::write(&path, &good).unwrap();
-    Snapshots::open(dir.path()).unwrap().stat("a").unwrap();
+    Snapshotter::open(dir.path()).unwrap().stat("a").unwrap();
 }
 
 #[test]
 fn a_first_start_that_stops_anywhere_can_be_repeated() {
     for step in ["create 1", "create 2", "create 3"] {
         let dir = scratch();
-        stop_before(step, || Snapshots::open(dir.path()));
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        stop_before(step, || Snapshotter::open(dir.path()));
+        let snapshots = Snapshotter::open(dir.path()).unwrap();
         layer(&snapshots, "a", None);
         assert!(!dir.path().join("metadata.redb.new").exists(), "{step}");
     }
@@ -303,7 +303,7 @@ fn a_prepare_that_stops_anywhere_never_happened() {
         layer(&snapshots, "a", None);
         stop_before(step, || snapshots.prepare("x", Some("a"), none()));
         drop(snapshots);
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let snapshots = Snapshotter::open(dir.path()).unwrap();
         assert!(matches!(snapshots.stat("x"), Err(SnapshotError::NotFound(_))), "{step}");
         assert_eq!(trees(dir.path()), ["1"], "{step}");
         snapshots.prepare("x", Some("a"), none()).unwrap();
@@ -324,7 +324,7 @@ fn what_the_file_system_had_not_written_is_made_anew_but_never_a_layer() {
     for number in [2, 3, 4] {
         fs::remove_dir_all(dir.path().join(format!("fs/{number}"))).unwrap();
     }
-    let snapshots = Snapshots::open(dir.path()).unwrap();
+    let snapshots = Snapshotter::open(dir.path()).unwrap();
     assert_eq!(trees(dir.path()), ["1", "2", "3"]);
     assert_eq!(snapshots.mounts("x").unwrap(), above);
     let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().mode() & 0o7777;
@@ -335,7 +335,7 @@ fn what_the_file_system_had_not_written_is_made_anew_but_never_a_layer() {
     for number in [1, 2] {
         fs::remove_dir_all(dir.path().join(format!("fs/{number}"))).unwrap();
     }
-    let snapshots = Snapshots::open(dir.path()).unwrap();
+    let snapshots = Snapshotter::open(dir.path()).unwrap();
     assert_eq!((trees(dir.path()), snapshots.check().unwrap().1.len()), (vec!["3".into()], 3));
 }
 
@@ -353,14 +353,14 @@ fn a_work_directory_that_is_missing_is_told_and_made_anew() {
     assert_eq!(snapshots.check().unwrap(), (1, Vec::new()));
     fs::remove_dir(&work).unwrap();
     drop(snapshots);
-    let snapshots = Snapshots::open(dir.path()).unwrap();
+    let snapshots = Snapshotter::open(dir.path()).unwrap();
     assert_eq!(snapshots.check().unwrap(), (1, Vec::new()));
     assert_eq!(fs::metadata(&work).unwrap().mode() & 0o7777, 0o711);
     // A file in its place cannot be helped, and costs nothing else.
     drop(snapshots);
     fs::remove_dir(&work).unwrap();
     fs::write(&work, "").unwrap();
-    let snapshots = Snapshots::open(dir.path()).unwrap();
+    let snapshots = Snapshotter::open(dir.path()).unwrap();
     assert_eq!(snapshots.check().unwrap().1.len(), 1);
     assert_eq!(fs::read_to_string(&file).unwrap(), "of a container");
 }
@@ -372,7 +372,7 @@ fn a_commit_that_stops_anywhere_leaves_it_active() {
         snapshots.prepare("x", None, none()).unwrap();
         stop_before(step, || snapshots.commit("a", "x", none()));
         drop(snapshots);
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let snapshots = Snapshotter::open(dir.path()).unwrap();
         assert_eq!(snapshots.stat("x").unwrap().kind, Kind::Active, "{step}");
         assert!(matches!(snapshots.stat("a"), Err(SnapshotError::NotFound(_))), "{step}");
         snapshots.commit("a", "x", none()).unwrap();
@@ -398,7 +398,7 @@ fn a_layer_that_lost_its_directory_is_put_back_or_still_lost() {
             stop_before(step, || snapshots.put_back("a", "again"));
         }
         drop(snapshots);
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let snapshots = Snapshotter::open(dir.path()).unwrap();
         let is_back = ["", "put back 3", "put back 4"].contains(&step);
         let lost = names(snapshots.lost().unwrap());
         assert_eq!(lost, if is_back { vec!["b"] } else { vec!["a", "b"] }, "{step}");
@@ -421,7 +421,7 @@ fn a_layer_that_lost_its_directory_is_put_back_or_still_lost() {
 }
 
 /// Method: what a process that was killed leaves is copied, since this one goes on.
-fn killed(dir: &Path) -> (tempfile::TempDir, Snapshots) {
+fn killed(dir: &Path) -> (tempfile::TempDir, Snapshotter) {
     fn copy(from: &Path, to: &Path) {
         for entry in fs::read_dir(from).unwrap() {
             let (from, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
@@ -435,7 +435,7 @@ fn killed(dir: &Path) -> (tempfile::TempDir, Snapshots) {
     }
     let left = scratch();
     copy(dir, left.path());
-    let snapshots = Snapshots::open(left.path()).unwrap();
+    let snapshots = Snapshotter::open(left.path()).unwrap();
     (left, snapshots)
 }
 
@@ -579,6 +579,6 @@ fn a_cleanup_that_stops_is_done_again_on_open() {
     stop_before("cleanup 3", || snapshots.cleanup());
     assert_eq!(trees(dir.path()), ["1", "7", "9"]);
     drop(snapshots);
-    Snapshots::open(dir.path()).unwrap();
+    Snapshotter::open(dir.path()).unwrap();
     assert_eq!(trees(dir.path()), ["1"]);
 }

@@ -207,7 +207,7 @@ mod tests {
     use std::os::unix::fs::symlink;
     use std::process::Command;
 
-    use super::super::Snapshots;
+    use super::super::Snapshotter;
     use super::*;
 
     #[test]
@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn a_layer_is_on_its_way_to_the_disk_before_it_is_committed() {
         let dir = tempfile::tempdir().unwrap();
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let snapshots = Snapshotter::open(dir.path()).unwrap();
         snapshots.prepare("default/1/extract-1 x", None, Default::default()).unwrap();
         let file = dir.path().join("fs/1/fs/file");
         fs::write(&file, vec![1; 1 << 20]).unwrap();
@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn what_an_unpacker_prepares_is_followed_until_it_is_committed_or_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let snapshots = Snapshotter::open(dir.path()).unwrap();
         let followed = || snapshots.writeback.followed().len();
         for key in ["extract-1 x", "default/1/x", "default/extract-1 x", "default/1/x/extract-"] {
             snapshots.prepare(key, None, Default::default()).unwrap();
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn what_is_removed_as_soon_as_it_is_there_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
-        let snapshots = Snapshots::open(dir.path()).unwrap();
+        let snapshots = Snapshotter::open(dir.path()).unwrap();
         let (key, deadline) = ("default/1/extract-1 x", Instant::now() + Duration::from_secs(10));
         let again_and_again = |work: &(dyn Fn() -> bool + Sync)| {
             for _ in 0..2 * FOLLOWED_MAX {

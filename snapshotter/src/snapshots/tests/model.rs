@@ -65,7 +65,7 @@ proptest! {
     #[test]
     fn any_order_of_calls_agrees_with_the_model(steps in proptest::collection::vec(step(), 1..30)) {
         let dir = scratch();
-        let mut snapshots = Snapshots::open(dir.path()).unwrap();
+        let mut snapshots = Snapshotter::open(dir.path()).unwrap();
         let mut model = Model::new();
         for step in steps {
             let done = match &step {
@@ -79,7 +79,7 @@ proptest! {
                 }
                 Step::Reopen => {
                     drop(snapshots);
-                    snapshots = Snapshots::open(dir.path()).unwrap();
+                    snapshots = Snapshotter::open(dir.path()).unwrap();
                     true
                 }
             };
