@@ -1,5 +1,8 @@
 //! Migrations that fail: a clear error, the container running at its source, nothing left anywhere.
 
+#[path = "faults/marks.rs"]
+mod marks;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::LazyLock;
 use std::time::Duration;

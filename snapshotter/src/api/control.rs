@@ -31,6 +31,7 @@ use crate::migrate::resolve::Verdict;
 use crate::migrate::{MigrationError, Next, cut, describe, plan, resolve, restore, subjects};
 use crate::node::Node;
 use crate::ownership::Ownership;
+use crate::ownership::leases::LeaseError;
 use crate::peer::Connection;
 use crate::snapshots::Snapshotter;
 use crate::store::{Compaction, SnapshotId, StoreError};
@@ -138,6 +139,8 @@ fn volume_error(error: &VolumeError) -> Error {
         VolumeError::Damaged { .. } => Code::DATA_LOSS,
         VolumeError::Moved { .. }
         | VolumeError::ReadOnly(_)
+        | VolumeError::NotMarked { .. }
+        | VolumeError::Leased(LeaseError::Taken(_))
         | VolumeError::NoProgram { .. }
         | VolumeError::NotAdmitted { .. }
         | VolumeError::NotKept { .. }
@@ -146,6 +149,7 @@ fn volume_error(error: &VolumeError) -> Error {
         VolumeError::Busy(_) => Code::ABORTED,
         VolumeError::Program { .. }
         | VolumeError::Journal(_)
+        | VolumeError::Leased(LeaseError::Journal(_))
         | VolumeError::Content(_)
         | VolumeError::Store(_)
         | VolumeError::Sweep(_) => Code::INTERNAL,
@@ -187,10 +191,11 @@ impl Control for Service {
                 brought.map_err(|error| migration_error(&error.into()))?;
             }
         }
+        let user = container(&asked.container)?;
         self.blocking(move |node| {
             let mut answer = ResolveVolumesResponse::new();
             for (source, read_only) in &mounts {
-                let path = node.volumes.path(source, *read_only)?;
+                let path = node.volumes.path_for(&user, source, *read_only)?;
                 answer.paths.push(path.to_string_lossy().into_owned());
                 answer.file_systems.push(text(node.volumes.file_system(source)?));
             }

@@ -364,7 +364,7 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
                 let failed = match &wanted {
                     Wanted::Migrate(wanted) => {
                         request::migrate(&sessions, &migration, wanted).await.map_err(|error| {
-                            let outlook = request::outlook(&node, wanted, &error);
+                            let outlook = request::outlook(&node, &migration, wanted, &error);
                             (error, outlook)
                         })
                     }

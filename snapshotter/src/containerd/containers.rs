@@ -126,6 +126,26 @@ impl Client {
         answer.map(drop).map_err(|status| self.failed("create", object, &status))
     }
 
+    /// Sets one label of a container and leaves the others. Errors: [`ClientError::NotFound`].
+    pub async fn set_container_label(
+        &self,
+        namespace: &str,
+        id: &str,
+        label: (&str, &str),
+    ) -> Result<(), ClientError> {
+        let (key, value) = label;
+        let container = api::Container {
+            id: id.to_owned(),
+            labels: [(key.to_owned(), value.to_owned())].into(),
+            ..api::Container::default()
+        };
+        let update_mask = Some(prost_types::FieldMask { paths: vec![format!("labels.{key}")] });
+        let message = api::UpdateContainerRequest { container: Some(container), update_mask };
+        let answer = self.containers().update(self.request(namespace, message)?).await;
+        let object = || format!("container {namespace}/{id}");
+        answer.map(drop).map_err(|status| self.failed("label", object(), &status))
+    }
+
     /// Deletes the record; task and snapshot stay. Errors: [`ClientError::NotFound`].
     pub async fn delete_container(&self, namespace: &str, id: &str) -> Result<(), ClientError> {
         let request = self.request(namespace, api::DeleteContainerRequest { id: id.to_owned() })?;

@@ -49,7 +49,8 @@ impl Client {
         self.prepare_labelled(namespace, snapshotter, key, parent, HashMap::new()).await
     }
 
-    pub(super) async fn prepare_labelled(
+    /// [`Self::prepare`], with labels.
+    pub async fn prepare_labelled(
         &self,
         namespace: &str,
         snapshotter: &str,
@@ -87,6 +88,20 @@ impl Client {
         Ok(answer.into_inner().mounts)
     }
 
+    async fn stat_snapshot(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+    ) -> Result<api::Info, ClientError> {
+        let message =
+            api::StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        let answer = self.snapshots().stat(self.request(namespace, message)?).await;
+        let object = || snapshot_of(snapshotter, key);
+        let answer = answer.map_err(|status| self.failed("look up", object(), &status))?;
+        present(answer.into_inner().info, object)
+    }
+
     /// Name of the committed snapshot that `key` is made on; `None` if on none.
     ///
     /// Errors: [`ClientError::NotFound`].
@@ -96,13 +111,19 @@ impl Client {
         snapshotter: &str,
         key: &str,
     ) -> Result<Option<String>, ClientError> {
-        let message =
-            api::StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
-        let answer = self.snapshots().stat(self.request(namespace, message)?).await;
-        let object = || snapshot_of(snapshotter, key);
-        let answer = answer.map_err(|status| self.failed("look up", object(), &status))?;
-        let info = present(answer.into_inner().info, object)?;
+        let info = self.stat_snapshot(namespace, snapshotter, key).await?;
         Ok(Some(info.parent).filter(|parent| !parent.is_empty()))
+    }
+
+    /// Labels of a snapshot; `None` if there is no such snapshot.
+    pub async fn snapshot_labels(
+        &self,
+        namespace: &str,
+        snapshotter: &str,
+        key: &str,
+    ) -> Result<Option<HashMap<String, String>>, ClientError> {
+        let info = optional(self.stat_snapshot(namespace, snapshotter, key).await)?;
+        Ok(info.map(|info| info.labels))
     }
 
     /// Whether there is a snapshot of that key or name.
@@ -112,12 +133,7 @@ impl Client {
         snapshotter: &str,
         key: &str,
     ) -> Result<bool, ClientError> {
-        let message =
-            api::StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
-        let answer = self.snapshots().stat(self.request(namespace, message)?).await;
-        let object = || snapshot_of(snapshotter, key);
-        let answer = answer.map_err(|status| self.failed("look up", object(), &status));
-        Ok(optional(answer)?.is_some())
+        Ok(optional(self.stat_snapshot(namespace, snapshotter, key).await)?.is_some())
     }
 
     pub(super) async fn commit_labelled(

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use godwit_protos::ContainerRef;
 
-use super::{MigrationError, blocking};
+use super::{MigrationError, blocking, marks};
 use crate::content::on;
 use crate::node::Node;
 use crate::ownership::{Epoch, Event, Outcome, Ownership};
@@ -24,8 +24,12 @@ const CLAIM_GRACE: Duration = Duration::from_secs(5);
 /// How often making it durable is tried again.
 const DURABLE_PAUSE: Duration = Duration::from_secs(10);
 
-/// Journals that the tasks of a granted container ran, or may have. Idempotent.
-pub(super) fn ran(node: &Node, container: &ContainerRef) -> Result<Option<Epoch>, MigrationError> {
+/// Journals that the tasks of a granted container ran, or may have, and notes it with the container.
+/// Idempotent.
+pub(super) async fn ran(
+    node: &Arc<Node>,
+    container: &ContainerRef,
+) -> Result<Option<Epoch>, MigrationError> {
     let ledger = node.journal.ledger(container)?;
     let epoch = match ledger.state {
         Some(Ownership::Granted(epoch, _)) => {
@@ -36,6 +40,10 @@ pub(super) fn ran(node: &Node, container: &ContainerRef) -> Result<Option<Epoch>
         _ => return Ok(None),
     };
     node.volumes.arrived(container)?;
+    let annotation = node.journal.container(container)?.and_then(|entry| entry.migrate_from);
+    if let Some(annotation) = annotation {
+        marks::note_came(node, container, &annotation).await;
+    }
     Ok(Some(epoch))
 }
 

@@ -1,11 +1,14 @@
 //! The cut: every subject of a container at one instant.
 //!
-//! 1. Freeze; fail if the kernel may go on with requests of the frozen processes ([`super::obstacles`]). 2. Dump with CRIU and read the file trees, at the same time ([`freeze_and_dump`]); where the images refer to
-//!    names that CRIU made for the dump only, read the trees again with those ([`super::links`]). 3. Read the dump
-//!    ([`read_dump`]). The container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot of it
-//!    instead, and thaws after step 2.
+//! 1. Freeze; fail if the kernel may go on with requests of the frozen processes
+//!    ([`super::obstacles`]). 2. Dump with CRIU and read the file trees, at the same time
+//!    ([`freeze_and_dump`]); where the images refer to names that CRIU made for the dump only, read
+//!    the trees again with those ([`super::links`]). 3. Read the dump ([`read_dump`]). The
+//!    container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot
+//!    of it instead, and thaws after step 2.
 //!
-//! On failure the caller, which has journalled the offer, takes it back, which thaws ([`super::release::take_offer_back`]).
+//! On failure the caller, which has journalled the offer, takes it back, which thaws
+//! ([`super::release::take_offer_back`]).
 
 use std::fs;
 use std::path::Path;
@@ -27,6 +30,7 @@ use super::{MigrationError, blocking};
 use crate::content::object::{Cut, Kind, Part};
 use crate::content::{ContentError, on, put_object};
 use crate::node::Node;
+use crate::ownership::leases::{Lease as Hold, Leased, Purpose};
 use crate::ownership::{Epoch, Event};
 use crate::retention::record;
 use crate::store::{Lease, Snapshot, SnapshotId};
@@ -103,11 +107,12 @@ pub(super) async fn read_dump(
     .await
 }
 
-/// Takes a consistent snapshot of a running container, which is frozen meanwhile, and records it: every subject, and the
-/// whole as one [`Cut`] from which `godwit snapshot restore` can start it elsewhere.
+/// Takes a consistent snapshot of a running container, which is frozen meanwhile, and records it:
+/// every subject, and the whole as one [`Cut`] from which `godwit snapshot restore` can start it
+/// elsewhere.
 ///
-/// The freeze is journalled as an offer to this node itself, so that whatever happens ends in a thaw. On open: the offer is
-/// taken back. Cancel: the work goes on.
+/// The freeze is journalled as an offer to this node itself, so that whatever happens ends in a
+/// thaw. On open: the offer is taken back. Cancel: the work goes on.
 ///
 /// Errors: [`MigrationError`]; the container runs.
 pub async fn take(
@@ -117,7 +122,8 @@ pub async fn take(
     Ok(take_after(node, container, None).await?.1)
 }
 
-/// [`take`] on top of earlier captures and the snapshots as which they were recorded. Tells too what had changed since.
+/// [`take`] on top of earlier captures and the snapshots as which they were recorded. Tells too
+/// what had changed since.
 pub async fn take_after(
     node: &Arc<Node>,
     container: &ContainerRef,
@@ -136,6 +142,9 @@ async fn take_here(
     let described = describe(node, container).await?;
     described.check_movable(node)?;
     described.survey(node).await?.check()?;
+    let leased = [Leased::Container(container.clone())];
+    let purpose = Hold::new(&node.new_id(), Purpose::Captured, container, &node.config.node);
+    let named = node.journal.hold_lease(&leased, &purpose)?;
     let lease = Arc::new(node.store.lease("snapshot", SNAPSHOT_MAX));
     let fresh = || (Arc::new(Mutex::new(Subjects::of(node, &described, true))), Vec::new());
     let (subjects, last) = before.unwrap_or_else(fresh);
@@ -165,6 +174,7 @@ async fn take_here(
     let shared = (&subjects, &lease);
     let frozen = freeze_and_dump(node, &described, shared, &directory).await;
     take_offer_back(node, container, epoch).await;
+    drop(named);
     let versions = match frozen {
         Ok(_) => read_dump(shared, &directory).await,
         Err(error) => Err(error),

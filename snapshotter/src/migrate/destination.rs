@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 
 use super::session::begin;
 use super::spec::Outline;
-use super::{MigrationError, arrival};
+use super::{MigrationError, arrival, marks};
 use crate::content::object::Kind;
 use crate::directory::{Entry, Joined, Lookup, Query};
 use crate::node::Node;
@@ -326,8 +326,7 @@ pub async fn acquire(
     asked: Acquire,
 ) -> Result<Acquired, Arc<MigrationError>> {
     let node = &sessions.node;
-    let entry = node.journal.container(&asked.container).map_err(|error| Arc::new(error.into()))?;
-    if entry.is_some_and(|entry| entry.has_spent(&asked.annotation())) {
+    if is_spent(node, &asked).await.map_err(Arc::new)? {
         return Ok(Acquired::StartFresh);
     }
     let session = {
@@ -354,6 +353,19 @@ pub async fn acquire(
         Ok(State::Failed(error)) => Err(error),
         Ok(State::Working) | Err(_) => Err(Arc::new(MigrationError::Interrupted)),
     }
+}
+
+/// Whether the container came by this annotation before, by the journal or by what was noted with the container: the
+/// journal may be an older copy.
+async fn is_spent(node: &Node, asked: &Acquire) -> Result<bool, MigrationError> {
+    let annotation = asked.annotation();
+    let entry = node.journal.container(&asked.container)?;
+    if entry.is_some_and(|entry| entry.has_spent(&annotation)) {
+        return Ok(true);
+    }
+    let (namespace, id) = (asked.container.namespace(), asked.container.id());
+    let record = node.containerd.container(namespace, id).await?;
+    Ok(marks::has_spent(&record, &annotation))
 }
 
 /// Asks for the right to let a restored, held container run.
@@ -384,7 +396,7 @@ pub async fn settle(sessions: &Sessions, session: &str, settlement: Settlement) 
     if let Some((container, entry)) = journalled(node, session) {
         let ran = settlement.running || settlement.may_have_run;
         let outcome = match (&entry.ownership, ran) {
-            (Ownership::Granted(..), true) => arrival::ran(node, &container).map(|epoch| {
+            (Ownership::Granted(..), true) => arrival::ran(node, &container).await.map(|epoch| {
                 epoch.into_iter().for_each(|epoch| {
                     arrival::make_durable_later(node, &container, epoch);
                 });

@@ -81,7 +81,7 @@ async fn recover_containers(node: Arc<Node>) {
         let settled = request::settle_what_came(&node).await;
         let mut done = settled.and(delete_abandoned_leases(&node).await);
         if !is_tidy {
-            let removed = request::remove_abandoned(&node).await;
+            let removed = request::remove_abandoned(&node);
             is_tidy = removed.is_ok();
             done = done.and(removed);
         }

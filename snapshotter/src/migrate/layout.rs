@@ -7,8 +7,11 @@
 //! STATE/stage/SESSION/work          CRIU's logs
 //! ```
 //!
-//! The writable layer is patched in the container's own upper directory, which nothing mounts before the restore. On
-//! open of the daemon everything below `stage` is removed: sessions live in memory.
+//! The writable layer is patched in the container's own upper directory, which nothing mounts before the restore. What
+//! lies there already, of a stopped container that is started again, is moved aside ([`Layer`]) once the source has
+//! confirmed that it has the container, and put back if the container does not come.
+//!
+//! On open of the daemon everything below `stage` is removed: sessions live in memory.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,16 +21,17 @@ use godwit_protos::peer::ObjectBatch;
 use godwit_protos::{ContainerRef, Digest, FileSystem, Subject, VolumeId};
 
 use super::MigrationError;
+use super::layer::Layer;
 use super::session::Parsed;
 use crate::content::encoding::Codec;
 use crate::content::image::write_image;
 use crate::content::materialize::materialize;
 use crate::content::object::{Image, Kind};
-use crate::content::{ContentError, Source as _, memory, on};
+use crate::content::{Source as _, memory, on};
 use crate::node::Node;
+use crate::ownership::journal::Arriving;
 use crate::store::{Lease, Store};
 use crate::volumes::{VolumeError, Volumes};
-use godwit_disk::trees;
 
 /// A staged volume: its version, and what it holds if that is an image.
 #[derive(Clone, Debug)]
@@ -42,7 +46,8 @@ struct Staged {
 pub struct Layout {
     store: Store,
     directory: PathBuf,
-    upper_dir: Option<PathBuf>,
+    layer_dir: Option<Layer>,
+    arriving: Arriving,
     volumes: Vec<Staged>,
     /// File systems whose images may come here.
     admitted: Vec<FileSystem>,
@@ -54,10 +59,11 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Makes the directories of a session. What lies in `upper_dir` is left of an earlier attempt and is removed.
+    /// Makes the directories of a session for a container whose writable layer is to lie in `upper_dir`.
     pub fn begin(
         node: &Node,
         session: &str,
+        container: &ContainerRef,
         upper_dir: Option<PathBuf>,
     ) -> Result<Self, MigrationError> {
         let directory = node.config.state_dir.join("stage").join(session);
@@ -65,13 +71,11 @@ impl Layout {
             let path = directory.join(name);
             fs::create_dir_all(&path).map_err(on("make directory", &path))?;
         }
-        if let Some(upper) = &upper_dir {
-            trees::clear(upper).map_err(ContentError::from)?;
-        }
         Ok(Self {
             store: node.store.clone(),
             directory,
-            upper_dir,
+            layer_dir: upper_dir.map(Layer::at),
+            arriving: Arriving { container: container.to_string(), session: session.to_owned() },
             volumes: Vec::new(),
             admitted: node.config.admit.file_systems.clone(),
             layer: None,
@@ -106,8 +110,8 @@ impl Layout {
                 // The holder of a cut names its parts; images come another way.
                 Subject::Container(_) | Subject::ImageLayer(_) => {}
                 Subject::Layer(_) => {
-                    let Some(upper) = &self.upper_dir else { continue };
-                    materialize(&self.store, root, self.layer.as_ref(), upper)?;
+                    let Some(layer) = &self.layer_dir else { continue };
+                    materialize(&self.store, root, self.layer.as_ref(), layer.path())?;
                     self.layer = Some(*root);
                 }
                 Subject::Volume(id) => self.stage_volume(id, (*kind, root))?,
@@ -161,21 +165,33 @@ impl Layout {
         Ok(())
     }
 
+    /// Empties the writable layer, and keeps what was in it until [`Self::settle`] or [`Self::discard`].
+    ///
+    /// Caller: once the source has confirmed that it has the container.
+    pub fn clear_layer(&mut self) -> Result<(), MigrationError> {
+        Ok(self.layer_dir.as_mut().map_or(Ok(()), Layer::clear)?)
+    }
+
+    /// The container has come: removes what was kept of an earlier writable layer.
+    pub fn settle(&mut self) {
+        if let Some(kept) = self.layer_dir.as_mut().and_then(Layer::settle) {
+            self.here.leftovers().remove(&kept);
+        }
+    }
+
     /// Brings everything to the cut and puts the volumes into place.
-    pub fn finish(
-        &mut self,
-        manifests: &Parsed,
-        volumes: &Volumes,
-        container: &ContainerRef,
-    ) -> Result<(), MigrationError> {
+    ///
+    /// Errors: some volumes may be in place then; [`Self::discard`] removes them.
+    pub fn finish(&mut self, manifests: &Parsed, volumes: &Volumes) -> Result<(), MigrationError> {
         let base = self.memory;
         let cut = manifests.iter().find(|(subject, ..)| matches!(subject, Subject::Memory { .. }));
         let (_, (_, cut), _) = cut.ok_or(MigrationError::Protocol("the cut has no memory"))?;
         memory::stage_images(&self.store, cut, base.as_ref(), &self.base(), &self.images())?;
         self.stage(manifests)?;
         for Staged { id, file_system, .. } in &self.volumes {
-            volumes.install(id, (&self.staged(id), *file_system), container)?;
+            // Before it is there: one that came half into place is removed, too.
             self.installed.push(id.clone());
+            volumes.install(id, (&self.staged(id), *file_system), &self.arriving)?;
         }
         Ok(())
     }
@@ -183,12 +199,14 @@ impl Layout {
     /// Removes all that was staged or put into place, for a container that will not run here.
     pub fn discard(&mut self, volumes: &Volumes) {
         for id in std::mem::take(&mut self.installed) {
-            if let Err(error) = volumes.uninstall(&id) {
-                tracing::warn!(volume = %id, %error, "cannot remove");
+            match volumes.uninstall(&id, &self.arriving.session) {
+                // The session did not get so far, or found another's volume there.
+                Ok(()) | Err(VolumeError::NotMarked { .. }) => {}
+                Err(error) => tracing::warn!(volume = %id, %error, "cannot remove"),
             }
         }
-        if let Some(upper) = &self.upper_dir {
-            let _ = trees::clear(upper);
+        if let Some(Err(error)) = self.layer_dir.as_mut().map(Layer::put_back) {
+            tracing::warn!(%error, "cannot put the writable layer back as it was");
         }
         self.remove_staged();
     }

@@ -1,10 +1,11 @@
 //! Letting go: what the source does once the destination has all of a container on its disk.
 //!
-//! 1. End the tasks. 2. Keep the cut as snapshots. 3. Remove the container, if `godwit migrate` asked for
-//!    it. 4. Give the volumes away. 5. Journal that it moved.
+//! 1. End the tasks. 2. Keep the cut as snapshots. 3. Remove the container, if `godwit migrate`
+//!    asked for it. 4. Give the volumes away. 5. Journal that it moved.
 //!
-//! A step that fails is tried again, for ever and at growing pauses: containerd may be away. On open: as
-//! the journal says "released" until step 5, the destination is asked again, and it begins again.
+//! A step that fails is tried again, for ever and at growing pauses: containerd may be away. On
+//! open: as the journal says "released" until step 5, the destination is asked again, and it begins
+//! again.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use godwit_protos::{ContainerRef, VolumeId};
 
 use super::MigrationError;
 use super::deletion::incarnation;
+use super::release::end_lease;
 use super::shim::Shim;
 use super::subjects::{Version, newest};
 use super::terminal;
@@ -42,7 +44,8 @@ pub(super) struct Remembered {
 }
 
 impl Remembered {
-    /// After a restart the session is gone: what the journal knows. The snapshots of the cut are not among it.
+    /// After a restart the session is gone: what the journal knows. The snapshots of the cut are
+    /// not among it.
     pub(super) fn after_restart(
         container: &ContainerRef,
         epoch: Epoch,
@@ -102,13 +105,15 @@ impl Remembered {
                 tracing::error!(%container, %error, "cannot journal that it moved; it is done again");
             }
         }
+        end_lease(node, container);
         if let Some(directory) = self.directory {
             let _ = tokio::fs::remove_dir_all(directory).await;
         }
         drop(self.lease);
     }
 
-    /// Ends the tasks, and removes the container if it is to be. Errors: something is left; calling again goes on.
+    /// Ends the tasks, and removes the container if it is to be. Errors: something is left; calling
+    /// again goes on.
     async fn end(&self, node: &Node) -> Result<(), MigrationError> {
         let (namespace, id) = (self.container.namespace(), self.container.id());
         let entry = node.journal.container(&self.container)?;

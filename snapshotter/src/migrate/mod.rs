@@ -1,13 +1,14 @@
 //! The procedure: a running container moves from one node to another.
 //!
-//! The destination drives. [`destination`] holds one session per container that comes here: it asks neighbours and
-//! source for what this node lacks while the container runs, has the source make the cut, lays everything out, and
-//! hands over to the shim, which restores the tasks, holds them, and asks [`destination::claim`] for the right
-//! to let them run. [`source`] is the other side. [`request`] starts it all: it creates the container here with the
-//! migrate-from annotation, under a specification derived by [`spec`].
+//! The destination drives. [`destination`] holds one session per container that comes here: it asks
+//! neighbours and source for what this node lacks while the container runs, has the source make the
+//! cut, lays everything out, and hands over to the shim, which restores the tasks, holds them, and
+//! asks [`destination::claim`] for the right to let them run. [`source`] is the other side.
+//! [`request`] starts it all: it creates the container here with the migrate-from annotation, under
+//! a specification derived by [`spec`].
 //!
-//! What is promised on failure is in [`crate::ownership`] (never two runners) and [`source`] (frozen, not killed, until the
-//! destination runs); docs/failure-model.md has the table.
+//! What is promised on failure is in [`crate::ownership`] (never two runners) and [`source`]
+//! (frozen, not killed, until the destination runs); docs/failure-model.md has the table.
 
 mod arrival;
 pub mod choice;
@@ -18,10 +19,12 @@ pub mod destination;
 mod fit;
 pub mod follow;
 pub mod image;
+mod layer;
 pub mod layout;
 mod let_go;
 mod line;
 mod links;
+mod marks;
 pub mod obstacles;
 pub mod origin;
 pub mod plan;
@@ -44,8 +47,8 @@ use godwit_protos::{ContainerRef, Digest, ParseDigestError, ParseNameError};
 
 use crate::containerd::ClientError;
 use crate::content::ContentError;
-use crate::node::Node;
 use crate::ownership::fate::Fate;
+use crate::ownership::leases::LeaseError;
 use crate::peer::PeerError;
 use crate::peer::fetch::FetchError;
 use crate::store::{SnapshotId, StoreError};
@@ -217,6 +220,12 @@ pub enum MigrationError {
     /// The restore failed here, before any task ran.
     #[error("restore failed: {0}")]
     Restore(String),
+    /// A container that was to be removed runs.
+    #[error("container {0} runs, so it stays")]
+    StillRuns(ContainerRef),
+    /// Another migration has the container or one of its volumes.
+    #[error(transparent)]
+    Leased(#[from] LeaseError),
     /// No shim asked for the restored container in time.
     #[error("the shim did not go on with the restore within {} s", .0.as_secs())]
     Unclaimed(Duration),
@@ -287,6 +296,7 @@ impl MigrationError {
             | Self::Unclaimed(_)
             | Self::Peer(PeerError::Unreachable { .. } | PeerError::Slow { .. })
             | Self::Fetch(FetchError::SourceFailed { .. } | FetchError::Interrupted)
+            | Self::Leased(LeaseError::Taken(_))
             | Self::Busy { .. } => Next::Retry,
             other if other.is_disk_full() => Next::Retry,
             _ => Next::GiveUp,
@@ -331,7 +341,7 @@ impl MigrationError {
             Self::NoContainer(..) => "no-container",
             Self::NotRunning { .. } => "not-running",
             Self::NoShim(_) => "wrong-runtime",
-            Self::Busy { .. } => "busy",
+            Self::Busy { .. } | Self::Leased(LeaseError::Taken(_)) => "busy",
             Self::Obstacles(_) => "obstacles",
             Self::NoSnapshot(_) | Self::OtherImage { .. } => "image",
             Self::Shim { .. } => "criu",
@@ -345,49 +355,6 @@ impl MigrationError {
     /// The error with all its causes in one line.
     pub fn chain(&self) -> String {
         crate::error::chain(self)
-    }
-}
-
-/// Removes task, container and root file system of a container that runs elsewhere, or never will run here.
-async fn remove_container(node: &Node, container: &ContainerRef) {
-    let (namespace, id) = (container.namespace(), container.id());
-    let record = node.containerd.container(namespace, id).await;
-    let task = node.containerd.task(namespace, id).await;
-    // The exit of the killed tasks may still be on its way.
-    for attempt in 0..50u32 {
-        match node.containerd.delete_task(namespace, id).await {
-            Ok(_) | Err(ClientError::NotFound(_)) => {
-                if let Ok(Some(task)) = &task {
-                    terminal::remove_fifos(&task.streams);
-                }
-                break;
-            }
-            Err(error) if attempt == 49 => {
-                tracing::warn!(%container, %error, "cannot delete the task");
-            }
-            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-        }
-    }
-    let removed = async {
-        let record = match record {
-            Err(ClientError::NotFound(_)) => return Ok(()),
-            record => record?,
-        };
-        node.containerd.delete_container(namespace, id).await?;
-        if record.snapshot_key.is_empty() {
-            return Ok(());
-        }
-        match node
-            .containerd
-            .remove_snapshot(namespace, &record.snapshotter, &record.snapshot_key)
-            .await
-        {
-            Err(ClientError::NotFound(_)) => Ok(()),
-            other => other,
-        }
-    };
-    if let Err(error) = removed.await {
-        tracing::warn!(%container, %error, "cannot remove the container");
     }
 }
 

@@ -34,7 +34,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// How long a daemon that is told to stop tries to thaw a container.
 const STOP_MAX: Duration = Duration::from_secs(5);
 
-/// Takes an offer back: 1. journal, 2. thaw, 3. journal that it is thawed. On open: what is ours and frozen is thawed.
+/// Takes an offer back: 1. journal, 2. thaw, 3. journal that it is thawed. On open: what is ours
+/// and frozen is thawed.
 ///
 /// The journal decides, not the caller: what is not `Offered` any more is left as it is. Where the
 /// journal cannot be written, the container is thawed first: it was not released, which no other than
@@ -90,12 +91,20 @@ pub(super) async fn withdraw_release(
     }
 }
 
-/// Runs a released container here again, in the same steps: the destination has journalled that it never ran it.
+/// Runs a released container here again, in the same steps: the destination has journalled that it
+/// never ran it.
 pub(super) async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
     tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
     match node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
         Ok(_) => thaw(node, container).await,
         Err(error) => tracing::error!(%container, %error, "cannot journal the return"),
+    }
+}
+
+/// Ends the lease of a container that was leaving.
+pub(super) fn end_lease(node: &Node, container: &ContainerRef) {
+    if let Err(error) = node.journal.end_leaving(container) {
+        tracing::error!(%container, %error, "its lease stays until the daemon starts again");
     }
 }
 
@@ -110,6 +119,7 @@ async fn thaw(node: &Node, container: &ContainerRef) {
     if let Err(error) = node.journal.note(container, |entry| entry.frozen = false) {
         tracing::error!(%container, %error, "cannot journal the thaw; it is repeated");
     }
+    end_lease(node, container);
 }
 
 /// Errors: it is frozen, as far as is known.
@@ -142,7 +152,7 @@ pub(super) async fn settle_later(
         pause = (pause * 2).min(PAUSE_LAST);
         let entry = match node.journal.container(container) {
             Ok(Some(entry)) => entry,
-            Ok(None) => return,
+            Ok(None) => return end_lease(node, container),
             Err(error) => {
                 tracing::error!(%container, error = crate::error::chain(&error), "journal");
                 continue;

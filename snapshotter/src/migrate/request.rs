@@ -1,8 +1,9 @@
 //! `godwit migrate`: creating a container here that takes another node's place.
 //!
-//! What the source says of its container is a description. The image comes by digest, the specification is derived by
-//! [`super::spec`] under this node's rules, and the container gets the migrate-from annotation: from there on it is the
-//! same procedure as for any client that sets the annotation itself.
+//! What the source says of its container is a description. The image comes by digest, the
+//! specification is derived by [`super::spec`] under this node's rules, and the container gets the
+//! migrate-from annotation: from there on it is the same procedure as for any client that sets the
+//! annotation itself.
 //!
 //! On failure nothing is left here, and the container runs at its source.
 
@@ -14,20 +15,31 @@ use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse};
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
 use super::destination::{Prepared, Sessions, Settings, connect, mode_word};
-use super::{MigrationError, arrival, fit, image, obstacles, record, spec, terminal};
-use crate::containerd::{ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus};
+use super::layer::Layer;
+use super::{
+    MigrationError, arrival, blocking, fit, image, marks, obstacles, record, spec, terminal,
+};
+use crate::containerd::{
+    ClientError, Container, Descriptor, ImageContent, Runtime, TaskStatus, upper_dir,
+};
 use crate::node::Node;
 use crate::ownership::Ownership;
+use crate::ownership::leases::{Lease, Leased, Purpose};
 use crate::volumes::VolumeError;
 
 /// The runtime that migrated containers run under.
 const RUNTIME: &str = "io.containerd.runc.godwit.v1";
 
-/// containerd label of a container that a migration created.
+/// containerd label of a container that a migration created, for people.
 const LABEL: &str = "godwit.io/migrated-from";
 
-/// How long a shim may take to undo a restore whose daemon has died: longer than it asks for a claim.
+/// How long a shim may take to undo a restore whose daemon has died: longer than it asks for a
+/// claim.
 const UNDO_MAX: Duration = Duration::from_secs(75);
+
+/// Pause before removing is tried again, and how far it grows.
+const REMOVAL_PAUSE: Duration = Duration::from_secs(1);
+const REMOVAL_PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// A request to bring a container here.
 #[derive(Clone, Debug)]
@@ -40,7 +52,8 @@ pub struct Request {
     pub netns: Option<String>,
 }
 
-/// Moves the container here. Events of `migration` tell how it goes, and the last one carries the report.
+/// Moves the container here. Events of `migration` tell how it goes, and the last one carries the
+/// report.
 ///
 /// Errors: [`MigrationError`]; the container runs at its source and nothing is left here.
 pub async fn migrate(
@@ -53,7 +66,8 @@ pub async fn migrate(
     let container = &request.from.container;
     let namespace = container.namespace();
     node.events.step(migration, "request", &format!("{} to {}", request.from, node.config.node));
-    // Before the source is asked: it need not be there to see that the container is here.
+    // Before the source is asked: it need not be there to see that the container is here, or comes.
+    let arriving = Arriving::begin(node, migration, container, &request.from.node)?;
     check_absent(node, container).await?;
     let connections = connect(node, &request.from.node, &request.settings).await?;
     let described = describe_at(&connections.source, container).await?;
@@ -72,54 +86,193 @@ pub async fn migrate(
     let record = record(node, request, &described)?;
     let migration = migration.to_owned();
     let prepared = Prepared { migration, begun, connections, remove_source: true };
-    create_and_start(sessions, container, record, &content, || {
+    create_and_start(sessions, arriving, record, &content, || {
         sessions.prepare(container, prepared);
     })
     .await
 }
 
-/// Creates container and task and starts it, which asks for its state; `before` runs before the task is created.
+/// A container that this node creates for a session. Owns its lease, and what is made for it, until
+/// it has come.
+pub(super) struct Arriving {
+    node: Arc<Node>,
+    session: String,
+    container: ContainerRef,
+    is_over: bool,
+}
+
+impl Arriving {
+    /// Leases the container for `session`. Errors: another session has it.
+    pub(super) fn begin(
+        node: &Arc<Node>,
+        session: &str,
+        container: &ContainerRef,
+        source: &str,
+    ) -> Result<Self, MigrationError> {
+        let lease = Lease::new(session, Purpose::Arriving, container, source);
+        node.journal.take_lease(&[Leased::Container(container.clone())], &lease)?;
+        let (node, session, container) = (node.clone(), session.to_owned(), container.clone());
+        Ok(Self { node, session, container, is_over: false })
+    }
+
+    /// The lease ends; nothing was made, or what was made has come.
+    fn end(mut self) {
+        self.is_over = true;
+        end_lease(&self.node, &self.session);
+    }
+
+    /// Removes what was made, unless it has come, and ends the lease. What cannot be removed now is
+    /// tried again, and leased until then.
+    async fn undo(mut self, snapshotter: Option<&str>) {
+        self.is_over = true;
+        let (node, container, session) = (&self.node, &self.container, &self.session);
+        if let Err(error) = remove_unless_come(node, container, session, snapshotter).await {
+            tracing::warn!(%container, error = error.chain(), "cannot be removed; trying again");
+            let (node, container, session) = (node.clone(), container.clone(), session.clone());
+            let snapshotter = snapshotter.map(str::to_owned);
+            tokio::spawn(async move {
+                remove_at_last(&node, &container, &session, snapshotter.as_deref()).await;
+            });
+        }
+    }
+}
+
+impl Drop for Arriving {
+    /// On failure before anything was made.
+    fn drop(&mut self) {
+        if !self.is_over {
+            end_lease(&self.node, &self.session);
+        }
+    }
+}
+
+fn end_lease(node: &Node, session: &str) {
+    if let Err(error) = node.journal.end_lease(session) {
+        tracing::error!(session, %error, "a lease stays until the daemon starts again");
+    }
+}
+
+/// Ends a session that no request stands behind: removes what it made, unless its container has
+/// come, and its lease.
+pub(super) async fn end_session(node: &Arc<Node>, container: &ContainerRef, session: &str) {
+    let (node, container) = (node.clone(), container.clone());
+    let arriving = Arriving { node, session: session.to_owned(), container, is_over: true };
+    arriving.undo(None).await;
+}
+
+/// Removes what a session made for a container that has not come, and ends its lease.
+///
+/// Errors: the first step that failed; what follows is untouched, the lease included.
+async fn remove_unless_come(
+    node: &Node,
+    container: &ContainerRef,
+    session: &str,
+    snapshotter: Option<&str>,
+) -> Result<(), MigrationError> {
+    if !has_come(node, container, session)? {
+        put_layer_back(node, container).await?;
+        marks::remove_made(node, container, session, snapshotter).await?;
+        let mut volumes = node.volumes.arriving_by(session)?.into_iter();
+        volumes.try_for_each(|id| node.volumes.uninstall(&id, session))?;
+    }
+    Ok(node.journal.end_lease(session)?)
+}
+
+/// Puts back what a session that died had moved out of a container's writable layer.
+async fn put_layer_back(node: &Node, container: &ContainerRef) -> Result<(), MigrationError> {
+    let (namespace, id) = (container.namespace(), container.id());
+    let record = match node.containerd.container(namespace, id).await {
+        Err(ClientError::NotFound(_)) => return Ok(()),
+        record => record?,
+    };
+    if record.snapshot_key.is_empty() {
+        return Ok(());
+    }
+    // What is mounted is not touched.
+    if let Some(task) = node.containerd.task(namespace, id).await?
+        && !matches!(task.status, TaskStatus::Created | TaskStatus::Stopped)
+    {
+        return Ok(());
+    }
+    let mounts = node.containerd.mounts(namespace, &record.snapshotter, &record.snapshot_key);
+    if let Some(upper) = upper_dir(&mounts.await?) {
+        blocking(move || Ok(Layer::at(upper).put_back_of_dead()?)).await?;
+    }
+    Ok(())
+}
+
+/// [`remove_unless_come`], until it succeeds.
+async fn remove_at_last(
+    node: &Node,
+    container: &ContainerRef,
+    session: &str,
+    snapshotter: Option<&str>,
+) {
+    let mut pause = REMOVAL_PAUSE;
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(REMOVAL_PAUSE_MAX);
+        match remove_unless_come(node, container, session, snapshotter).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::info!(%container, error = error.chain(), "cannot be removed yet");
+            }
+        }
+    }
+}
+
+/// Creates container and task and starts it, which asks for its state; `before` runs before the
+/// task is created.
 ///
 /// Errors: nothing of it is left, unless it was granted to this node and may have run.
 pub(super) async fn create_and_start(
     sessions: &Sessions,
-    container: &ContainerRef,
-    record: Container,
+    arriving: Arriving,
+    mut record: Container,
     content: &ImageContent,
     before: impl FnOnce(),
 ) -> Result<(), MigrationError> {
     let node = &sessions.node;
-    let (namespace, id) = (container.namespace(), container.id());
+    let (namespace, id) = (arriving.container.namespace(), arriving.container.id());
     let snapshotter = record.snapshotter.clone();
     let chain_id = content.chain_id().map(|chain_id| chain_id.to_string());
-    let terminal = has_terminal(&record).then(|| terminal::make(container)).transpose();
-    let terminal = terminal.map_err(MigrationError::Terminal)?;
-    // Until the container refers to its snapshot, containerd's garbage collection would take it.
-    let lease = node.containerd.lease(namespace).await?;
-    let prepared = lease.client().prepare(namespace, &snapshotter, id, chain_id.as_deref());
-    let mounts = prepared.await?;
-
+    let has_terminal = has_terminal(&record);
+    let labels = marks::labels(&arriving.session);
+    record.labels.extend(labels.clone());
     let started = async {
+        // Until the container refers to its snapshot, containerd's garbage collection would take
+        // it.
+        let lease = node.containerd.lease(namespace).await?;
+        let (client, parent) = (lease.client(), chain_id.as_deref());
+        let mounts = client.prepare_labelled(namespace, &snapshotter, id, parent, labels).await?;
         node.containerd.create_container(namespace, record).await?;
         lease.release().await?;
+        // The name is this session's from here on.
+        let terminal = has_terminal.then(|| terminal::make(&arriving.container)).transpose();
+        let terminal = terminal.map_err(MigrationError::Terminal)?;
         before();
-        node.containerd.create_task(namespace, id, mounts, terminal).await?;
-        node.containerd.start_task(namespace, id).await
+        if let Err(error) = node.containerd.create_task(namespace, id, mounts, terminal).await {
+            terminal::discard(&arriving.container);
+            return Err(error.into());
+        }
+        Ok(node.containerd.start_task(namespace, id).await?)
     };
-    match started.await {
-        Ok(_) => Ok(()),
+    let started: Result<u32, MigrationError> = started.await;
+    sessions.take_prepared(&arriving.container);
+    sessions.take_name(&arriving.container);
+    match started {
+        Ok(_) => {
+            arriving.end();
+            Ok(())
+        }
         Err(error) => {
-            sessions.take_prepared(container);
-            sessions.take_name(container);
             // An error of the call says nothing of the container, which may have come and run.
-            if !has_come(node, container)? {
-                super::remove_container(node, container).await;
-                terminal::discard(container);
-                let _ = node.containerd.remove_snapshot(namespace, &snapshotter, id).await;
-            }
+            arriving.undo(Some(&snapshotter)).await;
             Err(match error {
-                ClientError::Failed { reason, .. } => MigrationError::Restore(reason),
-                other => other.into(),
+                MigrationError::Containerd(ClientError::Failed { reason, .. }) => {
+                    MigrationError::Restore(reason)
+                }
+                other => other,
             })
         }
     }
@@ -131,51 +284,27 @@ fn has_terminal(record: &Container) -> bool {
     spec.pointer("/process/terminal") == Some(&serde_json::Value::Bool(true))
 }
 
-/// Removes containers that a daemon had created for a migration when it died. Those that were let run here stay.
+/// Removes what sessions of an earlier daemon made for containers that have not come.
 ///
-/// Caller: once per run of the daemon, after [`settle_what_came`]. Errors: containerd's, when it
-/// does not answer, or the journal's; nothing is removed then, and calling again is safe.
-pub async fn remove_abandoned(node: &Arc<Node>) -> Result<(), MigrationError> {
-    let mut abandoned = Vec::new();
-    for namespace in node.containerd.namespaces().await? {
-        for record in node.containerd.list_containers(&namespace).await? {
-            // Other clients' containers may have names that are none of ours.
-            let Ok(container) = ContainerRef::new(&namespace, &record.id) else { continue };
-            if record.labels.contains_key(LABEL) && !has_come(node, &container)? {
-                abandoned.push(container);
-            }
-        }
-    }
-    let arriving = node.volumes.arriving()?;
-    for container in abandoned {
+/// A session's lease in the journal, and its mark on what it made, are both needed: a journal that
+/// is older than what is here, or newer, removes nothing.
+///
+/// Caller: once per run of the daemon, after [`settle_what_came`]. Errors: the journal's; nothing
+/// is removed then, and calling again is safe.
+pub fn remove_abandoned(node: &Arc<Node>) -> Result<(), MigrationError> {
+    for (leased, lease) in node.journal.leases()? {
+        let (Leased::Container(container), Purpose::Arriving) = (leased, lease.purpose) else {
+            continue;
+        };
         let node = node.clone();
         tokio::spawn(async move {
             tracing::warn!(%container, "left by a migration that was cut short");
+            // Its shim may ask again meanwhile, and be granted.
             tokio::time::sleep(UNDO_MAX).await;
-            // The shim may have asked again meanwhile, and been granted.
-            if matches!(has_come(&node, &container), Ok(false)) {
-                super::remove_container(&node, &container).await;
-            }
-        });
-    }
-    for container in arriving {
-        let node = node.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(UNDO_MAX).await;
-            if matches!(has_come(&node, &container), Ok(false))
-                && let Err(error) = remove_arriving(&node, &container)
-            {
-                tracing::warn!(%container, %error, "cannot remove a volume of a migration that was cut short");
-            }
+            remove_at_last(&node, &container, &lease.session, None).await;
         });
     }
     Ok(())
-}
-
-/// Removes the volumes that were to come with a container.
-fn remove_arriving(node: &Node, container: &ContainerRef) -> Result<(), VolumeError> {
-    let mut arriving = node.volumes.arriving_with(container)?.into_iter();
-    arriving.try_for_each(|id| node.volumes.uninstall(&id))
 }
 
 /// Journals as run those containers that were granted to this node, run here, and whose shim could
@@ -199,7 +328,7 @@ async fn settle_if_it_runs(
     let task = node.containerd.task(container.namespace(), container.id()).await?;
     let runs = |status| matches!(status, TaskStatus::Running | TaskStatus::Paused);
     if task.is_some_and(|task| runs(task.status))
-        && let Some(epoch) = arrival::ran(node, container)?
+        && let Some(epoch) = arrival::ran(node, container).await?
     {
         arrival::make_durable_later(node, container, epoch);
     }
@@ -207,17 +336,25 @@ async fn settle_if_it_runs(
 }
 
 /// What a failed request means for the container.
-pub fn outlook(node: &Node, request: &Request, error: &MigrationError) -> &'static str {
-    match has_come(node, &request.from.container) {
+pub fn outlook(
+    node: &Node,
+    migration: &str,
+    request: &Request,
+    error: &MigrationError,
+) -> &'static str {
+    match has_come(node, &request.from.container, migration) {
         Ok(false) => error.outlook(),
         _ => "`godwit status` on both nodes tells who owns it",
     }
 }
 
-/// Whether a container that a migration created was given to this node.
-fn has_come(node: &Node, container: &ContainerRef) -> Result<bool, MigrationError> {
+/// Whether a container was given to this node by this session.
+fn has_come(node: &Node, container: &ContainerRef, session: &str) -> Result<bool, MigrationError> {
     let entry = node.journal.container(container)?;
-    Ok(entry.is_some_and(|entry| !matches!(entry.ownership, Ownership::Claiming(..))))
+    Ok(entry.is_some_and(|entry| {
+        entry.session.as_deref() == Some(session)
+            && !matches!(entry.ownership, Ownership::Claiming(..))
+    }))
 }
 
 /// What the source says of a container.
@@ -260,8 +397,8 @@ pub(super) async fn check_absent(
     })
 }
 
-/// Everything that would make the migration fail, as far as both nodes can tell before anything moves. `godwit plan`
-/// lists it, `godwit migrate` refuses it ([`refuse`]).
+/// Everything that would make the migration fail, as far as both nodes can tell before anything
+/// moves. `godwit plan` lists it, `godwit migrate` refuses it ([`refuse`]).
 ///
 /// Errors: containerd does not answer.
 pub(super) async fn find_obstacles(
@@ -385,7 +522,8 @@ pub(super) fn record(
     record_with(node, request, described, annotation)
 }
 
-/// The container that takes the described one's place here, with the annotation that says where its state is.
+/// The container that takes the described one's place here, with the annotation that says where its
+/// state is.
 pub(super) fn record_with(
     node: &Node,
     request: &Request,
@@ -407,6 +545,7 @@ pub(super) fn record_with(
     let id = request.from.container.id().to_owned();
     record::check_labels(&described.labels)?;
     let mut labels = described.labels.clone();
+    marks::strip(&mut labels);
     labels.insert(LABEL.to_owned(), request.from.to_string());
     Ok(Container {
         snapshot_key: id.clone(),

@@ -175,7 +175,7 @@ async fn act(
         }
         Action::TakeBack => release::take_back(node, container, epoch).await,
         Action::Ran => {
-            arrival::ran(node, container)?;
+            arrival::ran(node, container).await?;
             arrival::make_durable(node, container, epoch).await?;
         }
         Action::GiveBack => {

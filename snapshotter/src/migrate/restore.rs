@@ -1,11 +1,14 @@
-//! `godwit snapshot restore`: a container comes back from a cut that this node has, after its host died.
+//! `godwit snapshot restore`: a container comes back from a cut that this node has, after its host
+//! died.
 //!
-//! 1. Look for the original at every peer ([`Original`]); while it may be alive the request is refused, unless it says
-//!    that it knows. 2. Bring the image, derive a specification, create the container with the restore-from annotation:
-//!    the same as `godwit migrate` does. 3. The shim asks for its state; [`Work::restore`] lays the cut out, grants the
-//!    claim without asking anybody, and is done when the tasks run.
+//! 1. Look for the original at every peer ([`Original`]); while it may be alive the request is
+//!    refused, unless it says that it knows. 2. Bring the image, derive a specification, create the
+//!    container with the restore-from annotation: the same as `godwit migrate` does. 3. The shim
+//!    asks for its state; [`Work::restore`] lays the cut out, grants the claim without asking
+//!    anybody, and is done when the tasks run.
 //!
-//! What the container did after the cut is lost, and the report says how much that is. On failure nothing is left here.
+//! What the container did after the cut is lost, and the report says how much that is. On failure
+//! nothing is left here.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +21,7 @@ use super::destination::{Acquired, Command, NEIGHBOUR_MAX, Sessions, Settings, S
 use super::layout::Layout;
 use super::report::{Phases, Report, Share};
 use super::request::{
-    self, check_absent, check_chain, create_and_start, describe_at, image_of, pre_flight,
+    self, Arriving, check_absent, check_chain, create_and_start, describe_at, image_of, pre_flight,
     record_with,
 };
 use super::session::{Parsed, Work};
@@ -50,7 +53,8 @@ pub struct Request {
     pub netns: Option<String>,
 }
 
-/// Starts the container. Events of `migration` tell how it goes, and the last one carries the report.
+/// Starts the container. Events of `migration` tell how it goes, and the last one carries the
+/// report.
 ///
 /// Errors: [`MigrationError`]; nothing is left here, and the snapshot is as it was.
 pub async fn restore(
@@ -64,6 +68,7 @@ pub async fn restore(
     let age = snapshot.age(unix_ms()).as_secs();
     let text = format!("{container} as it was on {} {age} s ago", cut.node);
     node.events.step(migration, "request", &text);
+    let arriving = Arriving::begin(node, migration, &container, &cut.node)?;
     check_absent(node, &container).await?;
     let peers = look_for_original(node, &container, asked.although_it_may_run).await?;
     let described = description(&cut)?;
@@ -84,7 +89,7 @@ pub async fn restore(
         request::Request { from, settings: Settings::default(), netns: asked.netns.clone() };
     let origin = (annotation::RESTORE_FROM, snapshot.root.to_string());
     let record = record_with(node, &request, &described, origin)?;
-    create_and_start(sessions, &container, record, &content, || {
+    create_and_start(sessions, arriving, record, &content, || {
         sessions.name_next(&container, migration);
     })
     .await
@@ -134,7 +139,8 @@ enum Original {
 
 /// Asks every peer for the original. Returns those that answer.
 ///
-/// Errors: [`MigrationError::MayRun`] unless it `may` or every peer has answered that it has no such container.
+/// Errors: [`MigrationError::MayRun`] unless it `may` or every peer has answered that it has no
+/// such container.
 async fn look_for_original(
     node: &Arc<Node>,
     container: &ContainerRef,
@@ -187,12 +193,13 @@ impl Work {
         let cut = blocking(move || Ok(store.decode::<Cut>(&digest)?)).await?;
         let manifests = self.parts(&cut)?;
         self.check_image(&description(&cut)?.chain_id).await?;
-        let mut layout = Layout::begin(&self.node, &self.id, self.asked.upper_dir.clone())?;
+        let mut layout = self.layout()?;
         let outcome = self.lay_out_and_run(&cut, manifests, &mut layout).await;
         let (volumes, failed) = (self.node.volumes.clone(), outcome.is_err());
         let may_discard = self.may_discard;
         let cleared = tokio::task::spawn_blocking(move || {
             if !failed {
+                layout.settle();
                 layout.remove_staged();
             } else if may_discard {
                 layout.discard(&volumes);
@@ -204,7 +211,7 @@ impl Work {
         let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
         let total = millis(running - begun);
         Ok(Report {
-            migration: self.migration.clone(),
+            migration: self.id.clone(),
             container: self.asked.container.to_string(),
             mode: "restore".to_owned(),
             source: cut.node,
@@ -251,11 +258,10 @@ impl Work {
         manifests: Parsed,
         layout: &mut Layout,
     ) -> Result<Instant, MigrationError> {
-        let (mut at, container) = (layout.clone(), self.asked.container.clone());
-        let volumes = self.node.volumes.clone();
-        *layout =
-            blocking(move || at.finish(&manifests, &volumes, &container).map(|()| at)).await?;
-        self.node.events.step(&self.migration, "hand-off", "restoring");
+        layout.clear_layer()?;
+        let (mut at, volumes) = (layout.clone(), self.node.volumes.clone());
+        *layout = blocking(move || at.finish(&manifests, &volumes).map(|()| at)).await?;
+        self.node.events.step(&self.id, "hand-off", "restoring");
         let _ = self.publish.send(State::Ready(Acquired::Restore {
             session: self.id.clone(),
             image_path: layout.images(),

@@ -1,7 +1,8 @@
 //! One container on its way here, from the first connection to the report.
 //!
-//! The steps stand in [`Work::migrate`] in their order. Until the grant an error tells the source to abort and removes what was
-//! staged; from the grant on nothing is removed here unless the shim vouches that no task ran.
+//! The steps stand in [`Work::migrate`] in their order. Until the grant an error tells the source
+//! to abort and removes what was staged; from the grant on nothing is removed here unless the shim
+//! vouches that no task ran.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -23,12 +24,13 @@ use super::layout::Layout;
 use super::line::{Beginning, Line, Subjects, named};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
-use super::{MigrationError, arrival, blocking, choice, origin};
+use super::{MigrationError, arrival, blocking, choice, origin, request};
 use crate::containerd::TaskStatus;
 use crate::content::object::Kind;
 use crate::directory::{Entry, Lookup, SEQUENCE_MAX};
 use crate::node::Node;
 use crate::ownership::fate::Fate;
+use crate::ownership::leases::{Lease as Hold, Leased, Purpose};
 use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::choose::Choice;
@@ -64,30 +66,34 @@ const RESUME_MAX: Duration = Duration::from_secs(600);
 pub(super) fn begin(sessions: Arc<Sessions>, asked: Acquire) -> Session {
     let node = sessions.node.clone();
     let prepared = sessions.take_prepared(&asked.container);
-    let id = node.new_id();
+    let requested = prepared.as_ref().map(|prepared| prepared.migration.clone());
+    let requested = requested.or_else(|| sessions.take_name(&asked.container));
+    // A request that created the container removes it, too.
+    let is_requested = requested.is_some();
+    let id = requested.unwrap_or_else(|| node.new_id());
     let (publish, state) = watch::channel(State::Working);
     let (commands, inbox) = mpsc::channel(4);
     let session = Session { id: id.clone(), asked: asked.clone(), state, commands };
     tokio::spawn(async move {
         let container = asked.container.clone();
-        let named = prepared.as_ref().map(|prepared| prepared.migration.clone());
-        let named = named.or_else(|| sessions.take_name(&container));
-        let migration = named.unwrap_or_else(|| id.clone());
-        let mut work =
-            Work { node: node.clone(), asked, id, publish, inbox, migration, may_discard: true };
-        let outcome = match work.asked.cut {
-            Some(cut) => work.restore(&cut).await,
-            None => work.run(prepared).await,
+        let mut work = Work { node: node.clone(), asked, id, publish, inbox, may_discard: true };
+        let outcome = match (work.lease(), work.asked.cut) {
+            (Err(error), _) => Err(error),
+            (Ok(()), Some(cut)) => work.restore(&cut).await,
+            (Ok(()), None) => work.run(prepared).await,
         };
         match outcome {
-            Ok(report) => node.events.done(&work.migration, &report),
+            Ok(report) => node.events.done(&work.id, &report),
             Err(error) => {
                 let error = Arc::new(error);
                 tracing::warn!(%container, error = error.chain(), "migration failed");
                 let outlook = if work.may_discard { error.outlook() } else { UNDECIDED };
-                node.events.failed(&work.migration, &error, outlook);
+                node.events.failed(&work.id, &error, outlook);
                 let _ = work.publish.send(State::Failed(error));
             }
+        }
+        if !is_requested {
+            request::end_session(&node, &container, &work.id).await;
         }
         sessions.forget(&container, &work.id);
         // Dropping the publisher ends the session: the next acquire begins a new one.
@@ -109,7 +115,6 @@ pub(super) struct Work {
     pub(super) node: Arc<Node>,
     pub(super) asked: Acquire,
     pub(super) id: String,
-    pub(super) migration: String,
     pub(super) publish: watch::Sender<State>,
     inbox: mpsc::Receiver<Command>,
     /// False from the grant on: the tasks may have run, so what they run on stays.
@@ -117,11 +122,24 @@ pub(super) struct Work {
 }
 
 impl Work {
+    /// Leases the container and its writable volumes until the session ends, or the request that it
+    /// belongs to.
+    fn lease(&self) -> Result<(), MigrationError> {
+        let Acquire { container, from, .. } = &self.asked;
+        let lease = Hold::new(&self.id, Purpose::Arriving, container, &from.node);
+        let mut leased = vec![Leased::Container(self.asked.container.clone())];
+        leased.extend(self.asked.volumes.iter().filter_map(|volume| match volume {
+            VolumeSource::Writable(id) => Some(Leased::Volume(id.clone())),
+            VolumeSource::Content(_) => None,
+        }));
+        Ok(self.node.journal.take_lease(&leased, &lease)?)
+    }
+
     async fn run(&mut self, prepared: Option<Prepared>) -> Result<Report, MigrationError> {
         let prepared = match prepared {
             Some(prepared) => prepared,
             None => Prepared {
-                migration: self.migration.clone(),
+                migration: self.id.clone(),
                 begun: Instant::now(),
                 connections: connect(&self.node, &self.asked.from.node, &self.asked.settings)
                     .await?,
@@ -134,10 +152,10 @@ impl Work {
             }
         }
         let lease = Arc::new(self.node.store.lease("migration", LEASE));
-        let mut layout = Layout::begin(&self.node, &self.id, self.asked.upper_dir.clone())?;
+        let mut layout = self.layout()?;
         let begin = self.beginning(&prepared)?;
         let mut line = Line::open(&prepared.connections.source, begin).await?;
-        let counting = count_bytes(self.node.clone(), self.migration.clone(), &prepared);
+        let counting = count_bytes(self.node.clone(), self.id.clone(), &prepared);
         let outcome = tokio::select! {
             outcome = self.migrate(&prepared, &lease, &mut layout, &mut line) => outcome,
             never = counting => match never {},
@@ -167,6 +185,11 @@ impl Work {
         {
             tracing::error!(%container, %error, "cannot give the claim back; it is done after a restart");
         }
+    }
+
+    pub(super) fn layout(&self) -> Result<Layout, MigrationError> {
+        let Acquire { container, upper_dir, .. } = &self.asked;
+        Layout::begin(&self.node, &self.id, container, upper_dir.clone())
     }
 
     /// What came stays for the next attempt, also if this daemon is killed.
@@ -216,7 +239,7 @@ impl Work {
         Ok(Begin {
             container: Some(named(&self.asked.from.container)),
             destination: self.node.config.node.clone(),
-            migration: self.migration.clone(),
+            migration: self.id.clone(),
             without_writable_layer: !self.asked.settings.writable_layer
                 || self.asked.upper_dir.is_none(),
             remove_source: prepared.remove_source,
@@ -234,6 +257,7 @@ impl Work {
     ) -> Result<Report, MigrationError> {
         let Beginning { epoch, mut subjects, chain_id } = line.begun().await?;
         self.check_image(&chain_id).await?;
+        layout.clear_layer()?;
         subjects.retain(|subject, _| self.is_asked(subject));
         let lookup = prepared.connections.look_up(
             &self.node,
@@ -253,7 +277,7 @@ impl Work {
         let pre_copy = prepared.begun.elapsed();
         let received = prepared.connections.source.traffic.received();
         let stop = Instant::now();
-        self.node.events.step(&self.migration, "stop", "freezing the container at its source");
+        self.node.events.step(&self.id, "stop", "freezing the container at its source");
         line.send(to_source::Message::Stop(Stop { held: Vec::new() })).await?;
         let stopped = self.stop_and_copy(lease, layout, line).await?;
         if Epoch(stopped.epoch) != epoch {
@@ -265,7 +289,7 @@ impl Work {
         let stop_and_copy_bytes = prepared.connections.source.traffic.received() - received;
         let ready = Instant::now();
 
-        self.node.events.step(&self.migration, "hand-off", "restoring");
+        self.node.events.step(&self.id, "hand-off", "restoring");
         let _ = self.publish.send(State::Ready(Acquired::Restore {
             session: self.id.clone(),
             image_path: layout.images(),
@@ -282,7 +306,7 @@ impl Work {
         let transfer = (millis(ready - stop) - freeze - dump).max(0.0);
         prepared.connections.remember(&self.node);
         Ok(Report {
-            migration: self.migration.clone(),
+            migration: self.id.clone(),
             container: self.asked.container.to_string(),
             mode: mode_word(&self.asked.settings).to_owned(),
             source: self.asked.from.node.clone(),
@@ -303,7 +327,8 @@ impl Work {
         })
     }
 
-    /// Nothing is frozen for a caller that has gone away: another one may come, such as a kubelet's second attempt.
+    /// Nothing is frozen for a caller that has gone away: another one may come, such as a kubelet's
+    /// second attempt.
     async fn somebody_waits(&self) -> Result<(), MigrationError> {
         let deadline = Instant::now() + SHIM_MAX;
         // The session itself holds one receiver.
@@ -334,7 +359,7 @@ impl Work {
         shares: &mut Shares,
     ) -> Result<(), MigrationError> {
         for digest in self.missing_contents() {
-            self.node.events.step(&self.migration, "pre-copy", &format!("volume {digest}"));
+            self.node.events.step(&self.id, "pre-copy", &format!("volume {digest}"));
             let found = lookup.found(LOOKUP_WAIT).await;
             let root = [(Kind::Tree, digest)];
             let peers = prepared.connections.holders(&found, |entry| entry.manifest == digest);
@@ -358,7 +383,7 @@ impl Work {
         let (mut changed, mut number, mut captured) = (Vec::new(), 0, Instant::now());
         while rounds::another(&changed, self.asked.settings.max_rounds) {
             number += 1;
-            self.node.events.step(&self.migration, "pre-copy", &format!("round {number}"));
+            self.node.events.step(&self.id, "pre-copy", &format!("round {number}"));
             let done = line.round(number).await?;
             let sizes = done.manifests.iter().map(|manifest| manifest.changed_bytes);
             changed.push(sizes.fold(0, u64::saturating_add));
@@ -385,7 +410,8 @@ impl Work {
             for ((subject, ..), brought) in manifests.iter().zip(&brought) {
                 shares.add(&subject.to_string(), brought);
             }
-            // Patching trees each round keeps what is left for after the stop small; memory is staged once, below.
+            // Patching trees each round keeps what is left for after the stop small; memory is
+            // staged once, below.
             let (mut at, trees) = (layout.clone(), manifests);
             *layout = blocking(move || at.stage(&trees).map(|()| at)).await?;
         }
@@ -410,7 +436,7 @@ impl Work {
             all.extend(choice::choices(&self.node, connections, found, of, rate));
         }
         for Choice { node, reason, score, .. } in &all {
-            tracing::info!(migration = self.migration, node, %reason, saves_s = score, "a neighbour");
+            tracing::info!(migration = self.id, node, %reason, saves_s = score, "a neighbour");
         }
         let asked = choice::asked(&all, found, &subjects.collect::<Vec<_>>());
         connections.among(&asked)
@@ -449,9 +475,8 @@ impl Work {
         let stopped = stopped.ok_or(MigrationError::Interrupted)?;
         let manifests = self.parse_manifests(&stopped.manifests)?;
         let mut at = layout.clone();
-        let (volumes, container) = (self.node.volumes.clone(), self.asked.container.clone());
-        *layout =
-            blocking(move || at.finish(&manifests, &volumes, &container).map(|()| at)).await?;
+        let volumes = self.node.volumes.clone();
+        *layout = blocking(move || at.finish(&manifests, &volumes).map(|()| at)).await?;
         Ok(stopped)
     }
 
@@ -512,7 +537,8 @@ impl Work {
         Ok(journalled.map(drop)?)
     }
 
-    /// Waits for the shim's word on how the restore ended, and passes it on to the source, if there is one.
+    /// Waits for the shim's word on how the restore ended, and passes it on to the source, if there
+    /// is one.
     pub(super) async fn settled(
         &mut self,
         line: Option<&mut Line>,
@@ -541,7 +567,7 @@ impl Work {
         let running = Instant::now();
         let ran = settlement.running || settlement.may_have_run;
         if ran {
-            arrival::ran(&self.node, &container)?;
+            arrival::ran(&self.node, &container).await?;
         } else {
             give_back(&self.node, &container, epoch)?;
             self.may_discard = true;
@@ -608,9 +634,10 @@ impl Work {
         );
         let snapshots: Vec<_> = snapshots.collect();
         let node = self.node.clone();
-        let (lease, layout) = (lease.clone(), layout.clone());
+        let (lease, mut layout) = (lease.clone(), layout.clone());
         let kept = tokio::task::spawn_blocking(move || {
             let kept = record(&node, &admitted(&node, snapshots));
+            layout.settle();
             layout.remove_staged();
             drop(lease);
             kept

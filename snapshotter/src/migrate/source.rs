@@ -1,4 +1,5 @@
-//! The source's side of a migration: snapshots while the container runs, then the cut, then letting go.
+//! The source's side of a migration: snapshots while the container runs, then the cut, then letting
+//! go.
 //!
 //! ```text
 //!  Begin ─► Round ... ─► Stop ─► Release ─► Settled
@@ -30,7 +31,9 @@ use super::cut::{self, Shared, lock};
 use super::deletion::incarnation;
 use super::describe::{Described, describe};
 use super::let_go::Remembered;
-use super::release::{ask_over, settle_later, take_back, take_offer_back, withdraw_release};
+use super::release::{
+    ask_over, end_lease, settle_later, take_back, take_offer_back, withdraw_release,
+};
 use super::subjects::{Subjects, Version};
 use super::{MigrationError, blocking};
 use crate::content::encoding::{Codec, Encoding};
@@ -39,6 +42,7 @@ use crate::content::{ContentError, Source as _, difference::difference};
 use crate::node::Node;
 use crate::ownership::fate::{AtSource, Fate};
 use crate::ownership::journal::JournalError;
+use crate::ownership::leases::{Lease as Hold, LeaseError, Leased, Purpose};
 use crate::ownership::{Epoch, Event};
 use crate::peer::{BATCH_BYTES, Connection, PeerError};
 use crate::policy::rounds::ROUNDS_MAX;
@@ -55,6 +59,9 @@ pub(super) const EPOCH_MAX: u64 = 1 << 60;
 
 /// How long a connection back to the destination may take.
 const BACK_MAX: Duration = Duration::from_secs(10);
+/// How long a session waits for another one's lease, and how often it looks.
+const LEASE_WAIT: Duration = Duration::from_secs(5);
+const LEASE_PAUSE: Duration = Duration::from_millis(50);
 
 /// Messages on their way to the destination.
 const QUEUE: usize = 4;
@@ -108,6 +115,33 @@ async fn next(
     }
 }
 
+/// Leases a container and its writable volumes for a session that takes them away.
+///
+/// A session that has just failed, or a snapshot, may still have them: that is waited for.
+///
+/// Errors: who has them after [`LEASE_WAIT`].
+async fn lease(
+    node: &Node,
+    session: &str,
+    described: &Described,
+    destination: &str,
+) -> Result<(), MigrationError> {
+    let container = &described.container;
+    let lease = Hold::new(session, Purpose::Leaving, container, destination);
+    let volumes = described.writable_volumes.iter().map(|one| Leased::Volume(one.id.clone()));
+    let leased: Vec<_> =
+        std::iter::once(Leased::Container(container.clone())).chain(volumes).collect();
+    let deadline = Instant::now() + LEASE_WAIT;
+    loop {
+        match node.journal.take_lease(&leased, &lease) {
+            Err(LeaseError::Taken(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(LEASE_PAUSE).await;
+            }
+            taken => return Ok(taken?),
+        }
+    }
+}
+
 struct Session {
     node: Arc<Node>,
     container: ContainerRef,
@@ -148,8 +182,10 @@ impl Session {
         let described = describe(&node, &container).await?;
         described.check_movable(&node)?;
         described.survey(&node).await?.check()?;
+        let session = node.new_id();
+        lease(&node, &session, &described, &begin.destination).await?;
         let subjects = Subjects::of(&node, &described, !begin.without_writable_layer);
-        let directory = node.config.state_dir.join("dump").join(node.new_id());
+        let directory = node.config.state_dir.join("dump").join(session);
         let lease = Arc::new(node.store.lease("migration", IDLE_MAX));
         let (here, destination) = (node.clone(), begin.destination.clone());
         let back =
@@ -376,9 +412,11 @@ impl Session {
 
     /// Back to running here. Only before the release.
     async fn abort(&mut self) {
-        let Some(epoch) = self.offered.take() else { return };
-        take_offer_back(&self.node, &self.container, epoch).await;
-        let _ = tokio::fs::remove_dir_all(&self.directory).await;
+        if let Some(epoch) = self.offered.take() {
+            take_offer_back(&self.node, &self.container, epoch).await;
+            let _ = tokio::fs::remove_dir_all(&self.directory).await;
+        }
+        end_lease(&self.node, &self.container);
     }
 }
 

@@ -25,6 +25,7 @@ use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefi
 use serde::{Deserialize, Serialize};
 
 use super::absence::Incarnation;
+use super::leases::LEASES;
 use super::{Ended, Epoch, Event, Ledger, Outcome, Ownership};
 use crate::host;
 
@@ -87,12 +88,21 @@ pub struct Tombstone {
 pub struct VolumeEntry {
     /// The node that it moved to, if it did; its data are then gone from here.
     pub moved_to: Option<String>,
-    /// The container that it comes here with, `NAMESPACE/ID`, until that has run here.
+    /// What it comes here with, until the container has run here.
     #[serde(default)]
-    pub arriving: Option<String>,
+    pub arriving: Option<Arriving>,
     /// What its image holds, if it is a block volume.
     #[serde(default)]
     pub file_system: Option<FileSystem>,
+}
+
+/// What brings a volume here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arriving {
+    /// The container that it comes with, `NAMESPACE/ID`.
+    pub container: String,
+    /// The session, whose mark the volume carries.
+    pub session: String,
 }
 
 /// Why the journal could not be read or written. The daemon must not act on what it wanted to
@@ -196,14 +206,15 @@ impl Journal {
         let journal = Self { database: Arc::new(database), path, fences };
         journal.write(|_| Ok(()))?;
         journal.restore_fences()?;
+        journal.drop_dead_leases()?;
         Ok(journal)
     }
 
-    fn failed(&self, source: impl Into<redb::Error>) -> JournalError {
+    pub(super) fn failed(&self, source: impl Into<redb::Error>) -> JournalError {
         JournalError::Database { path: self.path.clone(), source: Box::new(source.into()) }
     }
 
-    fn write<T>(
+    pub(super) fn write<T>(
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<T, JournalError>,
     ) -> Result<T, JournalError> {
@@ -245,7 +256,7 @@ impl Journal {
         done.map_err(|error| self.failed(error))
     }
 
-    fn begin_read(&self) -> Result<ReadTransaction, JournalError> {
+    pub(super) fn begin_read(&self) -> Result<ReadTransaction, JournalError> {
         self.with_database(|database| Ok(database.begin_read()?))
     }
 
@@ -258,6 +269,7 @@ impl Journal {
         transaction.open_table(VOLUMES).map_err(|error| self.failed(error))?;
         transaction.open_table(TOMBSTONES).map_err(|error| self.failed(error))?;
         transaction.open_table(EPOCHS).map_err(|error| self.failed(error))?;
+        transaction.open_table(LEASES).map_err(|error| self.failed(error))?;
         let done = change(&transaction)?;
         transaction.commit().map_err(|error| self.failed(error))?;
         Ok(done)
@@ -610,12 +622,15 @@ fn files_below(directory: &Path) -> Vec<PathBuf> {
     list(directory).iter().flat_map(|inner| list(inner)).collect()
 }
 
-fn parse<T: serde::de::DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, JournalError> {
+pub(super) fn parse<T: serde::de::DeserializeOwned>(
+    key: &str,
+    value: &[u8],
+) -> Result<T, JournalError> {
     serde_json::from_slice(value)
         .map_err(|source| JournalError::Entry { key: key.to_owned(), source })
 }
 
-fn put<T: Serialize>(
+pub(super) fn put<T: Serialize>(
     table: &mut redb::Table<'_, &'static str, &'static [u8]>,
     key: &str,
     value: &T,
@@ -717,7 +732,7 @@ mod tests {
 
     #[test]
     fn a_volumes_entry_is_this_text_and_those_from_before_block_volumes_are_trees() {
-        let block = r#"{"moved_to":null,"arriving":"d/c","file_system":"ext4"}"#;
+        let block = r#"{"moved_to":null,"arriving":{"container":"d/c","session":"1"},"file_system":"ext4"}"#;
         let entry: VolumeEntry = serde_json::from_str(block).unwrap();
         assert_eq!(entry.file_system, Some(FileSystem::Ext4));
         assert_eq!(serde_json::to_string(&entry).unwrap(), block);

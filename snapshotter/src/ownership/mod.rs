@@ -21,6 +21,7 @@
 pub mod absence;
 pub mod fate;
 pub mod journal;
+pub mod leases;
 
 #[cfg(test)]
 mod model;

@@ -25,7 +25,8 @@ use crate::content::image::{capture_image, write_image};
 use crate::content::materialize::materialize;
 use crate::content::object::Tree;
 use crate::content::{ContentError, Sink, on};
-use crate::ownership::journal::{Journal, JournalError, VolumeEntry};
+use crate::ownership::journal::{Arriving, Journal, JournalError, VolumeEntry};
+use crate::ownership::leases::{LeaseError, Leased};
 use crate::store::{Store, StoreError, Writer};
 use godwit_disk::inode;
 use godwit_disk::leftovers::Leftovers;
@@ -54,6 +55,17 @@ pub enum VolumeError {
     /// Its name is taken.
     #[error("volume {0} exists on this node already")]
     Exists(VolumeId),
+    /// A migration has it.
+    #[error(transparent)]
+    Leased(#[from] LeaseError),
+    /// Not made by the session that wants to remove it.
+    #[error("volume {id} does not carry the mark of session {session}: it stays")]
+    NotMarked {
+        /// The volume.
+        id: VolumeId,
+        /// The session.
+        session: String,
+    },
     /// Another call makes or removes it now.
     #[error("volume {0} is being made or removed; try again")]
     Busy(VolumeId),
@@ -219,6 +231,20 @@ impl Volumes {
         }
     }
 
+    /// Where a volume lies that `container` is about to mount. Errors: as [`Self::path`]; a
+    /// migration has the volume, and the container is not the one that moves.
+    pub fn path_for(
+        &self,
+        container: &ContainerRef,
+        source: &VolumeSource,
+        read_only: bool,
+    ) -> Result<PathBuf, VolumeError> {
+        if let VolumeSource::Writable(id) = source {
+            self.journal.check_lease(&Leased::Volume(id.clone()), Some(container))?;
+        }
+        self.path(source, read_only)
+    }
+
     fn writable(&self, id: &VolumeId) -> Result<PathBuf, VolumeError> {
         match self.journal.volume(id)? {
             None => Err(VolumeError::Unknown(id.clone())),
@@ -245,11 +271,13 @@ impl Volumes {
     /// what is left of an earlier volume of this name cannot be moved away.
     pub fn may_receive(&self, id: &VolumeId) -> Result<(), VolumeError> {
         match self.journal.volume(id)? {
-            Some(VolumeEntry { moved_to: None, arriving: None, .. }) => {
-                Err(VolumeError::Exists(id.clone()))
-            }
             // One that was arriving with a container that never ran here is replaced.
-            Some(VolumeEntry { moved_to: None, arriving: Some(_), .. }) => Ok(()),
+            Some(VolumeEntry { moved_to: None, arriving: Some(arriving), .. })
+                if self.places.is_marked(id, &arriving.session)? =>
+            {
+                Ok(())
+            }
+            Some(VolumeEntry { moved_to: None, .. }) => Err(VolumeError::Exists(id.clone())),
             Some(VolumeEntry { moved_to: Some(_), .. }) | None => self.places.check_free(id),
         }
     }
@@ -274,6 +302,7 @@ impl Volumes {
 
     /// Makes an empty writable volume. Errors: [`VolumeError`]; there is no such volume then.
     pub fn create(&self, id: &VolumeId, shape: Shape) -> Result<PathBuf, VolumeError> {
+        self.journal.check_lease(&Leased::Volume(id.clone()), None)?;
         match self.writable(id) {
             Err(VolumeError::Unknown(_)) => {}
             Ok(_) => return Err(VolumeError::Exists(id.clone())),
@@ -291,57 +320,58 @@ impl Volumes {
     }
 
     /// Makes the directory, or the image of a `file_system`, at `staged` the writable volume `id`;
-    /// it must lie on the same file system. It counts as arriving with `container` until
-    /// [`Volumes::arrived`], and replaces one that was arriving.
+    /// it must lie on the same file system. Until [`Volumes::arrived`] it counts as arriving and
+    /// carries the session's mark. It replaces one that another session had made and given up.
     ///
     /// Errors: [`VolumeError`]. Repeating it is safe as long as `staged` is still there.
     pub fn install(
         &self,
         id: &VolumeId,
         (staged, file_system): (&Path, Option<FileSystem>),
-        container: &ContainerRef,
+        arriving: &Arriving,
     ) -> Result<(), VolumeError> {
         self.may_receive(id)?;
-        if self.writable(id).is_ok() {
-            self.uninstall(id)?;
+        let before = self.journal.volume(id)?.filter(|entry| entry.moved_to.is_none());
+        if let Some(before) = before.and_then(|entry| entry.arriving) {
+            self.uninstall(id, &before.session)?;
         }
-        let arriving = Some(container.to_string());
-        let entry = VolumeEntry { moved_to: None, arriving, file_system };
+        let entry = VolumeEntry { moved_to: None, arriving: Some(arriving.clone()), file_system };
         let moved =
             |path: &Path| Ok(fs::rename(staged, path).map_err(on("move into place", path))?);
         self.places.put(id, &entry, moved).map(drop)
     }
 
-    /// The container that volumes came with has run here: they are this node's.
+    /// The container that volumes came with has run here: they are this node's, and no session's
+    /// any more.
     pub fn arrived(&self, container: &ContainerRef) -> Result<(), VolumeError> {
-        for id in self.arriving_with(container)? {
-            let entry = self.journal.volume(&id)?.unwrap_or_default();
-            self.journal.set_volume(&id, Some(&VolumeEntry { arriving: None, ..entry }))?;
+        let name = container.to_string();
+        for (id, entry) in self.journal.volumes()? {
+            if entry.arriving.as_ref().is_some_and(|arriving| arriving.container == name) {
+                // The mark first: without it nothing removes the volume, whatever the journal says.
+                self.places.unmark(&id)?;
+                self.journal.set_volume(&id, Some(&VolumeEntry { arriving: None, ..entry }))?;
+            }
         }
         Ok(())
     }
 
-    /// Volumes that were arriving with a container.
-    pub fn arriving_with(&self, container: &ContainerRef) -> Result<Vec<VolumeId>, VolumeError> {
-        let name = container.to_string();
+    /// Volumes that a session has installed for a container that has not run here.
+    pub fn arriving_by(&self, session: &str) -> Result<Vec<VolumeId>, VolumeError> {
         let entries = self.journal.volumes()?.into_iter();
-        let arriving = entries.filter(|(_, entry)| entry.arriving.as_ref() == Some(&name));
-        Ok(arriving.map(|(id, _)| id).collect())
+        let is_its =
+            |entry: &VolumeEntry| entry.arriving.as_ref().is_some_and(|by| by.session == session);
+        Ok(entries.filter(|(_, entry)| is_its(entry)).map(|(id, _)| id).collect())
     }
 
-    /// Every container that volumes are arriving with.
-    pub fn arriving(&self) -> Result<Vec<ContainerRef>, VolumeError> {
-        let entries = self.journal.volumes()?.into_iter();
-        let names = entries.filter_map(|(_, entry)| entry.arriving);
-        let parts = |name: String| {
-            let (namespace, id) = name.split_once('/')?;
-            ContainerRef::new(namespace, id).ok()
-        };
-        Ok(names.filter_map(parts).collect())
-    }
-
-    /// Undoes [`Volumes::install`] for a container that will never run here.
-    pub fn uninstall(&self, id: &VolumeId) -> Result<(), VolumeError> {
+    /// Undoes [`Volumes::install`] of `session` for a container that will never run here.
+    ///
+    /// Errors: [`VolumeError::NotMarked`] when the volume is not the session's; it stays then.
+    pub fn uninstall(&self, id: &VolumeId, session: &str) -> Result<(), VolumeError> {
+        let entry = self.journal.volume(id)?.and_then(|entry| entry.arriving);
+        let is_journalled = entry.is_some_and(|arriving| arriving.session == session);
+        if !is_journalled || !self.places.is_marked(id, session)? {
+            return Err(VolumeError::NotMarked { id: id.clone(), session: session.to_owned() });
+        }
         self.places.remove(id, None).map(Removed::delete)
     }
 
@@ -354,6 +384,9 @@ impl Volumes {
 
     /// Removes a volume and what is known of it.
     pub fn remove(&self, source: &VolumeSource) -> Result<(), VolumeError> {
+        if let VolumeSource::Writable(id) = source {
+            self.journal.check_lease(&Leased::Volume(id.clone()), None)?;
+        }
         match source {
             VolumeSource::Writable(id) if self.journal.volume(id)?.is_none() => {
                 Err(VolumeError::Unknown(id.clone()))

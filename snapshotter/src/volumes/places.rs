@@ -3,6 +3,7 @@
 //! ```text
 //! STATE/volumes/ID/data        a writable volume: a directory, or the image of a block volume
 //! STATE/volumes/ID/new         one that is not journalled yet
+//! STATE/volumes/ID/arriving    the session that brings the volume, until its container has run here
 //! STATE/volumes/ID/removed     empty: the volume is being removed
 //! STATE/content/HEX            the tree sha256:HEX laid out; never written to again
 //! STATE/content/HEX.kept       empty: the tree was imported, and is whole in the store
@@ -21,7 +22,8 @@
 //!   happened;
 //! - if the journal has the volume here and there is no `data`, `new` becomes `data`: the arrival
 //!   is finished;
-//! - any other `new` goes to the trash, and `ID` is removed if it is empty.
+//! - any other `new` goes to the trash, an `arriving` without a volume is deleted, and `ID` is
+//!   removed if it is empty.
 //!
 //! Laid-out trees without their final names, and what lies in the trash, are removed. A `data` that
 //! the journal does not have here is kept and reported ([`Places::contradictions`]), since the
@@ -34,16 +36,21 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use godwit_protos::{Digest, VolumeId};
 
 use super::VolumeError;
 use crate::content::on;
 use crate::error::chain;
-use crate::ownership::journal::{Journal, VolumeEntry};
+use crate::ownership::journal::{Arriving, Journal, VolumeEntry};
 use godwit_disk::leftovers::Leftovers;
 use godwit_disk::step::reach;
 use godwit_disk::sys::spread_out;
+
+/// How often a removed volume is looked at until nothing has it mounted, and the pause between.
+const UNMOUNTS_MAX: u32 = 30;
+const UNMOUNT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The places of one node. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -66,10 +73,17 @@ pub struct Removed {
 }
 
 impl Removed {
-    /// Deletes it, which takes as long as the disk needs. What cannot be deleted is reported by the
-    /// node.
+    /// Deletes it, which takes as long as the disk needs. What cannot be deleted, or is still
+    /// mounted after a while, is reported by the node.
     pub fn delete(self) {
         if let Some(place) = self.place {
+            // The mount namespaces of ended processes take a moment to go.
+            for _ in 0..UNMOUNTS_MAX {
+                if !is_in_use(&place) {
+                    break;
+                }
+                std::thread::sleep(UNMOUNT_PAUSE);
+            }
             self.leftovers.remove(&place);
         }
     }
@@ -94,7 +108,7 @@ impl Places {
             state_dir: state_dir.to_owned(),
             journal,
             busy: Arc::default(),
-            leftovers: Leftovers::default(),
+            leftovers: Leftovers::sparing(is_in_use),
             unrecovered: Arc::default(),
         };
         for name in ["volumes", "content", "trash"] {
@@ -137,12 +151,15 @@ impl Places {
         self.remove_rest(id)
     }
 
-    /// Removes `new`, and `ID` if nothing else is in it.
+    /// Removes `new`, the mark of a volume that is not there, and `ID` if nothing else is in it.
     fn remove_rest(&self, id: &VolumeId) -> Result<(), VolumeError> {
         let directory = self.volume(id);
         let new = directory.join("new");
         if is_there(&new)? {
             self.leftovers.remove(&self.to_trash(&new, id.as_str())?);
+        }
+        if !is_there(&self.data(id))? {
+            self.unmark(id)?;
         }
         match fs::remove_dir(&directory) {
             Err(error)
@@ -182,6 +199,31 @@ impl Places {
             None
         };
         Ok(Removed { place, leftovers: self.leftovers.clone() })
+    }
+
+    fn mark(&self, id: &VolumeId) -> PathBuf {
+        self.volume(id).join("arriving")
+    }
+
+    /// Whether the volume carries the mark of `session`.
+    pub(super) fn is_marked(&self, id: &VolumeId, session: &str) -> Result<bool, VolumeError> {
+        let mark = self.mark(id);
+        match fs::read(&mark) {
+            Ok(found) => Ok(found == session.as_bytes()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(on("read", &mark)(error).into()),
+        }
+    }
+
+    /// Takes the mark from a volume. Repeating it is safe.
+    pub(super) fn unmark(&self, id: &VolumeId) -> Result<(), VolumeError> {
+        let mark = self.mark(id);
+        match fs::remove_file(&mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(on("remove", &mark)(error).into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What could not be removed so far.
@@ -234,9 +276,12 @@ impl Places {
 
     /// Puts a writable volume into place, which `make` makes at the path that it is given.
     ///
-    /// 1. remove what is left of an earlier volume or attempt, 2. make `new`, 3. fsync it, `ID` and
-    ///    `volumes`, 4. journal `entry`,
-    /// 5. rename `new` to `data`, 6. fsync `ID`.
+    /// 1. remove what is left of an earlier volume or attempt,
+    /// 2. make `arriving`, if the volume arrives, and `new`,
+    /// 3. fsync `new`, `ID` and `volumes`,
+    /// 4. journal `entry`,
+    /// 5. rename `new` to `data`,
+    /// 6. fsync `ID`.
     ///
     /// One that arrives with a container is not synced: it is as good as not here until that has
     /// run, and before that is reported, the file system is flushed.
@@ -259,6 +304,13 @@ impl Places {
         let new = directory.join("new");
         let made = fs::create_dir_all(&directory)
             .map_err(|error| on("make directory", &directory)(error).into())
+            .and_then(|()| match &entry.arriving {
+                Some(Arriving { session, .. }) => {
+                    let mark = self.mark(id);
+                    Ok(fs::write(&mark, session).map_err(on("write", &mark))?)
+                }
+                None => Ok(()),
+            })
             .and_then(|()| make(&new))
             .and_then(|()| {
                 reach("put 3");
@@ -501,6 +553,14 @@ impl Places {
             Err(VolumeError::Busy(id.clone()))
         }
     }
+}
+
+/// Whether a process has a directory of the trash mounted, or whether that cannot be told: its
+/// files are that process's.
+fn is_in_use(path: &Path) -> bool {
+    let is_trash = path.parent().is_some_and(|parent| parent.ends_with("trash"));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    is_trash && is_mounted("trash", &name).unwrap_or(true)
 }
 
 /// A number that this process has not used yet.

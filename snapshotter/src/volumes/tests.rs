@@ -14,6 +14,10 @@ fn open(dir: &Path) -> Volumes {
     Volumes::open(dir, journal, store).unwrap()
 }
 
+fn arriving(container: &ContainerRef) -> Arriving {
+    Arriving { container: container.to_string(), session: "session".to_owned() }
+}
+
 fn named(id: &str) -> VolumeSource {
     id.parse().unwrap()
 }
@@ -34,11 +38,38 @@ fn a_volume_that_moved_is_neither_here_nor_overwritten_by_create() {
     let staged = dir.path().join("staged");
     fs::create_dir(&staged).unwrap();
     let container = ContainerRef::new("default", "cache").unwrap();
-    volumes.install(&id, (&staged, None), &container).unwrap();
+    volumes.install(&id, (&staged, None), &arriving(&container)).unwrap();
     volumes.may_receive(&id).expect("what never ran here is replaced");
     volumes.arrived(&container).unwrap();
     assert_eq!(volumes.path(&named("data"), false).unwrap(), path);
     assert!(matches!(volumes.may_receive(&id), Err(VolumeError::Exists(_))));
+}
+
+/// Method: as after an older journal was restored, which has a volume that is in use as arriving.
+#[test]
+fn a_volume_without_a_session_s_mark_is_not_removed_whatever_the_journal_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let volumes = open(dir.path());
+    let (id, container) = ("data".parse().unwrap(), ContainerRef::new("default", "cache").unwrap());
+    let staged = dir.path().join("staged");
+    fs::create_dir(&staged).unwrap();
+    volumes.install(&id, (&staged, None), &arriving(&container)).unwrap();
+    let other = volumes.uninstall(&id, "another").unwrap_err();
+    assert!(matches!(other, VolumeError::NotMarked { .. }), "{other}");
+    assert_eq!(volumes.arriving_by("session").unwrap(), std::slice::from_ref(&id));
+    let older = volumes.journal.volume(&id).unwrap();
+    volumes.arrived(&container).unwrap();
+    assert!(volumes.arriving_by("session").unwrap().is_empty());
+
+    volumes.journal.set_volume(&id, older.as_ref()).unwrap();
+    let kept = volumes.uninstall(&id, "session").unwrap_err();
+    assert!(matches!(kept, VolumeError::NotMarked { .. }), "{kept}");
+    assert!(matches!(volumes.may_receive(&id), Err(VolumeError::Exists(_))));
+    fs::create_dir(&staged).unwrap();
+    volumes.install(&id, (&staged, None), &arriving(&container)).unwrap_err();
+    assert!(volumes.path(&named("data"), false).unwrap().exists());
+    volumes.arrived(&container).unwrap();
+    volumes.give_away(&id, "edge-b").unwrap().delete();
 }
 
 #[test]
@@ -155,7 +186,7 @@ fn an_image_that_came_is_a_block_volume_here() {
         // The second replaces the first, which never came to run here.
         let staged = dir.path().join(name);
         fs::write(&staged, name).unwrap();
-        volumes.install(&id, (&staged, Some(FileSystem::Xfs)), &container).unwrap();
+        volumes.install(&id, (&staged, Some(FileSystem::Xfs)), &arriving(&container)).unwrap();
     }
     volumes.arrived(&container).unwrap();
     assert_eq!(volumes.file_system(&named("data")).unwrap(), Some(FileSystem::Xfs));
@@ -186,7 +217,11 @@ fn reopened(dir: &Path) -> Volumes {
     };
     assert_eq!(names("trash"), [""; 0]);
     for name in names("volumes") {
-        assert_eq!(names(&format!("volumes/{name}")), ["data"], "{name}");
+        let mut inside = names(&format!("volumes/{name}"));
+        let entry = volumes.journal.volume(&name.parse().unwrap()).unwrap().unwrap();
+        assert_eq!(inside.contains(&"arriving".to_owned()), entry.arriving.is_some(), "{name}");
+        inside.retain(|file| file != "arriving");
+        assert_eq!(inside, ["data"], "{name}");
     }
     let of_content = volumes.contents().unwrap();
     assert!(names("content").iter().all(|name| !name.ends_with(".tmp")));
@@ -229,9 +264,9 @@ fn an_arrival_that_stops_anywhere_leaves_the_old_volume_none_or_the_new_one() {
         let dir = tempfile::tempdir().unwrap();
         let volumes = open(dir.path());
         let (path, kind) = staged(dir.path(), "first");
-        volumes.install(&id, (&path, kind), &container).unwrap();
+        volumes.install(&id, (&path, kind), &arriving(&container)).unwrap();
         let (path, kind) = staged(dir.path(), "second");
-        stop_before(step, || volumes.install(&id, (&path, kind), &container));
+        stop_before(step, || volumes.install(&id, (&path, kind), &arriving(&container)));
         drop(volumes);
         let volumes = reopened(dir.path());
         let found = volumes.path(&named("data"), false).map(|path| fs::read(path).unwrap());
@@ -242,8 +277,8 @@ fn an_arrival_that_stops_anywhere_leaves_the_old_volume_none_or_the_new_one() {
         }
         // The session is begun again, or given up.
         let (path, kind) = staged(dir.path(), "third");
-        volumes.install(&id, (&path, kind), &container).unwrap();
-        volumes.uninstall(&id).unwrap();
+        volumes.install(&id, (&path, kind), &arriving(&container)).unwrap();
+        volumes.uninstall(&id, "session").unwrap();
         drop(volumes);
         assert_eq!(reopened(dir.path()).list().unwrap().len(), 0, "{step}");
     }
@@ -405,7 +440,7 @@ fn arrive(dir: &Path, volumes: &Volumes, id: &VolumeId) {
     let (staged, container) = (dir.join("staged"), ContainerRef::new("default", "cache").unwrap());
     fs::create_dir(&staged).unwrap();
     volumes.may_receive(id).unwrap();
-    volumes.install(id, (&staged, None), &container).unwrap();
+    volumes.install(id, (&staged, None), &arriving(&container)).unwrap();
     volumes.arrived(&container).unwrap();
 }
 

@@ -14,15 +14,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::trees::{self, RemoveError};
 
 /// The leftovers of one part of the node. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub struct Leftovers(Arc<Mutex<BTreeMap<PathBuf, String>>>);
+#[derive(Clone, Debug)]
+pub struct Leftovers {
+    reasons: Arc<Mutex<BTreeMap<PathBuf, String>>>,
+    is_in_use: fn(&Path) -> bool,
+}
+
+impl Default for Leftovers {
+    fn default() -> Self {
+        Self::sparing(|_| false)
+    }
+}
 
 impl Leftovers {
+    /// Leftovers that stay while `is_in_use` says so.
+    pub fn sparing(is_in_use: fn(&Path) -> bool) -> Self {
+        Self { reasons: Arc::default(), is_in_use }
+    }
+
     /// Removes a file or directory. If that fails, it becomes a leftover.
     ///
     /// Caller: nothing else will ever have this name, since the removal is tried again later.
     pub fn remove(&self, path: &Path) {
-        self.note(path, trees::remove(path));
+        if (self.is_in_use)(path) {
+            self.add(path, format!("{} is still mounted by a process; unmount it", path.display()));
+        } else {
+            self.note(path, trees::remove(path));
+        }
     }
 
     /// Takes note of how a removal of `path` ended.
@@ -57,6 +75,6 @@ impl Leftovers {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PathBuf, String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.reasons.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
