@@ -24,7 +24,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use prost::Message as _;
@@ -49,6 +49,9 @@ const MESSAGE_BYTES_MAX: u32 = 256;
 
 /// Most files in an image directory. A pod of a thousand processes has some ten thousand.
 const FILES_MAX: usize = 100_000;
+
+/// Bytes that are moved at once within a pages file.
+const MOVE_BYTES: usize = 1 << 20;
 
 const PARENT_LINK: &str = "parent";
 
@@ -433,6 +436,88 @@ impl PagemapWriter {
         let written = file.write_all(&self.map.to_bytes());
         written.map_err(ImageError::io("write", &self.map_path))?;
         Ok(self.map)
+    }
+}
+
+/// Turns the pages file of an earlier version into that of a page map, in place.
+///
+/// CRIU reads a pages file from front to back, so pages that were added or removed give all later
+/// ones another place. Moves come first, then what is written ([`Self::move_pages`]). As with
+/// [`PagemapWriter`] nothing is durable.
+pub struct PagesPatch<'a> {
+    map: &'a PagemapFile,
+    map_path: PathBuf,
+    pages: File,
+    pages_path: PathBuf,
+    buffer: Vec<u8>,
+}
+
+impl<'a> PagesPatch<'a> {
+    /// Takes the file `earlier` of `earlier_pages` pages over as the pages file of `map` in `dir`.
+    /// `<name>.img` comes with [`Self::finish`]; neither may be there.
+    ///
+    /// Returns `None` and changes nothing if `earlier` is missing, has another length, or has
+    /// another name (hard link) too: whatever refers to it would change with it.
+    pub fn begin(
+        earlier: &Path,
+        earlier_pages: u64,
+        dir: &Path,
+        map: &'a PagemapFile,
+    ) -> Result<Option<Self>, ImageError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_NOFOLLOW);
+        let pages = match options.open(earlier) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(ImageError::io("open", earlier))?,
+        };
+        let found = pages.metadata().map_err(ImageError::io("stat", earlier))?;
+        let is_whole = earlier_pages.checked_mul(PAGE_BYTES) == Some(found.len());
+        if !found.is_file() || found.nlink() != 1 || !is_whole {
+            return Ok(None);
+        }
+        let pages_path = dir.join(format!("pages-{}.img", map.pages_id));
+        // A link, since a rename would replace a file that is there.
+        fs::hard_link(earlier, &pages_path).map_err(ImageError::io("create", &pages_path))?;
+        fs::remove_file(earlier).map_err(ImageError::io("remove", earlier))?;
+        let map_path = dir.join(format!("{}.img", map.name));
+        Ok(Some(Self { map, map_path, pages, pages_path, buffer: Vec::new() }))
+    }
+
+    /// Moves `pages` pages from place `from` to place `to`, counted from the first page of the
+    /// file. The two may overlap.
+    ///
+    /// Of several moves that keep the pages' order, those towards the front come first, ascending,
+    /// and then those towards the end, descending: so none overwrites what another one still needs.
+    pub fn move_pages(&mut self, from: u64, to: u64, pages: u64) -> Result<(), ImageError> {
+        self.buffer.resize(MOVE_BYTES, 0);
+        let (from, to, len) = (from * PAGE_BYTES, to * PAGE_BYTES, pages * PAGE_BYTES);
+        let mut done = 0;
+        while done < len {
+            let take = (len - done).min(MOVE_BYTES as u64);
+            // What is overwritten before it was read has to be behind us.
+            let at = if to < from { done } else { len - done - take };
+            let buffer = &mut self.buffer[..usize::try_from(take).unwrap_or(MOVE_BYTES)];
+            let moved = self.pages.read_exact_at(buffer, from + at);
+            let moved = moved.and_then(|()| self.pages.write_all_at(buffer, to + at));
+            moved.map_err(ImageError::io("move pages of", &self.pages_path))?;
+            done += take;
+        }
+        Ok(())
+    }
+
+    /// Writes the page at `place`, counted from the first page of the file.
+    pub fn write(&self, place: u64, page: &[u8]) -> Result<(), ImageError> {
+        let written = self.pages.write_all_at(page, place * PAGE_BYTES);
+        written.map_err(ImageError::io("write", &self.pages_path))
+    }
+
+    /// Cuts the file to its length and writes the page map.
+    pub fn finish(self) -> Result<(), ImageError> {
+        let cut = self.pages.set_len(self.map.pages_bytes());
+        cut.map_err(ImageError::io("set the length of", &self.pages_path))?;
+        let mut file = create_private(&self.map_path)?;
+        let written = file.write_all(&self.map.to_bytes());
+        written.map_err(ImageError::io("write", &self.map_path))
     }
 }
 

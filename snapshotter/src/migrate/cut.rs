@@ -1,11 +1,12 @@
 //! The cut: every subject of a container at one instant.
 //!
 //! 1. Freeze; fail if the kernel may go on with requests of the frozen processes
-//!    ([`super::obstacles`]). 2. Dump with CRIU and read the file trees, at the same time
+//!    ([`super::obstacles`]).
+//! 2. Dump with CRIU, and at the same time hash the pages that it writes and read the file trees
 //!    ([`freeze_and_dump`]); where the images refer to names that CRIU made for the dump only, read
-//!    the trees again with those ([`super::links`]). 3. Read the dump ([`read_dump`]). The
-//!    container stays frozen: a hand-off goes on from there. [`take`] makes a consistent snapshot
-//!    of it instead, and thaws after step 2.
+//!    the trees again with those ([`super::links`]).
+//! 3. Read the rest of the dump ([`read_dump`]). The container stays frozen: a hand-off goes on
+//!    from there. [`take`] makes a consistent snapshot of it instead, and thaws after step 2.
 //!
 //! On failure the caller, which has journalled the offer, takes it back, which thaws
 //! ([`super::release::take_offer_back`]).
@@ -27,6 +28,7 @@ use super::obstacles::check_frozen_aio;
 use super::release::take_offer_back;
 use super::subjects::{SNAPSHOT_MAX, Subjects, Taken, Version, newest};
 use super::{MigrationError, blocking};
+use crate::content::memory::DumpReader;
 use crate::content::object::{Cut, Kind, Part};
 use crate::content::{ContentError, on, put_object};
 use crate::node::Node;
@@ -38,10 +40,13 @@ use crate::store::{Lease, Snapshot, SnapshotId};
 /// Subjects that a thread reads while others wait.
 pub type Shared = Arc<Mutex<Subjects>>;
 
-/// How long the steps took.
-pub(super) struct Times {
+/// A dump that CRIU has written.
+pub(super) struct Dumped {
+    /// How long the freeze and step 2 took.
     pub(super) freeze: Duration,
     pub(super) dump: Duration,
+    /// What reads the memory; the pages are hashed as far as that was possible beside CRIU.
+    reader: DumpReader,
 }
 
 /// Waits for the thread that captures.
@@ -55,18 +60,20 @@ pub(super) async fn freeze_and_dump(
     described: &Described,
     (subjects, lease): (&Shared, &Arc<Lease>),
     directory: &Path,
-) -> Result<Times, MigrationError> {
+) -> Result<Dumped, MigrationError> {
     let container = &described.container;
-    let begun = Instant::now();
-    described.shim.freeze(container.id()).await?;
-    let freeze = begun.elapsed();
-
-    let begun = Instant::now();
     let (images, work) = (directory.join("images"), directory.join("work"));
     for directory in [&images, &work] {
         let made = tokio::fs::create_dir_all(directory).await;
         made.map_err(on("make directory", directory))?;
     }
+    let (of, into) = (subjects.clone(), images.clone());
+    let reader = blocking(move || lock(&of).begin_dump(&into)).await?;
+    let begun = Instant::now();
+    described.shim.freeze(container.id()).await?;
+    let freeze = begun.elapsed();
+
+    let begun = Instant::now();
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
     let pids = blocking(move || {
         check_frozen_aio(&pids)?;
@@ -74,9 +81,8 @@ pub(super) async fn freeze_and_dump(
         Ok(pids)
     })
     .await?;
-    let (reader, held) = (subjects.clone(), lease.clone());
-    let reading =
-        tokio::task::spawn_blocking(move || lock(&reader).capture_trees(&held, &|_| true));
+    let (of, held) = (subjects.clone(), lease.clone());
+    let reading = tokio::task::spawn_blocking(move || lock(&of).capture_trees(&held, &|_| true));
     let dumped = described.shim.dump(container.id(), &images, &work).await;
     let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
     dumped?;
@@ -90,18 +96,18 @@ pub(super) async fn freeze_and_dump(
         })
         .await?;
     }
-    Ok(Times { freeze, dump: begun.elapsed() })
+    Ok(Dumped { freeze, dump: begun.elapsed(), reader })
 }
 
 /// Step 3. Returns all subjects as of the cut.
 pub(super) async fn read_dump(
     (subjects, lease): (&Shared, &Arc<Lease>),
-    directory: &Path,
+    dumped: Dumped,
 ) -> Result<Vec<Version>, MigrationError> {
-    let (subjects, lease, images) = (subjects.clone(), lease.clone(), directory.join("images"));
+    let (subjects, lease) = (subjects.clone(), lease.clone());
     blocking(move || {
         let mut subjects = lock(&subjects);
-        subjects.capture_dump(&lease, &images)?;
+        subjects.finish_dump(&lease, dumped.reader)?;
         Ok(subjects.versions())
     })
     .await
@@ -176,7 +182,7 @@ async fn take_here(
     take_offer_back(node, container, epoch).await;
     drop(named);
     let versions = match frozen {
-        Ok(_) => read_dump(shared, &directory).await,
+        Ok(dumped) => read_dump(shared, dumped).await,
         Err(error) => Err(error),
     };
     let (node, container) = (node.clone(), container.clone());

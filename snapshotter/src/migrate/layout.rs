@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! STATE/stage/SESSION/volume-ID     a volume, directory or image, patched each round, then renamed into place
-//! STATE/stage/SESSION/base          the memory as of the last round, in the form of a CRIU parent image
-//! STATE/stage/SESSION/images        CRIU's images of the cut; pages that are in base are not written again
+//! STATE/stage/SESSION/base          the memory as of the last round, in the form of CRIU's images
+//! STATE/stage/SESSION/images        CRIU's images of the cut, made of those in base
 //! STATE/stage/SESSION/work          CRIU's logs
 //! ```
 //!
@@ -27,7 +27,7 @@ use crate::content::encoding::Codec;
 use crate::content::image::write_image;
 use crate::content::materialize::materialize;
 use crate::content::object::{Image, Kind};
-use crate::content::{Source as _, memory, on};
+use crate::content::{Source as _, on, staging};
 use crate::node::Node;
 use crate::ownership::journal::Arriving;
 use crate::store::{Lease, Store};
@@ -157,10 +157,10 @@ impl Layout {
         Ok(())
     }
 
-    /// Writes the memory of the last round as a parent image.
+    /// Writes the memory of the last round as images.
     pub fn stage_memory(&mut self) -> Result<(), MigrationError> {
         if let Some(memory) = &self.memory {
-            memory::stage_base(&self.store, memory, &self.base())?;
+            staging::stage_base(&self.store, memory, &self.base())?;
         }
         Ok(())
     }
@@ -186,7 +186,7 @@ impl Layout {
         let base = self.memory;
         let cut = manifests.iter().find(|(subject, ..)| matches!(subject, Subject::Memory { .. }));
         let (_, (_, cut), _) = cut.ok_or(MigrationError::Protocol("the cut has no memory"))?;
-        memory::stage_images(&self.store, cut, base.as_ref(), &self.base(), &self.images())?;
+        staging::stage_images(&self.store, cut, base.as_ref(), &self.base(), &self.images())?;
         self.stage(manifests)?;
         for Staged { id, file_system, .. } in &self.volumes {
             // Before it is there: one that came half into place is removed, too.

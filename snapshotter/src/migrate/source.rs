@@ -358,7 +358,8 @@ impl Session {
         let begun = Instant::now();
         let node = self.node.clone();
         let _urgent = node.freeze_gate.take();
-        let versions = cut::read_dump(subjects, &self.directory).await?;
+        let (freeze_us, dump_us) = (micros(cut.freeze), micros(cut.dump));
+        let versions = cut::read_dump(subjects, cut).await?;
         let manifests = self.manifests(&versions)?;
         let base = |version: &Version| {
             let before = before.iter().find(|before| before.subject == version.subject);
@@ -369,7 +370,6 @@ impl Session {
         let pairs = pairs.map(|version| (version.kind, version.root, base(version))).collect();
         self.send_difference(pairs).await?;
         let difference_us = micros(begun.elapsed());
-        let (freeze_us, dump_us) = (micros(cut.freeze), micros(cut.dump));
         let stopped = Stopped { epoch: epoch.0, manifests, freeze_us, dump_us, difference_us };
         self.send(from_source::Message::Stopped(stopped)).await
     }

@@ -1,7 +1,7 @@
 //! The subjects of one container, as its node captures them: while it runs, and at the cut.
 //!
-//! Captures follow each other: each remembers what it saw, so that the next reads only what may have changed, and
-//! stores only what did. Nothing here stops the container; [`super::cut`] does.
+//! Captures follow each other: each remembers what it saw, so that the next reads only what may
+//! have changed, and stores only what did. Nothing here stops the container; [`super::cut`] does.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -16,7 +16,7 @@ use super::describe::{Described, describe};
 use super::{MigrationError, blocking};
 use crate::content::capture::{Captured, Unchanged, capture};
 use crate::content::image::capture_image;
-use crate::content::memory::{self, Previous};
+use crate::content::memory::{self, DumpReader, Previous};
 use crate::content::object::Kind;
 use crate::content::{ContentError, Source as _, difference::difference, tmpfs};
 use crate::host::unix_ms;
@@ -96,8 +96,9 @@ impl TreeSubject {
     }
 }
 
-/// The subjects of one container. What captures store is protected by the lease that is passed to them; what an earlier
-/// one stored must still be there: keep its lease, or a snapshot that was made of it.
+/// The subjects of one container. What captures store is protected by the lease that is passed to
+/// them; what an earlier one stored must still be there: keep its lease, or a snapshot that was
+/// made of it.
 pub struct Subjects {
     store: Store,
     memory: Subject,
@@ -220,17 +221,24 @@ impl Subjects {
         Ok(writer.flush()?)
     }
 
-    /// Reads the memory from CRIU's images. May block.
-    pub fn capture_dump(&mut self, lease: &Lease, images: &Path) -> Result<(), MigrationError> {
+    /// Begins to read the memory from the dump into `images`, an empty directory, while CRIU writes
+    /// it. May block.
+    pub fn begin_dump(&self, images: &Path) -> Result<DumpReader, MigrationError> {
+        Ok(DumpReader::begin(images, self.memory_before()?))
+    }
+
+    /// Reads the memory from CRIU's images, which are complete now. May block.
+    pub fn finish_dump(&mut self, lease: &Lease, dump: DumpReader) -> Result<(), MigrationError> {
         let mut writer = self.store.writer(lease);
-        let captured = memory::capture_dump(images, &mut writer, &self.memory_before()?)?;
+        let captured = dump.finish(&mut writer)?;
         writer.flush()?;
         self.memory_last = Some(captured);
         Ok(())
     }
 
-    /// Begins again unless all of these snapshots, as which earlier captures were recorded, are there: what the captures
-    /// remember may be gone from the store otherwise. Call it under a lease, so that what is there stays.
+    /// Begins again unless all of these snapshots, as which earlier captures were recorded, are
+    /// there: what the captures remember may be gone from the store otherwise. Call it under a
+    /// lease, so that what is there stays.
     pub fn rely_on(&mut self, last: &[SnapshotId]) -> Result<(), StoreError> {
         let known: HashSet<_> = self.store.all_snapshots()?.into_iter().map(|(id, _)| id).collect();
         if !last.iter().all(|id| known.contains(id)) {
@@ -247,7 +255,8 @@ impl Subjects {
     }
 }
 
-/// Has a mounted file system write to its image what it holds back, so that less is left for after the freeze.
+/// Has a mounted file system write to its image what it holds back, so that less is left for after
+/// the freeze.
 fn flush(mounted: &Path) {
     let flushed = File::open(mounted).map(nix::unistd::syncfs);
     if !matches!(flushed, Ok(Ok(()))) {

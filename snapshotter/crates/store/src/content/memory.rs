@@ -1,35 +1,27 @@
-//! Memory images: from a running process or CRIU's image directory to objects, and back.
+//! Memory images: from a running process or CRIU's image directory to objects.
 //!
 //! Pages are addressed by address space and address, not by their place in `pages-*.img`, where one
 //! grown mapping shifts all that follow. Before the dump the pages are read from the running
 //! processes: not a consistent picture, but nearly all of what the dump will hold, and the dump
-//! decides.
+//! decides. Its pages are hashed while CRIU writes them ([`DumpReader`]).
 //!
-//! At the destination the last version before the stop becomes a *parent* image (`base`), written
-//! while the container still runs. The images of the cut then hold only the pages that differ and
-//! refer to the parent for the rest, as CRIU's own incremental dumps do (criu.org, "Incremental
-//! dumps"); restoring them needs no dirty tracking in the kernel.
+//! Read next: [`super::staging`] for the way back.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
-use std::path::Path;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use criu_wrapper::live;
-use criu_wrapper::mend::{self, Host, Mended};
-use criu_wrapper::pagemap::{
-    Form, ImageDirectory, PAGEMAP_BYTES_MAX, PRESENT, PagemapFile, PagemapWriter, link_parent,
-};
+use criu_wrapper::pagemap::{ImageDirectory, PagemapFile};
 use godwit_protos::Digest;
 use rayon::prelude::*;
 
+use super::ahead::{Ahead, Hashed};
 use super::alias::Aliases;
 use super::capture::{Unchanged, capture};
-use super::materialize::materialize;
-use super::object::{
-    Kind, Map, Memory, Node, ObjectError, PAGE_BYTES, PAGES_PER_BLOCK, Pages, Tree,
-};
+use super::object::{Map, Memory, PAGE_BYTES, PAGES_PER_BLOCK, Pages};
 use super::{ContentError, Sink, Source, on, put_object};
 
 /// Bytes of pages that are hashed at once, on all processors.
@@ -80,11 +72,42 @@ impl Previous {
         self.maps.get(map).map(|map| map.aliases.clone())
     }
 
+    /// The aliases of all maps, by name.
+    fn all_aliases(&self) -> HashMap<String, Arc<Aliases>> {
+        self.maps.iter().map(|(name, map)| (name.clone(), map.aliases.clone())).collect()
+    }
+
     fn page(&self, map: &str, page: u64) -> Option<Digest> {
         let (block, slot) = place(page);
         let block = self.maps.get(map)?.blocks.get(&block)?;
         let index = block.slots.binary_search(&slot).ok()?;
         Some(block.pages[index])
+    }
+}
+
+/// A dump that is being read while CRIU writes it.
+#[derive(Debug)]
+pub struct DumpReader {
+    images: PathBuf,
+    previous: Previous,
+    ahead: Ahead,
+}
+
+impl DumpReader {
+    /// Begins to read the dump into `images`, an empty directory, of the memory that was captured
+    /// as `previous`.
+    pub fn begin(images: &Path, previous: Previous) -> Self {
+        let ahead = Ahead::begin(images, previous.all_aliases());
+        Self { images: images.to_owned(), previous, ahead }
+    }
+
+    /// Reads the dump into `sink` once CRIU is done. Its pages files are moved out of the image
+    /// directory, to one beside it.
+    ///
+    /// Errors: [`ContentError::Images`] for images that are not as CRIU writes them, or the sink's.
+    pub fn finish(self, sink: &mut dyn Sink) -> Result<Captured, ContentError> {
+        let Self { images, previous, ahead } = self;
+        capture_dump(&images, sink, &previous, &ahead.finish())
     }
 }
 
@@ -132,13 +155,12 @@ pub fn capture_live(
 }
 
 /// Reads CRIU's image directory into `sink`. Its pages files are moved out of it, to the directory
-/// beside it.
-///
-/// Errors: [`ContentError::Images`] for images that are not as CRIU writes them, or the sink's.
-pub fn capture_dump(
+/// beside it. Pages of which `hashed` has the digest are read only if they changed.
+fn capture_dump(
     images: &Path,
     sink: &mut dyn Sink,
     previous: &Previous,
+    hashed: &Hashed,
 ) -> Result<Captured, ContentError> {
     let directory = ImageDirectory::open(images)?;
     let pagemaps = directory.pagemaps()?;
@@ -148,21 +170,8 @@ pub fn capture_dump(
     for pagemap in pagemaps {
         let path = directory.pages_path(pagemap.pages_id);
         maps.begin(pagemap.name.clone(), previous.aliases(&pagemap.name).unwrap_or_default());
-        let mut file = File::open(&path).map_err(on("open", &path))?;
-        let mut buffer = vec![0; 1 << 20];
-        for (run, offset) in pagemap.places() {
-            if offset.is_none() {
-                continue;
-            }
-            let (mut address, mut left) = (run.vaddr, run.len_bytes());
-            while left > 0 {
-                let take = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-                file.read_exact(&mut buffer[..take]).map_err(on("read", &path))?;
-                maps.add(address, &buffer[..take])?;
-                address += take as u64;
-                left -= take as u64;
-            }
-        }
+        let file = File::open(&path).map_err(on("open", &path))?;
+        maps.add_dumped(&pagemap, (&file, &path), hashed.of(&pagemap))?;
         maps.end()?;
         if let Some(name) = path.file_name() {
             fs::rename(&path, aside.join(name)).map_err(on("move", &path))?;
@@ -181,7 +190,10 @@ struct Maps<'a> {
     aliases: Arc<Aliases>,
     numbers: Vec<u64>,
     blocks: Vec<Digest>,
-    /// Page numbers and contents of what is not stored yet: whole blocks but for the last.
+    /// The block that is being filled, and its number once it has a page.
+    block: Pages,
+    number: Option<u64>,
+    /// Page numbers and contents of what is not hashed yet.
     waiting: Vec<u64>,
     bytes: Vec<u8>,
     pages: u64,
@@ -198,6 +210,8 @@ impl<'a> Maps<'a> {
             aliases: Arc::default(),
             numbers: Vec::new(),
             blocks: Vec::new(),
+            block: Pages { slots: Vec::new(), pages: Vec::new() },
+            number: None,
             waiting: Vec::new(),
             bytes: Vec::with_capacity(BATCH_BYTES + (1 << 20)),
             pages: 0,
@@ -213,16 +227,9 @@ impl<'a> Maps<'a> {
     /// Adds whole pages from `address` on. Addresses ascend within a map.
     fn add(&mut self, address: u64, pages: &[u8]) -> Result<(), ContentError> {
         let first = address / PAGE_BYTES as u64;
-        for (page, bytes) in (first..).zip(pages.chunks_exact(PAGE_BYTES)) {
-            let ends_block =
-                self.waiting.last().is_some_and(|last| place(*last).0 != place(page).0);
-            if ends_block && self.bytes.len() >= BATCH_BYTES {
-                self.store()?;
-            }
-            self.waiting.push(page);
-            self.bytes.extend_from_slice(bytes);
-        }
-        Ok(())
+        self.waiting.extend((first..).zip(pages.chunks_exact(PAGE_BYTES)).map(|(page, _)| page));
+        self.bytes.extend_from_slice(pages);
+        if self.bytes.len() >= BATCH_BYTES { self.store() } else { Ok(()) }
     }
 
     /// Adds what `scan` visits, and ends the map.
@@ -240,44 +247,99 @@ impl<'a> Maps<'a> {
         self.end()
     }
 
+    /// Adds the pages of a page map from its pages file; `hashed` are the digests of the first of
+    /// them.
+    fn add_dumped(
+        &mut self,
+        pagemap: &PagemapFile,
+        (file, path): (&File, &Path),
+        hashed: &[Digest],
+    ) -> Result<(), ContentError> {
+        let read = |buffer: &mut [u8], offset| {
+            file.read_exact_at(buffer, offset).map_err(on("read", path))
+        };
+        let mut hashed = hashed.iter();
+        let mut buffer = vec![0; 1 << 20];
+        for (run, offset) in pagemap.places() {
+            let Some(mut offset) = offset else { continue };
+            let mut address = run.vaddr;
+            while address < run.end() {
+                let Some(digest) = hashed.next() else { break };
+                let content = || {
+                    let mut page = vec![0; PAGE_BYTES];
+                    read(&mut page, offset)?;
+                    self.aliases.replace(&mut page);
+                    Ok::<_, ContentError>(page)
+                };
+                let page = address / PAGE_BYTES as u64;
+                if self.previous.page(&self.name, page) != Some(*digest) {
+                    self.sink.put_hashed(*digest, &content()?)?;
+                    self.changed += 1;
+                }
+                self.place(page, *digest)?;
+                (address, offset) = (address + PAGE_BYTES as u64, offset + PAGE_BYTES as u64);
+            }
+            while address < run.end() {
+                let left = usize::try_from(run.end() - address).unwrap_or(usize::MAX);
+                let take = left.min(buffer.len());
+                read(&mut buffer[..take], offset)?;
+                self.add(address, &buffer[..take])?;
+                (address, offset) = (address + take as u64, offset + take as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hashes what waits and stores what changed of it.
     fn store(&mut self) -> Result<(), ContentError> {
-        let aliases = &self.aliases;
+        let aliases = self.aliases.clone();
         let hash = |page: &mut [u8]| {
             aliases.replace(page);
             Digest::of(page)
         };
-        let digests: Vec<Digest> = self.bytes.par_chunks_mut(PAGE_BYTES).map(hash).collect();
-        let contents = self.bytes.chunks_exact(PAGE_BYTES);
-        let mut block = Pages { slots: Vec::new(), pages: Vec::new() };
-        let mut number = None;
-        for ((page, digest), content) in self.waiting.iter().zip(&digests).zip(contents) {
-            let (at, slot) = place(*page);
-            if let Some(before) = number.filter(|before| *before != at) {
-                let full =
-                    std::mem::replace(&mut block, Pages { slots: Vec::new(), pages: Vec::new() });
-                self.numbers.push(before);
-                self.blocks.push(put_object(self.sink, &full)?);
-            }
-            number = Some(at);
+        let (waiting, mut bytes) =
+            (std::mem::take(&mut self.waiting), std::mem::take(&mut self.bytes));
+        let digests: Vec<Digest> = bytes.par_chunks_mut(PAGE_BYTES).map(hash).collect();
+        for ((page, digest), content) in
+            waiting.iter().zip(&digests).zip(bytes.chunks_exact(PAGE_BYTES))
+        {
             if self.previous.page(&self.name, *page) != Some(*digest) {
                 self.sink.put_hashed(*digest, content)?;
                 self.changed += 1;
             }
-            block.slots.push(slot);
-            block.pages.push(*digest);
+            self.place(*page, *digest)?;
         }
-        if let Some(number) = number {
-            self.numbers.push(number);
-            self.blocks.push(put_object(self.sink, &block)?);
+        // Their room serves the next batch.
+        bytes.clear();
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    /// Adds a page to its block, and stores the block before if the page begins another one.
+    fn place(&mut self, page: u64, digest: Digest) -> Result<(), ContentError> {
+        let (number, slot) = place(page);
+        if self.number != Some(number) {
+            self.end_block()?;
+            self.number = Some(number);
         }
-        self.pages += self.waiting.len() as u64;
-        self.waiting.clear();
-        self.bytes.clear();
+        self.block.slots.push(slot);
+        self.block.pages.push(digest);
+        self.pages += 1;
+        Ok(())
+    }
+
+    fn end_block(&mut self) -> Result<(), ContentError> {
+        let Some(number) = self.number.take() else { return Ok(()) };
+        self.numbers.push(number);
+        self.blocks.push(put_object(self.sink, &self.block)?);
+        self.block.slots.clear();
+        self.block.pages.clear();
         Ok(())
     }
 
     fn end(&mut self) -> Result<(), ContentError> {
         self.store()?;
+        self.end_block()?;
         let map = Map {
             name: std::mem::take(&mut self.name),
             numbers: std::mem::take(&mut self.numbers),
@@ -301,182 +363,19 @@ impl<'a> Maps<'a> {
     }
 }
 
-/// A page as the process has it.
-fn page_of<S: Source>(
-    source: &S,
-    page: &Digest,
-    aliases: &Aliases,
-) -> Result<Vec<u8>, ContentError> {
-    let mut bytes = source.object(page)?.to_vec();
-    aliases.replace(&mut bytes);
-    Ok(bytes)
-}
-
-/// Writes every page of `memory` into the empty directory `base`, as a parent image.
-pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result<(), ContentError> {
-    let memory: Memory = source.decode(memory)?;
-    for ((index, map), pages_id) in memory.maps.iter().enumerate().zip(1..) {
-        let aliases = memory.aliases(index);
-        let mut writer = PagemapWriter::create(base, &map.name, pages_id, Form::Narrow)?;
-        for (number, block) in map.numbers.iter().zip(&map.blocks) {
-            let block: Pages = source.decode(block)?;
-            for (slot, page) in block.slots.iter().zip(&block.pages) {
-                let address =
-                    (number * PAGES_PER_BLOCK as u64 + u64::from(*slot)) * PAGE_BYTES as u64;
-                writer.present(address, PRESENT, &page_of(source, page, &aliases)?)?;
-            }
-        }
-        writer.finish()?;
-    }
-    Ok(())
-}
-
-/// Writes the images of `memory` into the empty directory `images`, leaving out the pages that the
-/// parent image `base_directory` beside it, made of `base`, has at the same address. The images are
-/// mended for this host ([`mend`]): every restore of what a node has received or kept comes through
-/// here, once.
-///
-/// Errors: [`ContentError`], also when a page that CRIU's page map announces is not part of
-/// `memory`.
-pub fn stage_images<S: Source>(
-    source: &S,
-    memory: &Digest,
-    base: Option<&Digest>,
-    base_directory: &Path,
-    images: &Path,
-) -> Result<(), ContentError> {
-    let (root, base) = (*memory, Previous::load(source, base.copied())?);
-    let memory: Memory = source.decode(&root)?;
-    let tree = memory.images.ok_or(ContentError::Missing(root))?;
-    check_images(source, &tree, &memory)?;
-    materialize(source, &tree, None, images)?;
-    let mended = mend_images(images)?;
-    for name in &mended.whole {
-        // CRIU looks here for the page map of the same process.
-        let path = base_directory.join(format!("{name}.img"));
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(on("remove", &path)(error));
-            }
-            _ => {}
-        }
-    }
-    let all = Previous::load(source, Some(root))?;
-    for (index, map) in memory.maps.iter().enumerate() {
-        let aliases = memory.aliases(index);
-        // Equal digests are equal pages only if they are turned back alike.
-        let has_parent = !mended.whole.contains(&map.name)
-            && base.aliases(&map.name).is_some_and(|before| *before == aliases);
-        let path = images.join(format!("{}.img", map.name));
-        let bytes = fs::read(&path).map_err(on("read", &path))?;
-        let dumped = PagemapFile::parse(&map.name, &bytes)?;
-        fs::remove_file(&path).map_err(on("replace", &path))?;
-        let mut writer = PagemapWriter::create(images, &map.name, dumped.pages_id, dumped.form)?;
-        for run in dumped.entries.iter().filter(|run| run.is_present()) {
-            let first = run.vaddr / PAGE_BYTES as u64;
-            for page in first..first + run.pages {
-                let digest = all.page(&map.name, page).ok_or(ContentError::Missing(root))?;
-                let address = page * PAGE_BYTES as u64;
-                if has_parent && base.page(&map.name, page) == Some(digest) {
-                    writer.in_parent(address, 1)?;
-                } else {
-                    let page = page_of(source, &digest, &aliases)?;
-                    writer.present(address, run.flags, &page)?;
-                }
-            }
-        }
-        writer.finish()?;
-    }
-    if let Some(name) = base_directory.file_name().filter(|_| !base.maps.is_empty()) {
-        // Relative, since CRIU follows it by the directory's descriptor from within the container's
-        // root.
-        link_parent(images, &Path::new("..").join(name))?;
-    }
-    Ok(())
-}
-
-/// Mends what CRIU would restore wrongly ([`mend`]).
-fn mend_images(images: &Path) -> Result<Mended, ContentError> {
-    let host = Host::here().map_err(on("read", Path::new("/proc")))?;
-    let mended = mend::mend(images, &host)?;
-    for error in &mended.unread {
-        tracing::warn!(%error, "an image is restored as it is");
-    }
-    let Mended { timers, waits, reservations, whole, .. } = &mended;
-    tracing::debug!(timers, waits, reservations, without_parent = whole.len(), "images mended");
-    Ok(mended)
-}
-
-/// A peer's image directory holds what CRIU writes: regular files side by side, none of which
-/// stands for pages that we did not check. Errors: [`ContentError::Object`] with the rule.
-fn check_images<S: Source>(source: &S, tree: &Digest, memory: &Memory) -> Result<(), ContentError> {
-    let broken = |rule| ContentError::Object {
-        digest: *tree,
-        source: ObjectError::Rule { kind: Kind::Tree, rule },
-    };
-    let root = source.decode::<Tree>(tree)?.root;
-    for entry in source.entries(&root)? {
-        let Node::File(bytes, _) = entry.node else {
-            return Err(broken("an image directory holds regular files"));
-        };
-        let name = String::from_utf8_lossy(&entry.name);
-        let name = name.strip_suffix(".img").unwrap_or(&name);
-        if name.starts_with("pages-") || name == "parent" {
-            return Err(broken("an image is neither pages nor a parent"));
-        }
-        if name.starts_with("pagemap-") {
-            if !memory.maps.iter().any(|map| map.name == name) {
-                return Err(broken("every page map has its pages"));
-            }
-            // Page maps are read as a whole. Others, such as the content of a tmpfs or of a deleted
-            // file, are written to disk in chunks and may be of any size.
-            if bytes > PAGEMAP_BYTES_MAX {
-                return Err(broken("a page map is small"));
-            }
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::content::alias::Area;
     use crate::content::fake::Objects;
-    use crate::content::object::Object as _;
-    use criu_wrapper::pagemap::LAZY;
+    use criu_wrapper::pagemap::{Form, LAZY, PRESENT, PagemapWriter};
 
-    #[test]
-    fn an_image_directory_of_a_hostile_peer_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        for hostile in ["pages-7.img", "parent", "pagemap-9.img"] {
-            let from = dir.path().join(format!("from-{hostile}"));
-            dump(&from, &[(1, 1)]);
-            let mut objects = Objects::default();
-            let honest = capture_dump(&from, &mut objects, &Previous::default()).unwrap();
-            if hostile == "parent" {
-                std::os::unix::fs::symlink("/etc", from.join(hostile)).unwrap();
-            } else {
-                fs::write(from.join(hostile), b"x").unwrap();
-            }
-            let tree = capture(&from, &mut objects, &mut Unchanged::default()).unwrap().tree;
-            let mut memory: Memory = objects.decode(&honest.digest).unwrap();
-            memory.images = Some(tree);
-            let lie = objects.put(&memory.encode()).unwrap();
-            let images = dir.path().join(format!("images-{hostile}"));
-            fs::create_dir(&images).unwrap();
-            let refused = stage_images(&objects, &lie, None, dir.path(), &images);
-            assert!(matches!(refused, Err(ContentError::Object { .. })), "{hostile}");
-            assert_eq!(fs::read_dir(&images).unwrap().count(), 0, "{hostile}");
-        }
-    }
-
-    fn page(content: u8) -> Vec<u8> {
+    pub(crate) fn page(content: u8) -> Vec<u8> {
         vec![content; PAGE_BYTES]
     }
 
-    /// A dump of one process with these pages.
-    fn dump(directory: &Path, pages: &[(u64, u8)]) {
+    /// A dump of one process with pages of these numbers, each filled with one byte.
+    pub(crate) fn dump(directory: &Path, pages: &[(u64, u8)]) {
         fs::create_dir_all(directory).unwrap();
         let mut writer = PagemapWriter::create(directory, "pagemap-1", 1, Form::Wide).unwrap();
         for (number, content) in pages {
@@ -486,87 +385,111 @@ mod tests {
         fs::write(directory.join("core-1.img"), b"registers").unwrap();
     }
 
-    /// What CRIU would read at each address: from the images, or from their parent.
-    fn read(directory: &Path, page: u64) -> Option<Vec<u8>> {
-        let images = ImageDirectory::open(directory).unwrap();
-        let map = images.pagemap("pagemap-1").unwrap();
-        for (run, offset) in map.places() {
-            if (run.vaddr..run.end()).contains(&(page * 4096)) {
-                let Some(offset) = offset else {
-                    return read(&directory.join(images.parent().unwrap()), page);
-                };
-                let bytes = fs::read(images.pages_path(map.pages_id)).unwrap();
-                let at = usize::try_from(offset + page * 4096 - run.vaddr).unwrap();
-                return Some(bytes[at..at + PAGE_BYTES].to_vec());
-            }
+    /// As [`dump`], with the files in CRIU's order.
+    fn dump_as_criu(directory: &Path, pages: &[(u64, u8)]) {
+        let whole = directory.with_extension("whole");
+        dump(&whole, pages);
+        fs::write(directory.join("pagemap-1.img"), b"").unwrap();
+        for name in ["pages-1.img", "pagemap-1.img", "core-1.img"] {
+            fs::copy(whole.join(name), directory.join(name)).unwrap();
         }
-        None
     }
 
-    #[test]
-    fn only_changed_pages_are_written_again_and_every_page_reads_as_dumped() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut objects = Objects::default();
-        let before: Vec<(u64, u8)> = (0..600).map(|n| (n * 2, 1)).collect();
-        dump(&dir.path().join("one"), &before);
-        let first =
-            capture_dump(&dir.path().join("one"), &mut objects, &Previous::default()).unwrap();
-        assert_eq!(first.changed_bytes, first.bytes);
-
-        let mut after = before.clone();
-        after[17].1 = 2;
-        after.push((5000, 3));
-        dump(&dir.path().join("two"), &after);
-        let previous = Previous::load(&objects, Some(first.digest)).unwrap();
-        let second = capture_dump(&dir.path().join("two"), &mut objects, &previous).unwrap();
-        assert_eq!(second.changed_bytes, 2 * 4096);
-
-        let (base, images) = (dir.path().join("base"), dir.path().join("images"));
-        fs::create_dir(&base).unwrap();
-        fs::create_dir(&images).unwrap();
-        stage_base(&objects, &first.digest, &base).unwrap();
-        stage_images(&objects, &second.digest, Some(&first.digest), &base, &images).unwrap();
-        for (number, content) in &after {
-            assert_eq!(read(&images, *number), Some(page(*content)), "page {number}");
-        }
-        let written = fs::metadata(images.join("pages-1.img")).unwrap().len();
-        assert_eq!(written, 2 * 4096);
-        assert_eq!(fs::read(images.join("core-1.img")).unwrap(), b"registers");
+    /// Dumps into `directory` and reads it. `before` is the version before.
+    pub(crate) fn dumped(
+        directory: &Path,
+        pages: &[(u64, u8)],
+        objects: &mut Objects,
+        before: Option<Digest>,
+    ) -> Captured {
+        dump(directory, pages);
+        let previous = Previous::load(objects, before).unwrap();
+        capture_dump(directory, objects, &previous, &Hashed::default()).unwrap()
     }
 
     /// A version before without pages, whose process had its words of bytes `content` at offset 100
     /// of an area.
-    fn with_area(content: u8) -> Previous {
+    pub(crate) fn with_area(content: u8) -> Previous {
         let start = u64::from_le_bytes([content; 8]) - 100;
         let aliases = Aliases::new(vec![Area { start, end: start + 4096, alias: 1 << 62 }]);
         let map = PreviousMap { blocks: HashMap::new(), aliases: Arc::new(aliases.unwrap()) };
         Previous { maps: HashMap::from([("pagemap-1".to_owned(), map)]) }
     }
 
+    /// As [`dumped`] after [`with_area`].
+    pub(crate) fn dumped_with_area(
+        directory: &Path,
+        pages: &[(u64, u8)],
+        objects: &mut Objects,
+        content: u8,
+    ) -> Captured {
+        dump(directory, pages);
+        capture_dump(directory, objects, &with_area(content), &Hashed::default()).unwrap()
+    }
+
+    pub(crate) fn digest_of(objects: &Objects, memory: Digest, page: u64) -> Digest {
+        Previous::load(objects, Some(memory)).unwrap().page("pagemap-1", page).unwrap()
+    }
+
     #[test]
-    fn pages_that_differ_in_addresses_are_one_object_and_read_as_each_process_has_them() {
+    fn only_what_changed_counts_as_changed() {
         let dir = tempfile::tempdir().unwrap();
         let mut objects = Objects::default();
-        let mut capture = |name: &str, content: u8| {
-            dump(&dir.path().join(name), &[(7, content), (8, 9)]);
-            capture_dump(&dir.path().join(name), &mut objects, &with_area(content)).unwrap()
-        };
-        let (first, second) = (capture("one", 1), capture("two", 2));
-        let pages = |captured: &Captured| {
-            Previous::load(&objects, Some(captured.digest)).unwrap().page("pagemap-1", 7).unwrap()
-        };
-        assert_eq!(pages(&first), pages(&second));
-        assert_ne!(objects.0[&pages(&first)], page(1));
+        let mut pages: Vec<(u64, u8)> = (0..600).map(|n| (n * 2, 1)).collect();
+        let first = dumped(&dir.path().join("one"), &pages, &mut objects, None);
+        assert_eq!((first.bytes, first.changed_bytes), (600 * 4096, 600 * 4096));
+        pages[17].1 = 2;
+        pages.push((5000, 3));
+        let second = dumped(&dir.path().join("two"), &pages, &mut objects, Some(first.digest));
+        assert_eq!((second.bytes, second.changed_bytes), (601 * 4096, 2 * 4096));
+    }
 
-        let (base, images) = (dir.path().join("base"), dir.path().join("images"));
-        fs::create_dir(&base).unwrap();
+    #[test]
+    fn a_dump_that_was_read_while_it_grew_is_the_same_as_one_read_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        let number = |n: u64| u8::try_from(n % 251).unwrap();
+        let pages: Vec<(u64, u8)> = (0..700).map(|n| (n * 3, number(n))).collect();
+        let mut at_end = Objects::default();
+        let expected = dumped_with_area(&one, &pages, &mut at_end, 7);
+        fs::create_dir(&two).unwrap();
+        let reader = DumpReader::begin(&two, with_area(7));
+        dump_as_criu(&two, &pages);
+        reader.ahead.wait_for(700);
+        let mut ahead = Objects::default();
+        let found = reader.finish(&mut ahead).unwrap();
+        assert_eq!(found.changed_bytes, expected.changed_bytes);
+        // The other images have times of their own.
+        let memory = |objects: &Objects, captured: &Captured| {
+            let memory: Memory = objects.decode(&captured.digest).unwrap();
+            (memory.maps, memory.pages, memory.areas)
+        };
+        assert_eq!(memory(&ahead, &found), memory(&at_end, &expected));
+        let of_pages = |objects: &Objects| {
+            let is_page = |object: &&Vec<u8>| object.len() == PAGE_BYTES;
+            objects.0.values().filter(is_page).cloned().collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(of_pages(&ahead), of_pages(&at_end));
+    }
+
+    #[test]
+    fn a_dump_that_failed_is_an_error_and_its_reader_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let images = dir.path().join("images");
         fs::create_dir(&images).unwrap();
-        stage_base(&objects, &first.digest, &base).unwrap();
-        assert_eq!(read(&base, 7), Some(page(1)));
-        // Equal digests, but the parent's page is another process's.
-        stage_images(&objects, &second.digest, Some(&first.digest), &base, &images).unwrap();
-        assert_eq!((read(&images, 7), read(&images, 8)), (Some(page(2)), Some(page(9))));
-        assert_eq!(fs::metadata(images.join("pages-1.img")).unwrap().len(), 2 * 4096);
+        let reader = DumpReader::begin(&images, Previous::default());
+        dump_as_criu(&images, &(0..64).map(|n| (n, 1)).collect::<Vec<_>>());
+        reader.ahead.wait_for(64);
+        // Cut short behind what was hashed.
+        let pages = fs::File::options().write(true).open(images.join("pages-1.img")).unwrap();
+        pages.set_len(10 * 4096).unwrap();
+        let mut objects = Objects::default();
+        assert!(matches!(reader.finish(&mut objects), Err(ContentError::Images(_))));
+        assert!(objects.0.is_empty());
+        // The directory is removed under a reader that nobody finishes.
+        let reader = DumpReader::begin(&images, Previous::default());
+        fs::remove_dir_all(&images).unwrap();
+        drop(reader);
     }
 
     #[test]

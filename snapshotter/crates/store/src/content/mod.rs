@@ -6,7 +6,7 @@
 //! 2. [`difference`] walks two versions side by side and names what the newer one has beyond the
 //!    older, each object with the one that stood in its place: what the stop-and-copy sends.
 //! 3. [`materialize`] makes a directory equal to a tree, touching only what differs from the tree
-//!    it was equal to before; [`image`] and [`memory`] do the same for block volumes and CRIU's
+//!    it was equal to before; [`image`] and [`staging`] do the same for block volumes and CRIU's
 //!    image directories. So what is written after the freeze grows with the change, not with the
 //!    size.
 //!
@@ -14,6 +14,7 @@
 //! materialising leaves a directory that is to be thrown away. Neither changes what it reads. Read
 //! next: [`object`] for the types.
 
+mod ahead;
 pub mod alias;
 pub mod capture;
 pub mod chunks;
@@ -24,6 +25,7 @@ pub mod layer;
 pub mod materialize;
 pub mod memory;
 pub mod object;
+pub mod staging;
 pub mod tmpfs;
 
 use std::io;
