@@ -14,6 +14,7 @@ mod memory;
 mod names;
 mod options;
 mod sandbox;
+mod shape;
 mod sockets;
 mod undumped;
 mod watch;
@@ -41,16 +42,20 @@ const KINDS: &[(&str, Kind)] = &[
     ("ballast", memory::ballast),
     ("bulk", bulk::bulk),
     ("direct-writes", files::direct_writes),
+    ("files", shape::files),
     ("idle", idle),
     ("ledger", ledger::ledger),
     ("ledger-child", ledger::child),
+    ("mappings", shape::mappings),
     ("mptcp", sockets::mptcp),
     ("multicast", options::multicast),
     ("names", names::names),
     ("nested", sandbox::nested),
     ("options", options::options),
+    ("processes", shape::processes),
     ("removed-names", files::removed_names),
     ("reservation", memory::reservation),
+    ("threads", shape::threads),
     ("timers", clocks::timers),
     ("traces", sandbox::traces),
     ("undumped", undumped::hold),

@@ -4,6 +4,9 @@
 //! way to a destination that holds nothing: in both modes, interleaved, each time on fresh nodes.
 //! The link of the source is slower than the others, as in the demo. Written to
 //! `target/bench/migration.json`.
+//!
+//! With `--shapes` it measures the downtime of containers of many mappings, threads, processes or
+//! files beside plain CRIU's instead (`shapes`).
 
 use std::fs;
 
@@ -13,6 +16,8 @@ use godwit_tests::images::{self, Image};
 use godwit_tests::workload::{self, memhog};
 use godwit_tests::{Bed, BedOptions, place};
 use serde_json::{Value, json};
+
+mod shapes;
 
 /// Rate of the source's link and of the others, in Mbit/s.
 const SOURCE_MBIT: u32 = 100;
@@ -34,6 +39,10 @@ struct Arguments {
     /// One small size, once: what continuous integration has time for.
     #[arg(long)]
     quick: bool,
+    /// Downtime beside plain CRIU's, by shapes such as `mappings=60000`.
+    #[arg(long, value_delimiter = ',', num_args = 0.., conflicts_with = "quick",
+        default_missing_value = shapes::DEFAULT)]
+    shapes: Option<Vec<shapes::Shape>>,
 }
 
 fn main() -> Result<()> {
@@ -41,6 +50,19 @@ fn main() -> Result<()> {
     if arguments.quick {
         (arguments.resident_mib, arguments.runs) = (vec![48], 1);
     }
+    let (name, result) = match &arguments.shapes {
+        Some(shapes) => ("shapes", shapes::measure(shapes, arguments.runs)?),
+        None => ("migration", modes(&arguments)?),
+    };
+    let path = place::workspace().join(format!("target/bench/{name}.json"));
+    fs::create_dir_all(path.parent().context("a directory")?)?;
+    fs::write(&path, serde_json::to_string_pretty(&result)?)?;
+    println!("{}", serde_json::to_string_pretty(&result)?);
+    Ok(())
+}
+
+/// Both modes, by size.
+fn modes(arguments: &Arguments) -> Result<Value> {
     let mut sizes = Vec::new();
     for resident in &arguments.resident_mib {
         let (mut traditional, mut cooperative) = (Vec::new(), Vec::new());
@@ -54,13 +76,8 @@ fn main() -> Result<()> {
         }
         sizes.push(summary(*resident, &traditional, &cooperative));
     }
-    let result = json!({"source_mbit": SOURCE_MBIT, "link_mbit": LINK_MBIT, "runs": arguments.runs,
-        "dirty_mib_per_s": arguments.dirty_mib_per_s, "sizes": sizes});
-    let path = place::workspace().join("target/bench/migration.json");
-    fs::create_dir_all(path.parent().context("a directory")?)?;
-    fs::write(&path, serde_json::to_string_pretty(&result)?)?;
-    println!("{}", serde_json::to_string_pretty(&result)?);
-    Ok(())
+    Ok(json!({"source_mbit": SOURCE_MBIT, "link_mbit": LINK_MBIT, "runs": arguments.runs,
+        "dirty_mib_per_s": arguments.dirty_mib_per_s, "sizes": sizes}))
 }
 
 fn measure(resident_mib: usize, dirty_mib_per_s: usize, mode: &str) -> Result<Value> {
