@@ -13,8 +13,8 @@
 //! 3. the file is read, and
 //! 4. its size and times are then what they were before step 1.
 //!
-//! A later capture does not read a recorded file again while device, inode, size and times are
-//! equal.
+//! A later capture takes content and attributes of a recorded file as they were, without opening
+//! it, while device, inode, size and times are equal.
 //!
 //! This cannot miss a write. The file systems for which it is done (ext4, XFS, btrfs) set the
 //! change time when a write begins, before they store any of its bytes; of a shared mapping, when a
@@ -26,6 +26,9 @@
 //! Step 4 proves that nothing began while the file was read. The count belongs to the inode: it
 //! covers every process of the machine, in whatever container, loop devices, and files that are
 //! open through an overlay.
+//!
+//! Nor can it miss a change of attributes: owner, mode, extended attributes, flags and project set
+//! the change time too, as do renaming and removing a name, and the attributes are read after step 1.
 //!
 //! The price: a file that is open for writing is read in every capture, also while the container is
 //! frozen.
@@ -87,6 +90,7 @@ pub struct Unchanged {
 struct Seen {
     marks: Marks,
     content: Content,
+    attributes: Attributes,
 }
 
 /// What changes when a file does.
@@ -113,6 +117,15 @@ impl Marks {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         changed + CLOCK_TICK < now
     }
+}
+
+/// What was read of a file.
+struct FileRead {
+    bytes: u64,
+    content: Content,
+    flags: Flags,
+    /// Its marks, if it may be recorded.
+    recorded: Option<Marks>,
 }
 
 /// A finished capture.
@@ -271,11 +284,21 @@ impl Reader<'_> {
             let node = Node::HardLink(first.clone(), *identity);
             return Ok(Entry { name: entry_name, attributes: None, node });
         }
-        let mut flags = Flags::default();
+        if kind == S_IFREG
+            && let Some((attributes, node)) = self.recorded(inode, &stat)
+        {
+            if is_linked {
+                self.linked.insert(inode, (self.names.clone(), node.identity()));
+            }
+            return Ok(Entry { name: entry_name, attributes: Some(attributes), node });
+        }
+        let (mut flags, mut to_record) = (Flags::default(), None);
         let node = match kind {
             S_IFREG => {
-                let (bytes, content, found) = self.file(parent, name, &stat)?;
+                let FileRead { bytes, content, flags: found, recorded } =
+                    self.file(parent, name, &stat)?;
                 flags = found;
+                to_record = recorded.map(|marks| (marks, content.clone()));
                 Node::File(bytes, content)
             }
             S_IFDIR => {
@@ -298,8 +321,24 @@ impl Reader<'_> {
         if is_linked {
             self.linked.insert(inode, (self.names.clone(), node.identity()));
         }
-        let attributes = Some(self.attributes(parent, name, &stat, flags)?);
-        Ok(Entry { name: entry_name, attributes, node })
+        let attributes = self.attributes(parent, name, &stat, flags)?;
+        if let Some((marks, content)) = to_record {
+            self.seen.insert(inode, Seen { marks, content, attributes: attributes.clone() });
+        }
+        Ok(Entry { name: entry_name, attributes: Some(attributes), node })
+    }
+
+    /// Attributes and content of a file that was recorded and has not changed.
+    fn recorded(&mut self, inode: (u64, u64), stat: &FileStat) -> Option<(Attributes, Node)> {
+        let marks = Marks::of(stat);
+        let seen = self.known.remove(&inode).filter(|seen| seen.marks == marks)?;
+        let (attributes, content) = (seen.attributes.clone(), seen.content.clone());
+        self.seen.insert(inode, seen);
+        self.flags |= attributes.flags;
+        self.has_projects |= attributes.project != 0;
+        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+        self.bytes += bytes;
+        Some((attributes, Node::File(bytes, content)))
     }
 
     fn attributes(
@@ -338,7 +377,7 @@ impl Reader<'_> {
 
     /// Flags and project of an open file or directory. Errors: [`ContentError::Flag`] for one that
     /// cannot move.
-    fn flags(&mut self, opened: &OwnedFd) -> Result<Flags, ContentError> {
+    fn flags(&mut self, opened: &impl AsFd) -> Result<Flags, ContentError> {
         let found = inode::read(opened).map_err(on("read the flags of", &self.path))?;
         let found = found.map_err(|flag| ContentError::Flag { path: self.path.clone(), flag })?;
         self.flags |= found.bits;
@@ -353,7 +392,7 @@ impl Reader<'_> {
         parent: &OwnedFd,
         name: &CStr,
         listed: &FileStat,
-    ) -> Result<(u64, Content, Flags), ContentError> {
+    ) -> Result<FileRead, ContentError> {
         let path = self.path.clone();
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let file = openat(parent, name, flags, Mode::empty()).map_err(on("open", &path))?;
@@ -362,27 +401,19 @@ impl Reader<'_> {
         if inode != (listed.st_dev, listed.st_ino) || stat.st_mode != listed.st_mode {
             return Err(on("read", &path)(Errno::ENOENT));
         }
-        let flags = self.flags(&file)?;
-        let marks = Marks::of(&stat);
-        if let Some(seen) = self.known.get(&inode).filter(|seen| seen.marks == marks) {
-            let seen = seen.clone();
-            let content = seen.content.clone();
-            self.seen.insert(inode, seen);
-            let bytes = u64::try_from(stat.st_size).unwrap_or(0);
-            self.bytes += bytes;
-            return Ok((bytes, content, flags));
-        }
-        let file = File::from(file);
+        let (file, marks) = (File::from(file), Marks::of(&stat));
         // The order of these steps is the proof in the module's comment.
-        let is_still = self.trusts_times && marks.are_past() && !may_have_writer(&file);
+        let is_still = self.trusts_times
+            && Marks::of(listed) == marks
+            && marks.are_past()
+            && !may_have_writer(&file);
+        let flags = self.flags(&file)?;
         let pieces = self.pieces(&file, &path)?;
         let bytes = pieces.iter().map(|piece| piece.bytes).sum();
         self.bytes += bytes;
         let content = chunks::put_pieces(self.sink, pieces)?;
-        if is_still && Marks::of(&fstat(&file).map_err(on("stat", &path))?) == marks {
-            self.seen.insert(inode, Seen { marks, content: content.clone() });
-        }
-        Ok((bytes, content, flags))
+        let is_still = is_still && Marks::of(&fstat(&file).map_err(on("stat", &path))?) == marks;
+        Ok(FileRead { bytes, content, flags, recorded: is_still.then_some(marks) })
     }
 
     /// Data and holes as the file system tells them (`lseek(2)`, `SEEK_DATA`).
@@ -423,6 +454,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::content::Source as _;
     use crate::content::fake::Objects;
 
     /// A directory on a file system whose times are trusted, with the file "a" that has been still
@@ -473,5 +505,62 @@ mod tests {
         thread::sleep(3 * CLOCK_TICK);
         assert!(reads(from.path(), &mut unchanged), "another change may have had the same time");
         assert!(!reads(from.path(), &mut unchanged));
+    }
+
+    fn entry(from: &Path, unchanged: &mut Unchanged) -> Entry {
+        let mut objects = Objects::default();
+        let tree = capture(from, &mut objects, unchanged).unwrap().tree;
+        let root = objects.decode::<Tree>(&tree).unwrap().root;
+        objects.entries(&root).unwrap().remove(0)
+    }
+
+    #[test]
+    fn a_recorded_file_is_not_opened_and_is_the_same() {
+        use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+        let (from, mut unchanged) = (still(), Unchanged::default());
+        let file = from.path().join("a");
+        xattr::set(&file, "user.note", b"kept").unwrap();
+        thread::sleep(3 * CLOCK_TICK);
+        let first = entry(from.path(), &mut unchanged);
+        let opened = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+        opened.add_watch(&file, AddWatchFlags::IN_OPEN).unwrap();
+        assert_eq!(entry(from.path(), &mut unchanged), first);
+        assert!(matches!(opened.read_events(), Err(Errno::EAGAIN)), "it was opened");
+        assert_eq!(first.attributes.unwrap().xattrs.len(), 1);
+        let unknown = entry(from.path(), &mut Unchanged::default());
+        assert_eq!(unknown.node, first.node);
+    }
+
+    /// Each of these leaves size and modification time as they are.
+    #[test]
+    fn a_change_of_attributes_of_a_recorded_file_is_seen() {
+        let changes: [fn(&Path); 5] = [
+            |file| {
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+                fs::set_permissions(file, mode).unwrap();
+            },
+            |file| std::os::unix::fs::chown(file, Some(7), Some(8)).unwrap(),
+            |file| xattr::set(file, "user.note", b"new").unwrap(),
+            |file| {
+                let done = std::process::Command::new("chattr").arg("+A").arg(file).status();
+                assert!(done.unwrap().success());
+            },
+            // Another file of the same size and times in its place.
+            |file| {
+                let (other, old) = (file.with_extension("new"), fs::metadata(file).unwrap());
+                fs::write(&other, b"two").unwrap();
+                let times = fs::FileTimes::new().set_modified(old.modified().unwrap());
+                File::options().write(true).open(&other).unwrap().set_times(times).unwrap();
+                fs::rename(other, file).unwrap();
+            },
+        ];
+        for (case, change) in changes.into_iter().enumerate() {
+            let (from, mut unchanged) = (still(), Unchanged::default());
+            let first = entry(from.path(), &mut unchanged);
+            change(&from.path().join("a"));
+            let second = entry(from.path(), &mut unchanged);
+            assert_ne!(second, first, "case {case}");
+            assert_eq!(second, entry(from.path(), &mut Unchanged::default()), "case {case}");
+        }
     }
 }
