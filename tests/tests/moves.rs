@@ -28,6 +28,8 @@ mod network;
 mod processes;
 #[path = "moves/refusals.rs"]
 mod refusals;
+#[path = "moves/shapes.rs"]
+mod shapes;
 #[path = "moves/sockets.rs"]
 mod sockets;
 #[path = "moves/specification.rs"]
@@ -47,6 +49,7 @@ const SUBJECTS: &[(&str, &[table::Row])] = &[
     ("Processes", processes::ROWS),
     ("Clocks", clocks::ROWS),
     ("Memory", memory::ROWS),
+    ("Large shapes", shapes::ROWS),
     ("Specification", specification::ROWS),
     ("Image", image::ROWS),
     ("Terminals and added processes", terminals::ROWS),
