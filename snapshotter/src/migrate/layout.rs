@@ -30,7 +30,7 @@ use crate::content::object::{Image, Kind};
 use crate::content::{Source as _, on, staging};
 use crate::node::Node;
 use crate::ownership::journal::Arriving;
-use crate::store::{Lease, Store};
+use crate::store::{Encoding, Lease, Store};
 use crate::volumes::{VolumeError, Volumes};
 
 /// A staged volume: its version, and what it holds if that is an image.
@@ -242,7 +242,12 @@ pub fn keep_stream(
                     detail: format!("object {digest} of the stop-and-copy stream: {error}"),
                 },
             )?;
-            writer.put_hashed(digest, &data).map_err(MigrationError::from)?;
+            // What came compressed need not be compressed again.
+            let stored = u8::try_from(object.encoding).ok().and_then(Encoding::from_byte);
+            match stored {
+                Some(encoding) => writer.put_stored(digest, encoding, &object.data, data.len())?,
+                None => writer.put_hashed(digest, &data)?,
+            };
         }
     }
     Ok(writer.flush()?)
