@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use godwit_protos::peer::{Blob, DescribeResponse, VolumeMount};
+use criu_wrapper::live;
+use godwit_protos::peer::{Blob, DescribeResponse, Shape, VolumeMount};
 use godwit_protos::{ContainerRef, FileSystem, Subject, VolumeId, VolumeSource, annotation, path};
 use oci_spec::runtime::Spec;
 
@@ -214,6 +215,12 @@ impl Described {
         Path::new(path::MOUNTS).join(self.container.namespace()).join(self.container.id())
     }
 
+    /// What CRIU will have to dump and restore besides bytes.
+    pub async fn shape(&self) -> Result<Shape, MigrationError> {
+        let pids = self.pids.clone();
+        blocking(move || Ok(shape(&pids))).await
+    }
+
     /// The answer to a peer that is to make the container, and so needs its image.
     pub fn response(&self, node: &Node, mut findings: Findings) -> DescribeResponse {
         self.origin.survey(&self.record.image, &mut findings);
@@ -274,4 +281,21 @@ pub async fn volume_user(
         }
     }
     Ok(None)
+}
+
+/// What CRIU will have to dump and restore of these processes besides bytes.
+fn shape(pids: &[u32]) -> Shape {
+    let mut shape = Shape::default();
+    for pid in live::leaders(pids).unwrap_or_default() {
+        // A process that has ended counts as one without threads and mappings.
+        let read = |name| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
+        let status = read("status").unwrap_or_default();
+        let threads = status.lines().find_map(|line| line.strip_prefix("Threads:"));
+        let threads = threads.and_then(|count| count.trim().parse().ok()).unwrap_or(0);
+        let mappings = read("maps").unwrap_or_default().lines().count();
+        shape.processes = shape.processes.saturating_add(1);
+        shape.threads = shape.threads.saturating_add(threads);
+        shape.mappings = shape.mappings.saturating_add(u32::try_from(mappings).unwrap_or(u32::MAX));
+    }
+    shape
 }

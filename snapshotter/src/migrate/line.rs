@@ -1,14 +1,16 @@
-//! The hand-off's stream, as the destination holds it: what is said to the source, and what it answers.
+//! The hand-off's stream, as the destination holds it: what is said to the source, and what it
+//! answers.
 //!
-//! The stream is the session: dropping the line ends it, and the source thaws unless it has released the container.
-//! docs/protocol.md has the order of the messages; [`super::source`] is the other end.
+//! The stream is the session: dropping the line ends it, and the source thaws unless it has
+//! released the container. docs/protocol.md has the order of the messages; [`super::source`] is the
+//! other end.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use godwit_protos::peer::{
-    Abort, Begin, Container as PeerContainer, FromSource, Round, RoundDone, ToSource, from_source,
-    to_source,
+    self, Abort, Begin, Container as PeerContainer, FromSource, Round, RoundDone, ToSource,
+    from_source, to_source,
 };
 use godwit_protos::{ContainerRef, Subject};
 use tokio::sync::mpsc;
@@ -18,6 +20,7 @@ use tonic::Streaming;
 use super::MigrationError;
 use crate::ownership::Epoch;
 use crate::peer::Connection;
+use crate::policy::predict::Shape;
 
 /// How long the source has for a round and for the cut.
 const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
@@ -29,7 +32,8 @@ const LET_GO_MAX: Duration = Duration::from_secs(15);
 /// Subjects of a container that are looked up: volumes, layer and memory.
 const SUBJECTS_MAX: usize = 64;
 
-/// What the rounds will bring, and how fast it is written, in bytes per second, where that was measured.
+/// What the rounds will bring, and how fast it is written, in bytes per second, where that was
+/// measured.
 pub(super) type Subjects = HashMap<Subject, Option<f64>>;
 
 /// What the source says of a container before the first round.
@@ -40,6 +44,8 @@ pub(super) struct Beginning {
     pub(super) subjects: Subjects,
     /// Chain ID of the image that the container was made of; empty if it is not known.
     pub(super) chain_id: String,
+    /// What CRIU will have to dump and restore.
+    pub(super) shape: Shape,
 }
 
 /// The two directions of the hand-off stream.
@@ -73,6 +79,7 @@ impl Line {
                     epoch: Epoch(begun.epoch),
                     subjects: subjects.map(parse).collect::<Result<_, _>>()?,
                     chain_id: begun.chain_id,
+                    shape: shape(begun.shape.unwrap_or_default()),
                 })
             }
             _ => Err(MigrationError::Protocol("expected begun")),
@@ -129,4 +136,9 @@ impl Line {
 pub(super) fn named(container: &ContainerRef) -> PeerContainer {
     let (namespace, id) = (container.namespace().to_owned(), container.id().to_owned());
     PeerContainer { namespace, id }
+}
+
+fn shape(told: peer::Shape) -> Shape {
+    let peer::Shape { processes, threads, mappings } = told;
+    Shape { processes: processes.into(), threads: threads.into(), mappings: mappings.into() }
 }

@@ -1,16 +1,18 @@
 //! `godwit plan`: what a migration would cost and what stands in its way, before anything moves.
 //!
 //! 1. The source describes its container; what would make the migration fail is looked for here.
-//! 2. The source captures every subject twice while the container runs: the lists of what there is (about a
-//!    hundredth of the size) come here, and what changed in between tells the rate of writing.
-//! 3. The directory says which neighbours have snapshots of these subjects; their lists come too. So what each one holds
-//!    of what is wanted is known object by object, not guessed.
+//! 2. The source captures every subject twice while the container runs: the lists of what there is
+//!    (about a hundredth of the size) come here, and what changed in between tells the rate of
+//!    writing.
+//! 3. The directory says which neighbours have snapshots of these subjects; their lists come too.
+//!    So what each one holds of what is wanted is known object by object, not guessed.
 //! 4. A few objects are fetched to see how well they compress.
 //! 5. [`predict`] makes bytes by node, rounds, time and downtime of it.
 //!
 //! What there is of the image is asked by name alone ([`image`]).
 //!
-//! Nothing is frozen, created or promised; the lists stay in the store until it is swept, and serve the migration.
+//! Nothing is frozen, created or promised; the lists stay in the store until it is swept, and serve
+//! the migration.
 
 mod image;
 
@@ -25,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use super::destination::{Connections, connect, kind_told, mode_word};
 use super::image::{name_here, renaming_warning};
-use super::line::{Line, Subjects, named};
+use super::line::{Beginning, Line, Subjects, named};
 use super::request::{Request, check_absent, describe_at, find_obstacles, image_of, texts};
 use super::{MigrationError, blocking, choice};
 use crate::content::object::{self, Kind};
@@ -36,7 +38,7 @@ use crate::node::Node;
 use crate::peer::Connection;
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::choose::Choice;
-use crate::policy::predict::{Held, Input, Part, Prediction, predict, to_u64, write_rate};
+use crate::policy::predict::{Held, Input, Part, Prediction, Shape, predict, to_u64, write_rate};
 use crate::store::{Lease, Store};
 
 /// How long what a plan brings is protected while it is made.
@@ -67,7 +69,8 @@ pub struct Candidate {
     pub round_trip_ms: f64,
     /// Runnable tasks per processor, as it says.
     pub load: f64,
-    /// Seconds that it alone would save over the source alone, by the age of its snapshot and what is known of it.
+    /// Seconds that it alone would save over the source alone, by the age of its snapshot and what
+    /// is known of it.
     pub score_s: f64,
     /// Whether it will be asked.
     pub chosen: bool,
@@ -125,8 +128,8 @@ pub struct Plan {
 
 /// Makes the plan of a migration to this node.
 ///
-/// Errors: the source does not answer, has no such container or cannot give it away now. What would make the migration
-/// fail otherwise is an obstacle of the plan.
+/// Errors: the source does not answer, has no such container or cannot give it away now. What would
+/// make the migration fail otherwise is an obstacle of the plan.
 pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, MigrationError> {
     if let Err(error @ MigrationError::RunsHere { .. }) =
         check_absent(node, &request.from.container).await
@@ -159,7 +162,7 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
             VolumeSource::Writable(_) => None,
         })
         .collect();
-    let (subjects, capture, found) = survey.subjects(request, &contents).await?;
+    let Captures { subjects, capture, found, shape } = survey.subjects(request, &contents).await?;
     obstacles.extend(subjects.iter().filter_map(|one| one.obstacle.clone()));
     surveyed.extend(subjects);
     for digest in contents {
@@ -175,6 +178,8 @@ pub async fn plan(node: &Arc<Node>, request: &Request) -> Result<Plan, Migration
         source: request.from.node.clone(),
         rates,
         capture,
+        shape,
+        pace: node.links.of(&request.from.node).frozen_pace.unwrap_or(1.0),
         max_rounds: request.settings.max_rounds,
     };
     let told = predict(&input);
@@ -191,6 +196,16 @@ struct Surveyed {
     obstacle: Option<String>,
 }
 
+/// What two captures at the source say.
+struct Captures {
+    subjects: Vec<Surveyed>,
+    /// How long the first one took.
+    capture: Duration,
+    /// What the directory says of them.
+    found: Vec<Entry>,
+    shape: Shape,
+}
+
 struct Survey<'a> {
     node: &'a Arc<Node>,
     connections: &'a Connections,
@@ -198,13 +213,12 @@ struct Survey<'a> {
 }
 
 impl Survey<'_> {
-    /// Has the source capture everything twice. Returns the subjects, how long a capture takes, and what the directory
-    /// says of them and of `contents`.
+    /// Has the source capture everything twice, and asks the directory for it and for `contents`.
     async fn subjects(
         &self,
         request: &Request,
         contents: &[Digest],
-    ) -> Result<(Vec<Surveyed>, Duration, Vec<Entry>), MigrationError> {
+    ) -> Result<Captures, MigrationError> {
         let begin = Begin {
             container: Some(named(&request.from.container)),
             destination: self.node.config.node.clone(),
@@ -215,7 +229,7 @@ impl Survey<'_> {
             r#as: Some(named(&request.from.container)),
         };
         let mut line = Line::open(&self.connections.source, begin).await?;
-        let subjects = line.begun().await?.subjects;
+        let Beginning { subjects, shape, .. } = line.begun().await?;
         let container = &request.from.container;
         let asked = subjects.keys().cloned().collect();
         let lookup = self.connections.look_up(self.node, container, asked, contents.to_vec());
@@ -226,7 +240,8 @@ impl Survey<'_> {
         let surveyed = self.first_round(&first, &found, &subjects).await;
         let between = begun.elapsed();
         let second = line.round(2).await;
-        // The first capture stores everything and is slower: a page in its middle was read that much later.
+        // The first capture stores everything and is slower: a page in its middle was read that
+        // much later.
         let recapture = begun.elapsed().saturating_sub(between);
         let between = between.saturating_sub(capture.saturating_sub(recapture) / 2);
         line.abort("only a plan was asked for".to_owned()).await;
@@ -236,7 +251,7 @@ impl Survey<'_> {
             let changed = later.changed_bytes as f64;
             one.part.write_rate = write_rate(one.part.size, changed, between.as_secs_f64());
         }
-        Ok((surveyed, capture, found))
+        Ok(Captures { subjects: surveyed, capture, found, shape })
     }
 
     async fn first_round(
@@ -277,8 +292,8 @@ impl Survey<'_> {
         Ok(surveyed)
     }
 
-    /// What is missing of a version, and who of those that `entries` name has it. A node of which `choices` say nothing is asked:
-    /// a holder of read-only content has all of it.
+    /// What is missing of a version, and who of those that `entries` name has it. A node of which
+    /// `choices` say nothing is asked: a holder of read-only content has all of it.
     async fn tree(
         &self,
         name: String,
@@ -329,6 +344,7 @@ impl Survey<'_> {
             size: size as f64,
             missing: of(missing.len()),
             held: of(union.len()),
+            entries: leaves.entries as f64,
             holders: holders.collect(),
             ..Part::default()
         };
@@ -414,11 +430,13 @@ struct Leaves {
     digests: HashSet<Digest>,
     /// Size that its tree states, in bytes.
     size: u64,
+    /// Files and directories in it.
+    entries: usize,
 }
 
 impl Leaves {
     fn of(store: &Store, root: (Kind, Digest)) -> Result<Self, ContentError> {
-        let mut leaves = Self { digests: HashSet::new(), size: 0 };
+        let mut leaves = Self { digests: HashSet::new(), size: 0, entries: 0 };
         if root.0 == Kind::Tree {
             leaves.size = store.decode::<object::Tree>(&root.1)?.bytes;
         }
@@ -427,6 +445,11 @@ impl Leaves {
             if kind.is_leaf() {
                 leaves.digests.insert(digest);
                 continue;
+            }
+            if kind == Kind::Directory
+                && let object::Directory::Entries(entries) = store.decode(&digest)?
+            {
+                leaves.entries += entries.len();
             }
             let children = object::children(kind, &store.object(&digest)?)
                 .map_err(|source| ContentError::Object { digest, source })?;

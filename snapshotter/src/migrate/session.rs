@@ -34,6 +34,7 @@ use crate::ownership::leases::{Lease as Hold, Leased, Purpose};
 use crate::ownership::{Epoch, Event, Ownership};
 use crate::peer::fetch::{Depth, Peers, fetch};
 use crate::policy::choose::Choice;
+use crate::policy::predict::criu_seconds;
 use crate::policy::rounds;
 use crate::retention::{admitted, record};
 use crate::store::Lease;
@@ -255,7 +256,7 @@ impl Work {
         layout: &mut Layout,
         line: &mut Line,
     ) -> Result<Report, MigrationError> {
-        let Beginning { epoch, mut subjects, chain_id } = line.begun().await?;
+        let Beginning { epoch, mut subjects, chain_id, shape } = line.begun().await?;
         self.check_image(&chain_id).await?;
         layout.clear_layer()?;
         subjects.retain(|subject, _| self.is_asked(subject));
@@ -304,6 +305,10 @@ impl Work {
         let source_ms = |us: u64| Duration::from_micros(us).as_secs_f64() * 1e3;
         let (freeze, dump) = (source_ms(stopped.freeze_us), source_ms(stopped.dump_us));
         let transfer = (millis(ready - stop) - freeze - dump).max(0.0);
+        let restore = millis(running - ready);
+        let memory = stopped.manifests.iter().find(|told| told.subject.starts_with("memory|"));
+        let predicted = criu_seconds(&shape, memory.map_or(0, |told| told.size_bytes));
+        self.node.links.frozen(&self.asked.from.node, (dump + restore) / 1e3, predicted);
         prepared.connections.remember(&self.node);
         Ok(Report {
             migration: self.id.clone(),
@@ -314,13 +319,7 @@ impl Work {
             total_ms: millis(running - prepared.begun),
             downtime_ms: millis(running - stop),
             rounds,
-            phases_ms: Phases {
-                pre_copy: millis(pre_copy),
-                freeze,
-                dump,
-                transfer,
-                restore: millis(running - ready),
-            },
+            phases_ms: Phases { pre_copy: millis(pre_copy), freeze, dump, transfer, restore },
             wire_bytes_by_node: prepared.connections.received(),
             stop_and_copy_bytes,
             subjects: shares.into_list(),

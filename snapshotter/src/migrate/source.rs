@@ -224,6 +224,7 @@ impl Session {
         let rate = |subject| self.node.observed.write_rate(subject).unwrap_or_default();
         let begun = Begun {
             epoch: epoch.0,
+            shape: Some(self.described.shape().await?),
             write_rates: subjects.iter().map(rate).collect(),
             subjects: subjects.iter().map(ToString::to_string).collect(),
             chain_id: self.described.origin.chain_id_text(),

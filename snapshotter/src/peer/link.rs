@@ -16,6 +16,11 @@ pub use crate::policy::predict::MEASURED_BYTES_MIN;
 /// Share of a new measurement in what is remembered.
 const NEW_SHARE: f64 = 0.5;
 
+/// Bounds of a pace that is believed: beyond them something else than the machines' speed was
+/// measured.
+const FROZEN_PACE_MIN: f64 = 0.2;
+const FROZEN_PACE_MAX: f64 = 5.0;
+
 /// The way to one peer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Link {
@@ -25,6 +30,10 @@ pub struct Link {
     pub round_trip_ms: f64,
     /// Runnable tasks per processor, as it last said of itself.
     pub load: f64,
+    /// How long containers from it were frozen, as a share of what the model predicts without
+    /// having measured.
+    #[serde(default)]
+    pub frozen_pace: Option<f64>,
 }
 
 /// The ways to all peers. Cheap to ask.
@@ -72,6 +81,19 @@ impl LinkStats {
         channel.load = connection.hello.load;
     }
 
+    /// A container from `node` was frozen for `measured` seconds, and the model predicts
+    /// `predicted`.
+    pub fn frozen(&self, node: &str, measured: f64, predicted: f64) {
+        let pace = (measured / predicted).clamp(FROZEN_PACE_MIN, FROZEN_PACE_MAX);
+        if pace.is_nan() {
+            return;
+        }
+        let mut known = self.lock();
+        let known = &mut known.entry(node.to_owned()).or_default().frozen_pace;
+        let before = known.unwrap_or(pace);
+        *known = Some(before + (pace - before) * NEW_SHARE);
+    }
+
     /// Remembers what a migration measured, in bytes per second, and writes the file.
     pub fn measured(&self, rates: &[(String, f64)]) {
         let text = {
@@ -106,6 +128,26 @@ mod tests {
         let again = LinkStats::open(&path);
         assert_eq!(again.rates(), [("far".to_owned(), 8.0), ("near".to_owned(), 150.0)]);
         assert_eq!(again.of("unknown"), Link::default());
+    }
+
+    #[test]
+    fn the_pace_of_frozen_time_is_averaged_and_bounded_and_outlives_the_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("peers.json");
+        // As a daemon wrote it that did not know of a pace.
+        let earlier =
+            r#"{"near":{"throughput_bytes_per_second":8.0,"round_trip_ms":1.0,"load":0.0}}"#;
+        fs::write(&path, earlier).unwrap();
+        let channels = LinkStats::open(&path);
+        assert_eq!(channels.of("near").throughput_bytes_per_second, Some(8.0));
+        channels.frozen("near", 1.0, 1.0);
+        channels.frozen("near", 2.0, 1.0);
+        channels.frozen("far", 1e9, 1.0);
+        channels.frozen("none", 0.0, 0.0);
+        channels.measured(&[]);
+        let again = LinkStats::open(&path);
+        let pace = |node| again.of(node).frozen_pace;
+        assert_eq!((pace("near"), pace("far"), pace("none")), (Some(1.5), Some(5.0), None));
     }
 
     #[test]

@@ -17,11 +17,28 @@ pub const MEASURED_BYTES_MIN: u64 = 1 << 20;
 /// fast link.
 pub const RATE_UNKNOWN: f64 = 30e6;
 
-/// CRIU's dump and restore: a fixed part, and seconds per byte of memory (0.6-0.8 and 0.7-1.0 s per
-/// GiB, measured with CRIU 4.2 on two virtual processors; `make bench`).
-const DUMP: (f64, f64) = (0.15, 0.7 / GIB);
-const RESTORE: (f64, f64) = (0.2, 0.85 / GIB);
+/// Seconds that one of something costs while the container is frozen.
+struct Cost {
+    /// CRIU's dump.
+    dump: f64,
+    /// Reading its image files, and laying them out at the destination; without the wire.
+    images: f64,
+    /// CRIU's restore, and the hand-off.
+    restore: f64,
+}
+
+/// Measured with CRIU 4.2 on two virtual processors (`make bench ARGS=--shapes`). The first
+/// process, with its first thread and the mappings of a small program, is part of `CONTAINER`.
+const CONTAINER: Cost = Cost { dump: 0.13, images: 0.03, restore: 0.13 };
+const BYTE: Cost = Cost { dump: 0.7 / GIB, images: 0.0, restore: 0.85 / GIB };
+const PROCESS: Cost = Cost { dump: 4.5e-3, images: 6e-3, restore: 3.5e-3 };
+const THREAD: Cost = Cost { dump: 0.28e-3, images: 0.25e-3, restore: 0.45e-3 };
+const MAPPING: Cost = Cost { dump: 9e-6, images: 2e-6, restore: 3.5e-6 };
 const GIB: f64 = 1_073_741_824.0;
+
+/// Seconds to look at one file or directory while the container is frozen, which happens beside the
+/// dump.
+const ENTRY: f64 = 6e-6;
 
 /// Seconds for connecting, the image's lists and the new container; and for staging what a round
 /// has brought.
@@ -50,8 +67,21 @@ pub struct Part {
     pub holders: Vec<Held>,
     /// Bytes per second that change.
     pub write_rate: f64,
+    /// Files and directories in it.
+    pub entries: f64,
     /// Whether its pages are dumped and restored.
     pub is_memory: bool,
+}
+
+/// What CRIU has to dump and restore besides bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shape {
+    /// Processes.
+    pub processes: f64,
+    /// Threads of all processes.
+    pub threads: f64,
+    /// Mappings of all processes.
+    pub mappings: f64,
 }
 
 /// What is asked.
@@ -65,6 +95,11 @@ pub struct Input {
     pub rates: BTreeMap<String, f64>,
     /// How long the source takes to capture everything once.
     pub capture: Duration,
+    /// What the container consists of.
+    pub shape: Shape,
+    /// How long dump and restore take, as a share of what the constants say: what earlier
+    /// migrations measured, or 1.
+    pub pace: f64,
     /// Rounds at most, as in a request.
     pub max_rounds: u32,
 }
@@ -121,6 +156,32 @@ fn divide(part: &Part, rate: impl Fn(&str) -> f64) -> BTreeMap<String, f64> {
     shares
 }
 
+/// What a container of this shape with `memory` bytes costs.
+fn cost(shape: &Shape, memory: f64) -> Cost {
+    // Threads beyond the first of each process.
+    let threads = (shape.threads - shape.processes).max(0.0);
+    let processes = (shape.processes - 1.0).max(0.0);
+    let sum = |of: fn(&Cost) -> f64| {
+        of(&CONTAINER)
+            + of(&BYTE) * memory
+            + of(&PROCESS) * processes
+            + of(&THREAD) * threads
+            + of(&MAPPING) * shape.mappings
+    };
+    Cost {
+        dump: sum(|cost| cost.dump),
+        images: sum(|cost| cost.images),
+        restore: sum(|cost| cost.restore),
+    }
+}
+
+/// Seconds that dump and restore take at a pace of 1.
+pub fn criu_seconds(shape: &Shape, memory_bytes: u64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let Cost { dump, restore, .. } = cost(shape, memory_bytes as f64);
+    dump + restore
+}
+
 /// What to expect of a migration.
 pub fn predict(input: &Input) -> Prediction {
     let rate = |node: &str| input.rates.get(node).copied().unwrap_or(RATE_UNKNOWN).max(1.0);
@@ -161,8 +222,10 @@ pub fn predict(input: &Input) -> Prediction {
     }
     let stop_and_copy = change(input, lasted, &mut parts);
     let memory: f64 = input.parts.iter().filter(|part| part.is_memory).map(|part| part.size).sum();
-    let fixed = DUMP.0 + DUMP.1 * memory + RESTORE.0 + RESTORE.1 * memory;
-    let downtime = fixed + stop_and_copy / source;
+    let entries: f64 = input.parts.iter().map(|part| part.entries).sum();
+    let Cost { dump, images, restore } = cost(&input.shape, memory);
+    let frozen = dump.max(entries * ENTRY) + images + restore;
+    let downtime = frozen * input.pace + stop_and_copy / source;
     Prediction {
         parts,
         rounds: sizes,
@@ -204,7 +267,7 @@ mod tests {
     fn input(parts: Vec<Part>) -> Input {
         let rates = [("source", 10.0 * MIB), ("near", 100.0 * MIB), ("slow", MIB)];
         let rates = rates.map(|(node, rate)| (node.to_owned(), rate)).into();
-        Input { parts, source: "source".to_owned(), rates, ..Input::default() }
+        Input { parts, source: "source".to_owned(), rates, pace: 1.0, ..Input::default() }
     }
 
     fn part(missing: f64, holders: &[(&str, f64)], held: f64) -> Part {
@@ -254,6 +317,40 @@ mod tests {
         assert!(after < 15.0 * MIB, "pages are hit again");
         assert_eq!(changed(0.0, rate, 1.0), 0.0);
         assert_eq!(write_rate(size, 0.0, 0.0), 0.0);
+    }
+
+    fn downtime(input: &Input) -> f64 {
+        predict(input).downtime.as_secs_f64()
+    }
+
+    #[test]
+    fn processes_threads_and_mappings_cost_time_and_not_only_bytes() {
+        let small = input(vec![part(1.0, &[], 0.0)]);
+        let with = |processes, threads, mappings| {
+            let shape = Shape { processes, threads, mappings };
+            downtime(&Input { shape, ..small.clone() })
+        };
+        let usual = with(1.0, 1.0, 20.0);
+        assert!((usual - 0.35).abs() < 0.1, "{usual}");
+        for many in [with(250.0, 250.0, 5000.0), with(1.0, 2000.0, 4000.0), with(1.0, 1.0, 300e3)] {
+            assert!(many > 5.0 * usual, "{many}");
+        }
+        // A source that counts nothing.
+        assert!((with(0.0, 0.0, 0.0) - usual).abs() < 0.01);
+    }
+
+    #[test]
+    fn what_earlier_migrations_measured_beats_the_constants() {
+        let once = input(vec![part(0.0, &[], 0.0)]);
+        let twice = Input { pace: 2.0, ..once.clone() };
+        assert!((downtime(&twice) - 2.0 * downtime(&once)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn files_are_looked_at_beside_the_dump() {
+        let with = |entries| downtime(&input(vec![Part { entries, ..part(0.0, &[], 0.0) }]));
+        assert_eq!(with(0.0), with(1000.0));
+        assert!((with(1e6) - with(0.0) - (1e6 * ENTRY - CONTAINER.dump)).abs() < 1e-9);
     }
 
     proptest! {
