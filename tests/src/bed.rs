@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -14,6 +15,8 @@ use crate::{need, place};
 
 /// Last byte of the first node's address; those of the others follow.
 const FIRST_NODE: u8 = 2;
+/// Where shims keep CRIU's logs in a node.
+const CRIU_LOGS: &str = "/var/log/godwit";
 /// Lines of each log that are shown when a test panics.
 const LOG_LINES: usize = 25;
 
@@ -221,12 +224,14 @@ impl Bed {
     fn keep_logs(&self) -> Result<String> {
         let kept = place::testbed().join("failed").join(self.run.number().to_string());
         for node in &self.nodes {
-            fs::create_dir_all(kept.join(node.name()))?;
-            for entry in fs::read_dir(self.run.directory().join(node.name()))? {
-                let path = entry?.path();
-                if let (true, Some(name)) = (path.is_file(), path.file_name()) {
-                    fs::copy(&path, kept.join(node.name()).join(name))?;
-                }
+            let to = kept.join(node.name());
+            fs::create_dir_all(&to)?;
+            copy_files(&self.run.directory().join(node.name()), &to)?;
+            // CRIU's logs of the last failed dump and restore of each container; the shims write
+            // them, so there may be none, and a node that has crashed shows none.
+            let criu = node.path(CRIU_LOGS);
+            if criu.is_dir() {
+                copy_files(&criu, &to)?;
             }
         }
         Ok(kept.display().to_string())
@@ -239,6 +244,16 @@ impl Drop for Bed {
             self.show_logs();
         }
     }
+}
+
+fn copy_files(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from)? {
+        let path = entry?.path();
+        if let (true, Some(name)) = (path.is_file(), path.file_name()) {
+            fs::copy(&path, to.join(name))?;
+        }
+    }
+    Ok(())
 }
 
 /// The daemon first: containerd asks its snapshotters for their capabilities when it starts.

@@ -537,7 +537,9 @@ fn pods_outlive_containerd(handler: Handler) -> Result<()> {
     let ends = pod.start("ends", "sleep 1.5; exit 8")?;
     let shims = pod.shims()?;
     node().kill_containerd()?;
-    std::thread::sleep(Duration::from_secs(2));
+    wait_until("it ends while containerd is away", SOON, || {
+        Ok(!node().run(&["pgrep", "-f", "^sleep 1.5$"])?.succeeded())
+    })?;
     node().start_containerd()?;
     wait_until("the CRI answers", SOON, || Ok(pod.status().is_ok()))?;
     assert_eq!(pod.status()?.state(), PodSandboxState::SandboxReady);

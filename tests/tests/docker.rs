@@ -292,10 +292,13 @@ fn containers_outlive_dockers_daemon(runtime: Runtime) -> Result<()> {
     let lives = Container::start(runtime, "lives", &[], "while :; do echo tick; sleep 0.1; done")?;
     let ends = Container::start(runtime, "ends", &[], "sleep 2; exit 8")?;
     let pid = lives.inspect(".State.Pid")?;
+    let ending = ends.inspect(".State.Pid")?;
     let daemon = DOCKERD.lock().expect("no panic").take().context("no daemon")?;
     daemon.signal(nix::sys::signal::Signal::SIGKILL)?;
     drop(daemon);
-    std::thread::sleep(Duration::from_millis(2500));
+    wait_until("it ends while the daemon is away", SOON, || {
+        Ok(!node().run(&["kill", "-0", &ending])?.succeeded())
+    })?;
     node().sh("rm -f /run/docker.pid /var/run/docker.pid")?;
     start_dockerd(node())?;
     assert_eq!(lives.inspect(".State.Pid")?, pid);

@@ -47,6 +47,14 @@ fn remove(name: &str) -> Result<()> {
     source().ok(&["ctr", "containers", "rm", name]).map(drop)
 }
 
+/// The first process of a container at the source.
+fn pid(name: &str) -> Result<String> {
+    let listed = source().ok(&["ctr", "tasks", "ls"])?;
+    let line = listed.lines().find(|line| line.split_whitespace().next() == Some(name));
+    let pid = line.and_then(|line| line.split_whitespace().nth(1)).context("no task")?;
+    Ok(pid.to_owned())
+}
+
 /// A migration that must fail; what it says.
 fn refused(name: &str, options: &[&str]) -> Result<String> {
     let done = workload::migrate(source(), name, source(), destination(), options)?;
@@ -238,7 +246,9 @@ fn a_dump_that_criu_refuses_leaves_the_container_running_and_gives_the_reason() 
         .command(&["sh", "-c", script])
         .annotation("godwit.io/criu.ghost-limit", "1M")
         .start(source())?;
-    std::thread::sleep(Duration::from_secs(2));
+    wait_until("the file has lost its name", SOON, || {
+        Ok(source().sh(&format!("ls -l /proc/{}/fd", pid(name)?))?.contains("(deleted)"))
+    })?;
     let text = refused(name, &[])?;
     ensure!(text.to_lowercase().contains("ghost"), "{text}");
     ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "not running");
@@ -251,7 +261,11 @@ fn a_stopped_process_is_refused_before_criu_would_hang() -> Result<()> {
     let name = "sigstop";
     let script = "sleep 1000 & kill -STOP $!; while :; do usleep 50000; done";
     Container::new(name, Image::Busybox).command(&["sh", "-c", script]).start(source())?;
-    std::thread::sleep(Duration::from_secs(1));
+    wait_until("the process is stopped", SOON, || {
+        // It may be stopped before it runs `sleep`, and then has the name of the shell.
+        let processes = source().ok(&["ps", "-e", "-o", "stat=,args="])?;
+        Ok(processes.lines().any(|line| line.starts_with('T') && line.contains("sleep 1000")))
+    })?;
     let text = refused(name, &[])?;
     ensure!(text.contains("stopped") || text.contains("SIGSTOP"), "{text}");
     ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "not running");
@@ -288,30 +302,35 @@ fn a_full_disk_at_the_destination_leaves_the_source_running() -> Result<()> {
     to.sh("umount /var/lib/godwit").map(drop)
 }
 
-/// Starts a migration in the background and waits until the source is frozen, while the destination
-/// restores slowly.
-fn frozen(name: &'static str) -> Result<godwit_tests::Background> {
-    criu::slow(destination(), 6)?;
+/// A migration in the background, whose destination restores slowly until this is dropped.
+struct Frozen {
+    running: godwit_tests::Background,
+    _slow: criu::Changed<'static>,
+}
+
+/// Starts a migration and waits until the source is frozen and the destination has called CRIU for
+/// the restore.
+fn frozen(name: &'static str) -> Result<Frozen> {
+    let slow = criu::slow(destination(), 6)?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
     let running = source().spawn(&words, &format!("migrate-{name}"))?;
     wait_until("the source is frozen", SOON, || {
         Ok(workload::task(source(), name)?.as_deref() == Some("PAUSED"))
     })?;
-    // Until the dump is over and the restore has begun.
-    std::thread::sleep(Duration::from_secs(2));
-    Ok(running)
+    slow.wait_for_call()?;
+    Ok(Frozen { running, _slow: slow })
 }
 
 #[test]
 fn a_destination_that_dies_while_it_restores_leaves_the_source_running() -> Result<()> {
     let name = "dies-d";
     let address = start_memhog(name, 16, 8)?;
-    let mut running = frozen(name)?;
+    let mut migration = frozen(name)?;
     destination().kill_daemon()?;
     runs_on(name, address)?;
     destination().start_daemon()?;
-    criu::normal(destination())?;
-    let _ = running.wait(SOON)?;
+    let _ = migration.running.wait(SOON)?;
+    drop(migration);
     // The restore that is still held there asks the new daemon, and is refused.
     wait_until("the destination's task is gone", Duration::from_secs(60), || {
         Ok(!matches!(workload::task(destination(), name)?.as_deref(), Some("RUNNING" | "PAUSED")))
@@ -328,12 +347,12 @@ fn a_destination_that_dies_while_it_restores_leaves_the_source_running() -> Resu
 fn a_source_whose_daemon_dies_while_frozen_runs_on_after_its_restart() -> Result<()> {
     let name = "dies-s";
     let address = start_memhog(name, 20, 8)?;
-    let mut running = frozen(name)?;
+    let mut migration = frozen(name)?;
     source().kill_daemon()?;
     source().start_daemon()?;
     runs_on(name, address)?;
-    let _ = running.wait(Duration::from_secs(120))?;
-    criu::normal(destination())?;
+    let _ = migration.running.wait(Duration::from_secs(120))?;
+    drop(migration);
     nothing_is_left(name)?;
     runs_on(name, address)?;
     remove(name)
@@ -343,12 +362,12 @@ fn a_source_whose_daemon_dies_while_frozen_runs_on_after_its_restart() -> Result
 fn a_link_that_is_cut_while_frozen_thaws_the_source() -> Result<()> {
     let name = "cut";
     let address = start_memhog(name, 24, 8)?;
-    let mut running = frozen(name)?;
+    let mut migration = frozen(name)?;
     destination().cut_link()?;
     runs_on(name, address)?;
     destination().mend_link()?;
-    let _ = running.wait(Duration::from_secs(120))?;
-    criu::normal(destination())?;
+    let _ = migration.running.wait(Duration::from_secs(120))?;
+    drop(migration);
     nothing_is_left(name)?;
     runs_on(name, address)?;
     remove(name)
@@ -361,15 +380,22 @@ fn a_cut_during_pre_copy_costs_nothing() -> Result<()> {
     let address = start_memhog(name, 28, 32)?;
     source().set_rate(Some(30))?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
+    let before = destination().traffic()?.received;
     let mut running = source().spawn(&words, "migrate-precopy")?;
-    std::thread::sleep(Duration::from_secs(3));
+    wait_until("some of it has come", SOON, || {
+        Ok(destination().traffic()?.received > before + (4 << 20))
+    })?;
     destination().cut_link()?;
-    std::thread::sleep(Duration::from_secs(1));
-    ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "not running");
-    let code = running.wait(Duration::from_secs(60))?;
+    let mut code = None;
+    wait_until("the migration fails", Duration::from_secs(60), || {
+        let task = workload::task(source(), name)?;
+        ensure!(task.as_deref() == Some("RUNNING"), "{task:?} after the cut");
+        code = running.ended()?;
+        Ok(code.is_some())
+    })?;
     destination().mend_link()?;
     source().set_rate(Some(1000))?;
-    ensure!(code != 0, "it was migrated over a cut link");
+    ensure!(code != Some(0), "it was migrated over a cut link");
     runs_on(name, address)?;
     nothing_is_left(name)?;
     // What arrived serves the next attempt.

@@ -438,9 +438,11 @@ fn a_terminal_can_be_resized(runtime: &Runtime) -> Result<()> {
 fn containerd_may_restart(runtime: &Runtime) -> Result<()> {
     let container = Container::start(runtime, "restart", &[], "sleep 600")?;
     let ending = Container::start(runtime, "ending", &[], "sleep 1; exit 8")?;
+    let pid = ending.pid()?;
     node().kill_containerd()?;
-    // It ends while containerd is away.
-    std::thread::sleep(Duration::from_millis(1500));
+    wait_until("it ends while containerd is away", SOON, || {
+        Ok(!node().run(&["kill", "-0", &pid])?.succeeded())
+    })?;
     node().start_containerd()?;
     // containerd takes a shim whose only process has ended for a leaked one and may remove it.
     wait_until("the end is known", SOON, || Ok(ending.status()? != "RUNNING"))?;
@@ -450,7 +452,10 @@ fn containerd_may_restart(runtime: &Runtime) -> Result<()> {
     assert_eq!(container.status()?, "RUNNING");
     assert_eq!(container.exec("after", "exit 3")?.code, 3);
     let events = node().spawn(&["ctr", "events"], &format!("events-{}", container.id))?;
-    std::thread::sleep(Duration::from_millis(300));
+    wait_until("events arrive", SOON, || {
+        ctr_ok(&["namespaces", "label", "default", "probe=1"])?;
+        Ok(events.log().contains("/namespaces/update"))
+    })?;
     ctr_ok(&["task", "kill", "-s", "SIGKILL", &container.id])?;
     container.wait_for_status("STOPPED")?;
     wait_until("the exit event arrives", SOON, || Ok(events.log().contains("/tasks/exit")))

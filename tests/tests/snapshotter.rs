@@ -210,8 +210,8 @@ fn a_checkpoint_takes_the_writable_layer_along() -> Result<()> {
     drop(container);
     node().ok(&["ctr", "c", "restore", "--rw", "--live", "kept", "kept-image"])?;
     let restored = Container { id: "kept".into() };
-    std::thread::sleep(Duration::from_millis(200));
-    let text = restored.exec("c1", "cat /count")?;
+    restored.exec("c1", "until [ $(wc -l < /count) -gt 10 ]; do sleep 0.1; done")?;
+    let text = restored.exec("c2", "cat /count")?;
     let counts: Vec<u64> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
     assert!(counts.len() > 10 && counts.iter().copied().eq(1..=counts.len() as u64), "{counts:?}");
     node().ok(&["ctr", "images", "rm", "--sync", "kept-image"]).map(drop)

@@ -232,8 +232,8 @@ fn what_was_written_until_the_freeze_is_there_after_it() -> Result<()> {
 
 /// Starts a migration in the background and waits until the source is frozen, while the destination
 /// restores slowly.
-fn frozen(name: &str) -> Result<godwit_tests::Background> {
-    criu::slow(node(1), 5)?;
+fn frozen(name: &str) -> Result<(godwit_tests::Background, criu::Changed<'static>)> {
+    let slow = criu::slow(node(1), 5)?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
     let running = node(0).spawn(&words, &format!("migrate-{name}"))?;
     wait_until("the source is frozen", SOON, || {
@@ -245,7 +245,7 @@ fn frozen(name: &str) -> Result<godwit_tests::Background> {
             .run(&["test", "-f", &format!("/var/lib/godwit/volumes/{name}/data")])?
             .succeeded())
     })?;
-    Ok(running)
+    Ok((running, slow))
 }
 
 /// Method: the images at both nodes are looked at while the source is frozen; then its daemon is
@@ -256,7 +256,7 @@ fn a_frozen_image_is_clean_and_a_daemon_that_dies_meanwhile_thaws_it() -> Result
     create(node(0), name, &[])?;
     writer(name, "delete").start(node(0))?;
     goes_on(node(0), name, 30)?;
-    let mut running = frozen(name)?;
+    let (mut running, slow) = frozen(name)?;
     // The destination has mounted its own by now; the source's is what was sent.
     node(0).sh(&format!(
         "cp --sparse=always /var/lib/godwit/volumes/{name}/data /tmp/frozen.img
@@ -271,7 +271,7 @@ fn a_frozen_image_is_clean_and_a_daemon_that_dies_meanwhile_thaws_it() -> Result
     goes_on(node(0), name, 30)?;
     let code = running.wait(Duration::from_secs(120))?;
     ensure!(code != 0, "it was migrated by a dead daemon");
-    criu::normal(node(1))?;
+    drop(slow);
     wait_until("the destination is cleaned up", Duration::from_secs(60), || {
         Ok(!node(1).ok(&["godwit", "volume", "ls"])?.contains(name))
     })?;
@@ -286,19 +286,19 @@ fn a_daemon_that_dies_during_a_consistent_snapshot_thaws_the_volume() -> Result<
     create(node(0), name, &[])?;
     writer(name, "delete").start(node(0))?;
     goes_on(node(0), name, 30)?;
-    criu::slow(node(0), 5)?;
+    let slow = criu::slow(node(0), 5)?;
     let words = ["godwit", "snapshot", "create", "--consistent", name];
     let mut running = node(0).spawn(&words, "cut-off")?;
     wait_until("it is frozen", SOON, || {
         Ok(workload::task(node(0), name)?.as_deref() == Some("PAUSED"))
     })?;
     // CRIU is called once the file system is frozen too, and takes its time.
-    std::thread::sleep(Duration::from_secs(1));
+    slow.wait_for_call()?;
     let mut late = node(0).spawn(&["touch", &format!("{}/late", mounted(name))], "late")?;
     node(0).kill_daemon()?;
     std::thread::sleep(Duration::from_secs(1));
     ensure!(late.ended()?.is_none(), "a write to a frozen file system did not wait");
-    criu::normal(node(0))?;
+    drop(slow);
     node(0).start_daemon()?;
     ensure!(late.wait(SOON)? == 0, "the write that waited failed");
     goes_on(node(0), name, 30)?;
@@ -314,12 +314,12 @@ fn a_shim_that_dies_while_frozen_leaves_nothing_frozen_or_mounted() -> Result<()
     create(node(0), name, &[])?;
     writer(name, "delete").start(node(0))?;
     goes_on(node(0), name, 10)?;
-    let mut running = frozen(name)?;
+    let (mut running, slow) = frozen(name)?;
     node(0).sh(&format!("pkill -KILL -f 'shim-godwit-v[1].* -id {name}'"))?;
     nothing_is_mounted(node(0), name)?;
     has_loop_devices(name, 1)?;
     let code = running.wait(Duration::from_secs(60))?;
-    criu::normal(node(1))?;
+    drop(slow);
     ensure!(code == 0, "the hand-off did not go on");
     goes_on(node(1), name, 10)?;
     ends_whole(node(1), name)
@@ -341,9 +341,9 @@ fn aborted(name: &'static str, file_system: &str) -> Result<()> {
     create(node(0), name, &["--fs", file_system])?;
     writer(name, "delete").start(node(0))?;
     goes_on(node(0), name, 30)?;
-    criu::broken(node(1))?;
+    let broken = criu::broken(node(1))?;
     let refused = workload::migrate(node(0), name, node(0), node(1), &[])?;
-    criu::normal(node(1))?;
+    drop(broken);
     ensure!(refused.stderr.contains("runs on at its source"), "{}", refused.stderr);
     goes_on(node(0), name, 30)?;
     ensure!(!node(1).ok(&["godwit", "volume", "ls"])?.contains(name), "a volume is left");
