@@ -2,11 +2,12 @@
 //! which pages of a running process it would dump, and which parts of a process it leaves out.
 //!
 //! A leaf: it knows neither containerd nor Godwit's protocol, and starts CRIU only to ask for its
-//! version (runc runs the dumps and restores), and tar as CRIU does ([`tmpfs`]). Read [`log`] for the reason of a failure,
-//! [`version`] for what a CRIU can do, [`pagemap`] for memory images and how a child directory
-//! refers to its parent, [`live`] for reading pages before any freeze, [`mend`] for what CRIU would
-//! restore wrongly from its own images, [`waits`] and [`timers`] for what a freeze disturbs,
-//! [`watches`] for paths of what is watched, [`supplement`] for what CRIU leaves out of its images.
+//! version (runc runs the dumps and restores), and tar as CRIU does ([`tmpfs`]). Read [`log`] for
+//! the reason of a failure, [`version`] for what a CRIU can do, [`pagemap`] for memory images and
+//! how a child directory refers to its parent, [`live`] for reading pages before any freeze,
+//! [`mend`] for what CRIU would restore wrongly from its own images, [`waits`] and [`timers`] for
+//! what a freeze disturbs, [`watches`] for paths of what is watched, [`supplement`] for what CRIU
+//! leaves out of its images.
 
 mod image;
 pub mod leftovers;

@@ -1,9 +1,9 @@
 //! The content of a tmpfs, which CRIU packs with GNU tar into `tmpfs-dev-N.tar.gz.img`.
 //!
-//! CRIU packs while the container is frozen. [`Tmpfs::pack`] packs the same files by the same options while
-//! it runs, so that most of the bytes are known before the freeze. For that both archives must be
-//! equal where the files are: nothing in them depends on the time or the process that packs, and
-//! neither is compressed: the shim has CRIU's tar find a `gzip` that copies.
+//! CRIU packs while the container is frozen. [`Tmpfs::pack`] packs the same files by the same
+//! options while it runs, so that most of the bytes are known before the freeze. For that both
+//! archives must be equal where the files are: nothing in them depends on the time or the process
+//! that packs, and neither is compressed: the shim has CRIU's tar find a `gzip` that copies.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};

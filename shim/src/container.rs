@@ -464,7 +464,7 @@ impl Container {
                 _ => {}
             }
             if tokio::time::timeout(END_TIME_MAX, self.init.stopped()).await.is_err() {
-                tracing::warn!("the end of {} was never seen", self.name);
+                tracing::warn!("no exit of {} was seen", self.name);
             }
         }
         self.init.wiring().shutdown(&self.shared.reaper).await;

@@ -214,10 +214,11 @@ impl Container {
         TaskError::Dump { container: self.name.to_string(), reason, log }
     }
 
-    /// Stops every process where it is, and then has the block volumes' images be whole; a frozen container stays so.
-    /// Returns how long it took.
+    /// Stops every process where it is, and then has the block volumes' images be whole; a frozen
+    /// container stays so. Returns how long it took.
     ///
-    /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to run it.
+    /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to
+    /// run it.
     /// Errors: a user has paused it, and only a user may resume it.
     pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
         let _operation = self.operation.lock().await;
@@ -248,7 +249,8 @@ impl Container {
         Ok(begun.elapsed())
     }
 
-    /// Lets a frozen container run on; a running one does already, and one that a user has paused stays so.
+    /// Lets a frozen container run on; a running one does already, and one that a user has paused
+    /// stays so.
     pub(crate) async fn thaw(&self) -> Result<Duration, TaskError> {
         let begun = Instant::now();
         let _operation = self.operation.lock().await;
@@ -304,7 +306,8 @@ impl Container {
                 }
             }
         }
-        // A process whose files are frozen cannot end. What still reaches the images belongs to no process.
+        // A process whose files are frozen cannot end. What still reaches the images belongs to no
+        // process.
         self.on_volumes(volumes::thaw).await?;
         cgroup.thaw().map_err(TaskError::io("thawing the killed container"))?;
         if tokio::time::timeout(END_TIME_MAX, self.init.stopped()).await.is_err() {

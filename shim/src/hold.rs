@@ -22,14 +22,14 @@
 //! 3. It answers this and every later connection with the same byte.
 //! 4. [`GO`] lets the script succeed; anything else, a closed socket and silence included, makes it
 //!    fail.
-//! 5. At `pre-resume` the script says [`RESUMING`] and waits for the answer: from then on the shim can no
-//!    longer vouch that no task ran, should the restore fail yet.
+//! 5. At `pre-resume` the script says [`RESUMING`] and waits for the answer: from then on the shim
+//!    can no longer vouch that no task ran, should the restore fail yet.
 //!
 //! On the way the script brings up the loopback interface, which CRIU and runc leave down in a
 //! network namespace that they made: the tasks would find no way to 127.0.0.1. It does so before
 //! CRIU makes the sockets. One that is bound to 127.0.0.1 while the namespace has no table of local
-//! addresses keeps no source address (`__inet_dev_addr_type` in net/ipv4/fib_frontend.c), and cannot
-//! send to a multicast group.
+//! addresses keeps no source address (`__inet_dev_addr_type` in net/ipv4/fib_frontend.c), and
+//! cannot send to a multicast group.
 //!
 //! So the tasks run only after an explicit grant, whichever process dies meanwhile.
 

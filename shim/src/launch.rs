@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | fresh | volumes, mount, `runc create` | `runc start` |
 //! | image | volumes, mount | `runc restore` |
-//! | migrate, from another node | nothing but checks | acquire, volumes, mount, held `runc restore`, claim, settle |
+//! | migrate, from a node | checks only | acquire, volumes, mount, held restore, claim, settle |
 //! | restore, from a cut of this node | the same | the same |
 //!
 //! Restoring belongs to Start: containerd may fill the root file system between the two, and Create
@@ -37,7 +37,8 @@ use crate::spec::{CRIU_CONFIG, Spec};
 use crate::stdio::Unasked;
 use crate::volumes;
 
-/// How long CRIU is given to get from the grant to the resume when the runtime around it has failed.
+/// How long CRIU is given to get from the grant to the resume when the runtime around it has
+/// failed.
 const CRIU_OUTLIVES_MAX: Duration = Duration::from_secs(2);
 /// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
 const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
@@ -64,7 +65,8 @@ pub(crate) fn check_fence(fences: &Path, name: &ContainerRef) -> Result<(), Task
     }
 }
 
-/// Turns volume mounts into bind mounts, and mounts what block volumes hold; without any the daemon is not asked.
+/// Turns volume mounts into bind mounts, and mounts what block volumes hold; without any the daemon
+/// is not asked.
 ///
 /// Errors: none is mounted then.
 pub(crate) async fn bind_volumes(spec: &mut Spec, name: &ContainerRef) -> Result<bool, TaskError> {
@@ -75,7 +77,8 @@ pub(crate) async fn bind_volumes(spec: &mut Spec, name: &ContainerRef) -> Result
     let directory = volumes::directory(name);
     let resolved = Daemon::connect(name).await?.resolve_volumes(volumes.clone()).await?;
     let mount = move || {
-        // What lies there is of an earlier container of this name, whose shim and containerd died together.
+        // What lies there is of an earlier container of this name, whose shim and containerd died
+        // together.
         volumes::release(&directory)?;
         let one = |(volume, (path, kind)): (&VolumeMount, (String, Option<FileSystem>))| match kind
         {
@@ -234,7 +237,8 @@ impl Container {
             Ok(mut hold) => {
                 let restored = self.restore_held(&mut hold, &mut daemon, &acquired).await;
                 if restored.is_err() && hold.was_granted() {
-                    // CRIU may outlive a runtime that was killed, and would say so on its way to the resume.
+                    // CRIU may outlive a runtime that was killed, and would say so on its way to
+                    // the resume.
                     tokio::time::sleep(CRIU_OUTLIVES_MAX).await;
                 }
                 may_have_run = hold.may_have_run();
@@ -418,7 +422,8 @@ impl Container {
         Ok((pid, self.shared.reaper.watch(pid, since)))
     }
 
-    /// Switches MPTCP off in the network namespace of the init process, if its container is to have none.
+    /// Switches MPTCP off in the network namespace of the init process, if its container is to have
+    /// none.
     fn choose_protocols(&self, pid: u32) {
         let spec = Spec::load(&self.bundle);
         let is_unwanted = spec.is_ok_and(|spec| mptcp::is_unwanted(spec.annotations()) == Ok(true));

@@ -3,8 +3,8 @@
 //!
 //! `TAR_OPTIONS` has tar keep what it leaves out by default ([`criu_wrapper::tmpfs`]). The archives
 //! are images for CRIU, which always asks tar to compress them with `gzip`. While a container is
-//! frozen for a migration that takes seconds, and hides that nearly all of the bytes are known at the
-//! destination. So tar finds this program under the name `gzip`: it copies what tar packs, and
+//! frozen for a migration that takes seconds, and hides that nearly all of the bytes are known at
+//! the destination. So tar finds this program under the name `gzip`: it copies what tar packs, and
 //! unpacks what is compressed or is not. Images for containerd's own checkpoints are compressed as
 //! ever, since others may restore them.
 //!

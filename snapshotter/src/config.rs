@@ -328,7 +328,7 @@ pub enum ConfigError {
     },
     /// Peers could reach the daemon, and nothing would tell friend from foe.
     #[error(
-        "refusing to listen on {0}: peers are not authenticated yet; on a trusted network, say `insecure = true`"
+        "refusing to listen on {0}: peers are not authenticated yet; on a trusted network, set `insecure = true`"
     )]
     Insecure(SocketAddr),
     /// Every client that reaches the mirror can read every image.

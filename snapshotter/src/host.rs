@@ -10,8 +10,8 @@ pub fn load() -> f64 {
     tasks / f64::from(u32::try_from(processors).unwrap_or(1))
 }
 
-/// Names the time since the machine started: another one after each start (random(4), "boot_id"). Empty if it cannot
-/// be read.
+/// Names the time since the machine started: another one after each start (random(4), "boot_id").
+/// Empty if it cannot be read.
 pub fn boot_id() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()

@@ -118,7 +118,7 @@ pub async fn retire_if_full(node: &Arc<Node>) -> Option<Lack> {
     match done.await {
         Some(Ok(lack)) => lack,
         Some(Err(error)) => {
-            tracing::warn!(error = crate::error::chain(&error), "nothing was retired");
+            tracing::warn!(error = crate::error::chain(&error), "cannot retire snapshots");
             None
         }
         None => None,

@@ -1,8 +1,8 @@
 //! Supervision of background tasks: none of them ends silently.
 //!
-//! A task that panics, or that ends although the daemon needs it until the end, ends the daemon with
-//! an error that names it; systemd starts the daemon again (`Restart=on-failure`). So a daemon that
-//! runs does all of its work.
+//! A task that panics, or that ends although the daemon needs it until the end, ends the daemon
+//! with an error that names it; systemd starts the daemon again (`Restart=on-failure`). So a daemon
+//! that runs does all of its work.
 
 use std::any::Any;
 use std::panic::resume_unwind;

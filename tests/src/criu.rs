@@ -13,6 +13,7 @@ const CALLED: &str = "/run/godwit-criu-called";
 const SOON: Duration = Duration::from_secs(30);
 
 /// A node whose CRIU is changed. Dropping it makes CRIU as it was.
+#[must_use = "dropping it makes CRIU as it was"]
 pub struct Changed<'a> {
     node: &'a Node,
 }

@@ -378,7 +378,8 @@ impl Node {
         wait_until("the node is gone", STOP_TIMEOUT, || Ok(!proc.exists()))
     }
 
-    /// Starts a node that [`Self::crash`] ended: its disks are as they were, nothing runs in it, and its link is up.
+    /// Starts a node that [`Self::crash`] ended: its disks are as they were, nothing runs in it,
+    /// and its link is up.
     ///
     /// What was mounted on `/var/lib/godwit` is not mounted any more.
     pub fn revive(&self) -> Result<()> {

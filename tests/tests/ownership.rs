@@ -56,7 +56,8 @@ fn is_fenced(name: &str) -> bool {
     source().path(format!("/var/lib/godwit/fences/default/{name}")).exists()
 }
 
-/// Waits until containerd reaches the snapshotter again after its daemon was started: it backs off meanwhile.
+/// Waits until containerd reaches the snapshotter again after its daemon was started: it backs off
+/// meanwhile.
 fn snapshotter_answers(at: &Node) -> Result<()> {
     wait_until("containerd reaches the snapshotter", SOON, || {
         Ok(at.run(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?.succeeded())
@@ -148,16 +149,16 @@ fn state(at: &Node, name: &str) -> Result<Option<String>> {
     Ok(of_name.next().and_then(|one| one["state"].as_str()).map(str::to_owned))
 }
 
-/// Method: CRIU takes its time at the destination. Shortly before it is done, what the source sends does
-/// not arrive any more, so that the destination asks for the release and never hears of it; then all of
-/// its processes die.
+/// Method: CRIU takes its time at the destination. Shortly before it is done, what the source sends
+/// does not arrive any more, so that the destination asks for the release and never hears of it;
+/// then all of its processes die.
 #[test]
 fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -> Result<()> {
     let name = "claimed";
     let (from, to) = (source(), destination());
     idle(name).start(from)?;
     // It is called more than once; a silent connection counts as dead after 4 s at the earliest.
-    criu::slow(to, 1)?;
+    let slow = criu::slow(to, 1)?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
     let (logged, logged_there) = (to.log_end("daemon"), from.log_end("daemon"));
     let mut running = to.spawn(&words, "migrate-claimed")?;
@@ -181,10 +182,10 @@ fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -
     ))?;
     ensure!(running.wait(SOON)? != 0, "it was migrated");
     std::thread::sleep(Duration::from_secs(2));
-    ensure!(workload::task(from, name)?.as_deref() == Some("PAUSED"), "nobody knows yet");
+    ensure!(workload::task(from, name)?.as_deref() == Some("PAUSED"), "no node knows yet");
 
     to.sh("nft delete table inet deaf")?;
-    criu::normal(to)?;
+    drop(slow);
     to.start_daemon()?;
     wait_until("the source runs it again", Duration::from_secs(60), || {
         Ok(workload::task(from, name)?.as_deref() == Some("RUNNING"))
@@ -203,8 +204,8 @@ fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -
     remove(from, name)
 }
 
-/// Method: a client that is none of the nodes begins a session in the name of one, has the container
-/// stopped, asks for its release, and goes away.
+/// Method: a client that is none of the nodes begins a session in the name of one, has the
+/// container stopped, asks for its release, and goes away.
 #[test]
 fn messages_of_a_stranger_freeze_nothing() -> Result<()> {
     let name = "strangers";

@@ -93,7 +93,7 @@ pub async fn run(sessions: Arc<Sessions>, supervisor: Supervisor) {
         if runner.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
             runner.looked = Some(Instant::now());
             if let Err(error) = runner.look().await {
-                tracing::warn!(error = error.chain(), "cannot tell what runs here");
+                tracing::warn!(error = error.chain(), "cannot list the containers that run here");
             }
             let lack = retention::retire_if_full(&runner.node).await;
             if let Some(lack) = lack.filter(|_| lack != runner.lack) {

@@ -273,7 +273,7 @@ impl Layers {
         let lost = tokio::task::spawn_blocking(move || snapshots.lost()).await;
         for wanted in lost.unwrap_or(Ok(Vec::new()))?.into_iter().filter_map(Wanted::again) {
             let (layer, is_back) = (wanted.chain_id, self.supply(wanted).await);
-            tracing::info!(%layer, is_back, "layer that had lost its directory");
+            tracing::info!(%layer, is_back, "a layer had lost its directory");
         }
         Ok(())
     }
@@ -293,7 +293,7 @@ impl Inner {
             let supplied = self.supply_blob(wanted, &layer, &found.namespace).await;
             match &supplied {
                 Err(error) if wanted.is_lost => {
-                    tracing::warn!(layer = %layer.diff_id, %error, "a layer's blob is of no use");
+                    tracing::warn!(layer = %layer.diff_id, %error, "cannot use a layer's blob");
                 }
                 _ => return supplied,
             }
@@ -438,7 +438,7 @@ impl Inner {
         tracing::info!(%layer, bytes = size_bytes, ?brought, "layer from the neighbours");
         // The layer is there whether it can be given on or not.
         if let Err(error) = keep(&self.node, layer, *root, *size_bytes).await {
-            tracing::warn!(%layer, error = crate::error::chain(&error), "layer is not kept");
+            tracing::warn!(%layer, error = crate::error::chain(&error), "cannot keep a layer");
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
-//! What a destination journals of a container that came: that its tasks ran, that all of it is on the
-//! disk, or that no task ran and none will.
+//! What a destination journals of a container that came: that its tasks ran, that all of it is on
+//! the disk, or that no task ran and none will.
 //!
-//! A source removes its copy only when it hears that all of it is on this node's disk. A machine that
-//! stopped between the two steps never says so: what came may be torn, and a person decides
+//! A source removes its copy only when it hears that all of it is on this node's disk. A machine
+//! that stopped between the two steps never says so: what came may be torn, and a person decides
 //! (`godwit resolve`).
 
 use std::fs::File;
@@ -18,14 +18,15 @@ use crate::content::on;
 use crate::node::Node;
 use crate::ownership::{Epoch, Event, Outcome, Ownership};
 
-/// How long after a restart a shim may still ask for a container that was claimed: it asks every 200 ms.
+/// How long after a restart a shim may still ask for a container that was claimed: it asks every
+/// 200 ms.
 const CLAIM_GRACE: Duration = Duration::from_secs(5);
 
 /// How often making it durable is tried again.
 const DURABLE_PAUSE: Duration = Duration::from_secs(10);
 
-/// Journals that the tasks of a granted container ran, or may have, and notes it with the container.
-/// Idempotent.
+/// Journals that the tasks of a granted container ran, or may have, and notes it with the
+/// container. Idempotent.
 pub(super) async fn ran(
     node: &Arc<Node>,
     container: &ContainerRef,
@@ -82,7 +83,8 @@ fn sync_file_system(path: &Path) -> Result<(), MigrationError> {
     Ok(nix::unistd::syncfs(directory).map_err(on("sync", path))?)
 }
 
-/// Gives a claim back whose session ended with an earlier daemon, unless a shim asks for it meanwhile.
+/// Gives a claim back whose session ended with an earlier daemon, unless a shim asks for it
+/// meanwhile.
 pub(super) async fn give_back_unless_claimed(node: &Node, container: &ContainerRef, epoch: Epoch) {
     tokio::time::sleep(CLAIM_GRACE).await;
     // Granted by then, or given back: out of phase.

@@ -1,5 +1,6 @@
-//! The neighbours that a migration asks for a subject: what the directory found and what is known of the nodes, put to
-//! [`crate::policy::choose`]. A plan and the migration ask the same question and get the same answer.
+//! The neighbours that a migration asks for a subject: what the directory found and what is known
+//! of the nodes, put to [`crate::policy::choose`]. A plan and the migration ask the same question
+//! and get the same answer.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -55,8 +56,8 @@ pub fn choices(
     choose(&wanted, &candidates, &of_source, ingest)
 }
 
-/// The nodes that are asked: those chosen for at least one subject, and those that have memory of another user, whose
-/// worth no rule tells.
+/// The nodes that are asked: those chosen for at least one subject, and those that have memory of
+/// another user, whose worth no rule tells.
 pub fn asked<'a>(
     choices: impl IntoIterator<Item = &'a Choice>,
     entries: &[Entry],

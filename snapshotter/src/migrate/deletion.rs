@@ -1,4 +1,5 @@
-//! Which journalled containers containerd has deleted, looked for on this node; [`absence`] has the rules.
+//! Which journalled containers containerd has deleted, looked for on this node; [`absence`] has the
+//! rules.
 //!
 //! [`absence`]: crate::ownership::absence
 
@@ -40,8 +41,8 @@ impl Absence {
         self.watched.values_mut().for_each(Watched::lost_contact);
     }
 
-    /// Forgets those journalled containers that were deleted from the containerd `uuid`, whose events
-    /// were [reported](Self::reported).
+    /// Forgets those journalled containers that were deleted from the containerd `uuid`, whose
+    /// events were [reported](Self::reported).
     ///
     /// Errors: containerd does not answer, or the journal fails; calling again goes on.
     pub async fn forget_deleted(&mut self, node: &Node, uuid: &str) -> Result<(), MigrationError> {

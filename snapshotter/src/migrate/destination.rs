@@ -5,10 +5,11 @@
 //!             container runs     frozen at the source ...            │ journal Claiming, ask, journal Owner
 //! ```
 //!
-//! A session goes on when its caller goes away; the next `acquire` for the same container finds it further on. It ends
-//! with a report, or with an error: then it sends the source an abort, and what was staged here is removed. The shim asks
-//! [`claim`] when the container is restored and held. Only a journalled `Owner` lets it run. A claim whose session is
-//! gone, because the daemon restarted, is answered from the journal and the source's word. Read next: [`super::session`].
+//! A session goes on when its caller goes away; the next `acquire` for the same container finds it
+//! further on. It ends with a report, or with an error: then it sends the source an abort, and what
+//! was staged here is removed. The shim asks [`claim`] when the container is restored and held.
+//! Only a journalled `Owner` lets it run. A claim whose session is gone, because the daemon
+//! restarted, is answered from the journal and the source's word. Read next: [`super::session`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::error::Error;
@@ -39,7 +40,8 @@ use crate::policy::rounds::ROUNDS_MAX;
 /// How long a migration waits for neighbours to answer a hello before it goes on without them.
 const NEIGHBOURS_WAIT: Duration = Duration::from_millis(50);
 
-/// How long a neighbour has to answer a hello; one that takes longer than [`NEIGHBOURS_WAIT`] joins later.
+/// How long a neighbour has to answer a hello; one that takes longer than [`NEIGHBOURS_WAIT`] joins
+/// later.
 pub(super) const NEIGHBOUR_MAX: Duration = Duration::from_secs(2);
 
 /// How long the source has to answer a hello.
@@ -278,8 +280,8 @@ impl Sessions {
     }
 }
 
-/// Opens connections to the source and, in cooperative mode, to every neighbour. A dead neighbour costs
-/// [`NEIGHBOURS_WAIT`]; a slow one joins as soon as it answers.
+/// Opens connections to the source and, in cooperative mode, to every neighbour. A dead neighbour
+/// costs [`NEIGHBOURS_WAIT`]; a slow one joins as soon as it answers.
 ///
 /// Errors: [`PeerError`] when the source does not answer; a neighbour that does not is left out.
 pub async fn connect(
@@ -301,7 +303,7 @@ pub async fn connect(
                     joined.send_modify(|all| all.push(Arc::new(connection)));
                 }
                 Err(error) => {
-                    tracing::info!(node = %peer.name, error = crate::error::chain(&error), "not asked");
+                    tracing::info!(node = %peer.name, error = crate::error::chain(&error), "neighbour is not asked");
                 }
             }
         });
@@ -430,7 +432,8 @@ pub(super) fn give_back(
     node.journal.apply(container, &Event::GiveBack(epoch), |_| {}).map(drop)
 }
 
-/// A claim after a restart: what the journal says, and the source if the answer to the release was lost.
+/// A claim after a restart: what the journal says, and the source if the answer to the release was
+/// lost.
 async fn claim_from_journal(node: &Node, session: &str) -> Result<(), String> {
     let Some((container, entry)) = journalled(node, session) else {
         return Err("the migration is over; the container runs at its source".to_owned());
@@ -455,7 +458,7 @@ pub(super) async fn ask_again(
         let answer = match answer {
             Ok(fate) => Some(fate),
             Err(error) => {
-                tracing::warn!(%container, error = error.chain(), "asking for the release again");
+                tracing::warn!(%container, error = error.chain(), "asking the source for the release again");
                 None
             }
         };
@@ -469,7 +472,8 @@ pub(super) async fn ask_again(
             (AtDestination::GiveBack, Some(fate)) => {
                 return Err(format!("the source did not release it: there it is {fate}"));
             }
-            // Nothing has run and nothing will: should the source have released it, it may run it again.
+            // Nothing has run and nothing will: should the source have released it, it may run it
+            // again.
             (AtDestination::GiveBack, None) => {
                 let reason = "the source does not say whether it released the container";
                 return Err(reason.to_owned());
@@ -485,8 +489,9 @@ impl Connections {
         self.neighbours.borrow().clone()
     }
 
-    /// Begins to look for who holds what of a container that comes to `to`: snapshots of `subjects` and, where this
-    /// node may use them, of its service's other users; and `contents` by digest. No neighbour is asked in traditional mode.
+    /// Begins to look for who holds what of a container that comes to `to`: snapshots of `subjects`
+    /// and, where this node may use them, of its service's other users; and `contents` by digest.
+    /// No neighbour is asked in traditional mode.
     pub fn look_up(
         &self,
         node: &Node,
@@ -506,7 +511,8 @@ impl Connections {
         Lookup::begin(&node.directory, query, self.neighbours.clone())
     }
 
-    /// The peers to fetch from: the source, and the neighbours of those entries for which `holds` is true.
+    /// The peers to fetch from: the source, and the neighbours of those entries for which `holds`
+    /// is true.
     pub fn holders(&self, entries: &[Entry], holds: impl Fn(&Entry) -> bool) -> Peers {
         let nodes = entries.iter().filter(|entry| holds(entry)).map(|entry| entry.node.clone());
         self.among(&nodes.collect())
@@ -547,7 +553,8 @@ pub fn mode_word(settings: &Settings) -> &'static str {
     if settings.cooperative { "cooperative" } else { "traditional" }
 }
 
-/// The kind of object that a subject's manifest is, as its node told it; `None` if such a subject has no such manifest.
+/// The kind of object that a subject's manifest is, as its node told it; `None` if such a subject
+/// has no such manifest.
 pub fn kind_told(subject: &Subject, told: u32) -> Option<Kind> {
     let usual = match subject {
         Subject::Volume(_) | Subject::Layer(_) => Kind::Tree,

@@ -1,7 +1,9 @@
-//! Whether a described container fits this node: what the destination must have beside what it admits.
+//! Whether a described container fits this node: what the destination must have beside what it
+//! admits.
 //!
-//! Plan, migrate and restore look for the same, before anything moves. A container that a client creates by annotation is
-//! not looked at: its mounts and its network are the client's business, and CRIU reports what they lack.
+//! Plan, migrate and restore look for the same, before anything moves. A container that a client
+//! creates by annotation is not looked at: its mounts and its network are the client's business,
+//! and CRIU reports what they lack.
 
 use std::fs::{self, File};
 use std::net::{IpAddr, UdpSocket};
@@ -18,8 +20,8 @@ use crate::node::Node;
 /// Addresses that are tried.
 const ADDRESSES_MAX: usize = 256;
 
-/// What this node lacks of what the container needs, each with what to do; `netns` replaces the network namespace that
-/// the description names.
+/// What this node lacks of what the container needs, each with what to do; `netns` replaces the
+/// network namespace that the description names.
 pub(super) async fn obstacles(
     node: &Node,
     netns: Option<&str>,
@@ -104,7 +106,8 @@ fn address_obstacle(node: &str, netns: &Path, address: IpAddr) -> String {
     )
 }
 
-/// Those of the addresses that no interface of this thread's network namespace has: a socket cannot be bound to them.
+/// Those of the addresses that no interface of this thread's network namespace has: a socket cannot
+/// be bound to them.
 fn missing(addresses: &[IpAddr]) -> Vec<IpAddr> {
     let is_missing = |address: &&IpAddr| {
         UdpSocket::bind((**address, 0))
@@ -136,7 +139,8 @@ mod tests {
     #[test]
     fn an_address_that_no_interface_has_is_missing() {
         let addresses = ["127.0.0.1", "192.0.2.7", "2001:db8::7"].map(|it| it.parse().unwrap());
-        // 192.0.2.0/24 and 2001:db8::/32 are for documentation (RFC 5737, RFC 3849). Without IPv6 the kernel has another error.
+        // 192.0.2.0/24 and 2001:db8::/32 are for documentation (RFC 5737, RFC 3849). Without IPv6
+        // the kernel has another error.
         let missing = missing(&addresses);
         assert!(missing.contains(&addresses[1]) && !missing.contains(&addresses[0]), "{missing:?}");
         let told = network_obstacles("edge-b", Path::new("/run/netns/no-such"), &[]);

@@ -1,7 +1,8 @@
 //! Bringing an image to a node that never saw it, without a registry.
 //!
-//! Its blobs come from the content stores of neighbours and, where none has them, from the source's. containerd checks
-//! each blob against its digest when it is committed, and each layer against its diff ID when it is unpacked.
+//! Its blobs come from the content stores of neighbours and, where none has them, from the
+//! source's. containerd checks each blob against its digest when it is committed, and each layer
+//! against its diff ID when it is unpacked.
 
 use std::collections::HashSet;
 use std::io;
@@ -22,11 +23,12 @@ use crate::peer::blobs::{self, Demand, RATE_MIN};
 /// Blobs that are fetched at once.
 const BLOBS_AT_ONCE: usize = 3;
 
-/// Longest wait for the next piece of a blob, of a neighbour and of the source, which no other node can replace.
+/// Longest wait for the next piece of a blob, of a neighbour and of the source, which no other node
+/// can replace.
 const PATIENCE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 
-/// A neighbour is left for the next one if it is slower than this share of what the source was measured at; if that was
-/// not measured yet, than [`RATE_MIN`].
+/// A neighbour is left for the next one if it is slower than this share of what the source was
+/// measured at; if that was not measured yet, than [`RATE_MIN`].
 const RATE_SHARE_MIN: f64 = 0.9;
 
 /// The peers that blobs are fetched from.
@@ -56,9 +58,9 @@ impl BlobPeers<'_> {
 
 /// The name under which the image of a described container is kept here.
 ///
-/// It is the container's own name for it, unless that stands for other content here, or for other content than the
-/// container's at the source: a migration never gives a name other content. Then it is a name by digest, which no
-/// content but its own can have.
+/// It is the container's own name for it, unless that stands for other content here, or for other
+/// content than the container's at the source: a migration never gives a name other content. Then
+/// it is a name by digest, which no content but its own can have.
 pub async fn name_here(
     node: &Node,
     namespace: &str,
@@ -97,8 +99,8 @@ fn by_digest(name: &str, digest: Digest) -> String {
 
 /// Makes `name` an image of this node, unpacked for `snapshotter`, and returns what it is made of.
 ///
-/// Errors: [`MigrationError::NoBlob`] when no node delivers a blob; containerd's errors, also when the name stands for
-/// another image here.
+/// Errors: [`MigrationError::NoBlob`] when no node delivers a blob; containerd's errors, also when
+/// the name stands for another image here.
 pub async fn bring(
     node: &Node,
     namespace: &str,
@@ -124,7 +126,8 @@ pub async fn bring(
     };
     let brought = async {
         bring.blob(target).await?;
-        // Indexes name manifests, manifests name the rest: each must be here before the next can be read.
+        // Indexes name manifests, manifests name the rest: each must be here before the next can be
+        // read.
         let content = loop {
             match bring.client.image_content(namespace, target).await {
                 Ok(content) => break content,
@@ -133,7 +136,8 @@ pub async fn bring(
             }
         };
         let (blobs, bring, layers) = (content.blobs().cloned(), &bring, &content.layers);
-        // Of a layer that came from neighbours no node may have a blob: our snapshotter gets it in the same way again.
+        // Of a layer that came from neighbours no node may have a blob: our snapshotter gets it in
+        // the same way again.
         let missing = stream::iter(blobs.collect::<Vec<_>>())
             .map(|blob| async move {
                 match bring.blob(&blob).await {
@@ -197,7 +201,7 @@ impl Bring<'_> {
                 Err(error) => {
                     self.silent().insert(peer.node.clone());
                     let error = crate::error::chain(&error);
-                    tracing::warn!(node = %peer.node, %digest, error, "blob not had; asking elsewhere");
+                    tracing::warn!(node = %peer.node, %digest, error, "cannot fetch a blob; asking another node");
                 }
             }
         }

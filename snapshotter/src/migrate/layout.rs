@@ -211,7 +211,8 @@ impl Layout {
         self.remove_staged();
     }
 
-    /// Removes the staged files, keeping what is in place. CRIU's logs go too unless the restore failed.
+    /// Removes the staged files, keeping what is in place. CRIU's logs go too unless the restore
+    /// failed.
     pub fn remove_staged(&self) {
         if let Err(error) = criu_wrapper::leftovers::unmount_below(&self.directory) {
             tracing::warn!(%error, "CRIU left mounts that cannot be removed; staged files stay");
@@ -221,7 +222,8 @@ impl Layout {
     }
 }
 
-/// Keeps the objects of a stop-and-copy stream: each is decoded, checked against its digest, and stored.
+/// Keeps the objects of a stop-and-copy stream: each is decoded, checked against its digest, and
+/// stored.
 pub fn keep_stream(
     store: &Store,
     lease: &Lease,

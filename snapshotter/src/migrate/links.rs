@@ -1,16 +1,21 @@
-//! Open files whose own name was removed while another hard link is left, in the trees that a cut reads.
+//! Open files whose own name was removed while another hard link is left, in the trees that a cut
+//! reads.
 //!
-//! CRIU gives such a file the name `link_remap.N` for the time of the dump, and its images refer to it
-//! ([`criu_wrapper::links`]). The trees are read beside the dump and so may lack the name. Therefore the source makes the
-//! same names again after the dump, reads the trees once more, and removes the names:
+//! CRIU gives such a file the name `link_remap.N` for the time of the dump, and its images refer to
+//! it ([`criu_wrapper::links`]). The trees are read beside the dump and so may lack the name.
+//! Therefore the source makes the same names again after the dump, reads the trees once more, and
+//! removes the names:
 //!
-//! 1. Find the names in CRIU's images ([`criu_wrapper::links::link_remaps`]). Without any there is nothing to do.
-//! 2. Find the files among those that the frozen processes have open or mapped, by the name that was removed.
+//! 1. Find the names in CRIU's images ([`criu_wrapper::links::link_remaps`]). Without any there is
+//!    nothing to do.
+//! 2. Find the files among those that the frozen processes have open or mapped, by the name that
+//!    was removed.
 //! 3. Link them ([`Links`] removes what it made when it is dropped).
 //! 4. The caller reads the trees.
 //!
-//! At the destination CRIU removes the names once it has opened the files. If the daemon dies between 3 and 4, a name stays
-//! at the source. Nothing refers to it; CRIU leaves the same when it dies.
+//! At the destination CRIU removes the names once it has opened the files. If the daemon dies
+//! between 3 and 4, a name stays at the source. Nothing refers to it; CRIU leaves the same when it
+//! dies.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -36,10 +41,11 @@ pub(super) struct Links {
 }
 
 impl Links {
-    /// Makes the names `remaps`. `pids` are the frozen processes of the container; the first has its root directory. May
-    /// block.
+    /// Makes the names `remaps`. `pids` are the frozen processes of the container; the first has
+    /// its root directory. May block.
     ///
-    /// Errors: [`ContentError::File`] with the file that cannot be linked, or that cannot be told from another one.
+    /// Errors: [`ContentError::File`] with the file that cannot be linked, or that cannot be told
+    /// from another one.
     pub(super) fn make(remaps: &[LinkRemap], pids: &[u32]) -> Result<Self, ContentError> {
         let mut links = Self::default();
         let Some(init) = pids.first() else { return Ok(links) };
@@ -55,7 +61,8 @@ impl Links {
                 }
                 None => return Err(on("find the open and removed file", &path)(Errno::NOENT)),
             };
-            // The container may have put a symbolic link into the path: it must not lead out of the root.
+            // The container may have put a symbolic link into the path: it must not lead out of the
+            // root.
             let (Some(parent), Some(name)) = (remap.link.parent(), remap.link.file_name()) else {
                 return Err(on("link", &remap.link)(Errno::INVAL));
             };
@@ -96,7 +103,8 @@ fn without_suffix(path: &Path) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(bytes.strip_suffix(DELETED).unwrap_or(bytes)))
 }
 
-/// Files without their own name that other names still lead to: for each removed path what opens them, one for each inode.
+/// Files without their own name that other names still lead to: for each removed path what opens
+/// them, one for each inode.
 pub(super) fn removed_files(pids: &[u32]) -> HashMap<PathBuf, Vec<PathBuf>> {
     let (mut found, mut seen) = (HashMap::<PathBuf, Vec<PathBuf>>::new(), HashSet::new());
     for pid in pids {

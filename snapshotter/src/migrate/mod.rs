@@ -85,7 +85,7 @@ pub enum MigrationError {
     },
     /// Starting it from a snapshot could make a second runner.
     #[error(
-        "container {container} may still run elsewhere: {doubts}; if it does not, say --although-it-may-run-elsewhere"
+        "container {container} may still run elsewhere: {doubts}; if it does not, add --although-it-may-run-elsewhere"
     )]
     MayRun {
         /// Which.
@@ -206,7 +206,7 @@ pub enum MigrationError {
     #[error("aborted by the destination: {0}")]
     Aborted(String),
     /// The other side was silent.
-    #[error("no word from the other node for {} s", patience.as_secs())]
+    #[error("no response from the other node for {} s", patience.as_secs())]
     Silent {
         /// How long.
         patience: Duration,

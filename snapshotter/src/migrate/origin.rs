@@ -1,9 +1,10 @@
 //! The image that a container was made of.
 //!
-//! A name can get other content while a container runs: a newer `latest` is pulled. What the container was made of is
-//! said by its snapshot alone, whose parent is named by a chain ID, which commits to all layers. So the image is found
-//! by chain ID, under the container's name for it if that still has it, or else under any other or none. If containerd
-//! has collected it, the container cannot be moved: nothing makes the same bytes of unpacked layers.
+//! A name can get other content while a container runs: a newer `latest` is pulled. What the
+//! container was made of is said by its snapshot alone, whose parent is named by a chain ID, which
+//! commits to all layers. So the image is found by chain ID, under the container's name for it if
+//! that still has it, or else under any other or none. If containerd has collected it, the
+//! container cannot be moved: nothing makes the same bytes of unpacked layers.
 
 use godwit_protos::Digest;
 
@@ -25,7 +26,8 @@ pub struct Origin {
 
 /// Finds the image of a container.
 ///
-/// Errors: containerd's; [`MigrationError::NoSnapshot`] if no snapshotter holds the root file system.
+/// Errors: containerd's; [`MigrationError::NoSnapshot`] if no snapshotter holds the root file
+/// system.
 pub async fn find(
     node: &Node,
     namespace: &str,
@@ -99,7 +101,8 @@ impl Origin {
     }
 }
 
-/// Why a container here cannot take the place of one that was made on `there`, a chain ID; "" if that is not known.
+/// Why a container here cannot take the place of one that was made on `there`, a chain ID; "" if
+/// that is not known.
 ///
 /// A snapshot on something that is no layer of an image, such as Docker's, is not compared.
 pub async fn check_same(

@@ -376,7 +376,7 @@ impl Survey<'_> {
             match self.leaves(&peers, (kind, theirs)).await {
                 Ok(leaves) => has.extend(leaves.digests),
                 // Stale: it was retired meanwhile.
-                Err(error) => tracing::info!(node = peer.node, %error, "not counted on"),
+                Err(error) => tracing::info!(node = peer.node, %error, "not in the plan"),
             }
         }
         missing.iter().filter(|digest| has.contains(digest)).copied().collect()

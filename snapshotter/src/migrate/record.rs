@@ -1,9 +1,10 @@
-//! What of containerd's record of a container comes along when `godwit migrate` makes it at the destination.
+//! What of containerd's record of a container comes along when `godwit migrate` makes it at the
+//! destination.
 //!
 //! | field | at the destination |
 //! |---|---|
 //! | id | the same |
-//! | labels | the same; refused if containerd would act on one outside the container ([`check_labels`]) |
+//! | labels | the same; refused if containerd would act on one outside it ([`check_labels`]) |
 //! | image | the same name, whatever it stands for there; [`super::image`] keeps the content |
 //! | runtime.name | ours |
 //! | runtime.options | the destination's defaults; a warning names those that differ ([`survey`]) |
@@ -11,7 +12,7 @@
 //! | snapshotter | the same; refused if the destination does not have it |
 //! | snapshot_key | the id; labels of the snapshot concern user namespaces, which do not move |
 //! | created_at, updated_at | containerd sets them |
-//! | extensions, sandbox | refused: they belong to the client that made the container ([`survey`]) |
+//! | extensions, sandbox | refused: they belong to the container's client ([`survey`]) |
 
 use std::collections::HashMap;
 
@@ -21,8 +22,8 @@ use super::MigrationError;
 use super::obstacles::Findings;
 use crate::containerd::{Container, Runtime};
 
-/// Labels on which containerd acts: where its restart monitor writes a container's output, which may be a program's
-/// input, and what garbage collection must keep.
+/// Labels on which containerd acts: where its restart monitor writes a container's output, which
+/// may be a program's input, and what garbage collection must keep.
 const ACTING_LABELS: [&str; 3] =
     ["containerd.io/restart.loguri", "containerd.io/restart.logpath", "containerd.io/gc."];
 
@@ -99,7 +100,8 @@ fn number(value: u32) -> String {
     if value == 0 { String::new() } else { value.to_string() }
 }
 
-/// Errors: [`MigrationError::Label`] for a label with which a hostile source would act on this node.
+/// Errors: [`MigrationError::Label`] for a label with which a hostile source would act on this
+/// node.
 pub(super) fn check_labels(labels: &HashMap<String, String>) -> Result<(), MigrationError> {
     let acts = |label: &&String| ACTING_LABELS.iter().any(|acting| label.starts_with(acting));
     match labels.keys().find(acts) {

@@ -1,10 +1,11 @@
 //! How an offer ends at the source: taken back, given away for good, or run here again.
 //!
-//! Before the release an offer is taken back by a thaw. After it only the destination's answer counts
-//! ([`Fate::at_source`]): that the tasks ran there and all that they need is on its disk
-//! ([`Remembered::let_go`] ends them here), or that they never ran ([`take_back`]). [`settle_later`] asks
-//! until it gets one of the two; [`recover`] goes on with that after a restart. While the destination
-//! gives neither, the container stays frozen and fenced, and `godwit resolve` lets a person decide.
+//! Before the release an offer is taken back by a thaw. After it only the destination's answer
+//! counts ([`Fate::at_source`]): that the tasks ran there and all that they need is on its disk
+//! ([`Remembered::let_go`] ends them here), or that they never ran ([`take_back`]).
+//! [`settle_later`] asks until it gets one of the two; [`recover`] goes on with that after a
+//! restart. While the destination gives neither, the container stays frozen and fenced, and `godwit
+//! resolve` lets a person decide.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,15 +32,15 @@ const PAUSE_LAST: Duration = Duration::from_secs(30);
 /// How long a peer has to say what became of a hand-off.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// How long a daemon that is told to stop tries to thaw a container.
+/// How long a daemon that is stopping tries to thaw a container.
 const STOP_MAX: Duration = Duration::from_secs(5);
 
 /// Takes an offer back: 1. journal, 2. thaw, 3. journal that it is thawed. On open: what is ours
 /// and frozen is thawed.
 ///
 /// The journal decides, not the caller: what is not `Offered` any more is left as it is. Where the
-/// journal cannot be written, the container is thawed first: it was not released, which no other than
-/// the caller can do, and on open the offer is taken back.
+/// journal cannot be written, the container is thawed first: it was not released, which no other
+/// than the caller can do, and on open the offer is taken back.
 pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
     let mut pause = PAUSE_FIRST;
     loop {
@@ -60,11 +61,11 @@ pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch
     }
 }
 
-/// Ends an offer whose release could not be journalled for certain: the destination was refused, but the
-/// disk may have the release.
+/// Ends an offer whose release could not be journalled for certain: the destination was refused,
+/// but the disk may have the release.
 ///
-/// Nothing runs here until either the journal can be read again, which then decides, or the destination
-/// has journalled that it will never run it.
+/// Nothing runs here until either the journal can be read again, which then decides, or the
+/// destination has journalled that it will never run it.
 pub(super) async fn withdraw_release(
     node: &Arc<Node>,
     container: &ContainerRef,
@@ -140,7 +141,8 @@ async fn thaw_once(node: &Node, container: &ContainerRef) -> Result<(), Migratio
     Ok(())
 }
 
-/// Asks the destination how the hand-off of a released container ended, until its answer ends it here.
+/// Asks the destination how the hand-off of a released container ended, until its answer ends it
+/// here.
 pub(super) async fn settle_later(
     node: &Arc<Node>,
     container: &ContainerRef,
@@ -181,8 +183,8 @@ pub(super) async fn settle_later(
     }
 }
 
-/// What the node of `there`, `NODE/NAMESPACE/CONTAINER`, says became of `epoch`; `here` is the container
-/// on this node. Errors: it does not answer.
+/// What the node of `there`, `NODE/NAMESPACE/CONTAINER`, says became of `epoch`; `here` is the
+/// container on this node. Errors: it does not answer.
 pub(super) async fn ask(
     node: &Node,
     there: &str,
@@ -213,8 +215,8 @@ pub(super) async fn ask_over(
     Ok(response.fate().into())
 }
 
-/// Goes on after a restart with what the journal holds: an offer is taken back, a release is settled,
-/// a claim given back.
+/// Goes on after a restart with what the journal holds: an offer is taken back, a release is
+/// settled, a claim given back.
 pub fn recover(node: &Arc<Node>, supervisor: &Supervisor) -> Result<(), MigrationError> {
     for (container, entry) in node.journal.containers()? {
         let node = node.clone();

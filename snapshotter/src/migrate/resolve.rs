@@ -1,8 +1,8 @@
 //! `godwit resolve`: a person decides how a hand-off ended, where no journal can tell.
 //!
-//! The rules are one pure function, [`decide`]: from what this node's journal and the other node say to
-//! what is journalled, or why not. It refuses what a journal contradicts; what remains is told as a risk
-//! before the person confirms.
+//! The rules are one pure function, [`decide`]: from what this node's journal and the other node
+//! say to what is journalled, or why not. It refuses what a journal contradicts; what remains is
+//! named as a risk before the person confirms.
 
 use std::sync::Arc;
 
@@ -32,7 +32,8 @@ pub struct Resolution {
     pub epoch: Epoch,
     /// What this node's journal says.
     pub here: String,
-    /// The container's name at the other node, and what that node says; `None` if it does not answer.
+    /// The container's name at the other node, and what that node says; `None` if it does not
+    /// answer.
     pub peer: String,
     /// What that node says, in words.
     pub there: String,

@@ -197,7 +197,7 @@ impl Work {
     async fn keep_for_resuming(&self, lease: Arc<Lease>) {
         let store = self.node.store.clone();
         if let Ok(Err(error)) = tokio::task::spawn_blocking(move || store.sync()).await {
-            tracing::warn!(%error, "what has come is not kept for the next attempt");
+            tracing::warn!(%error, "cannot keep what arrived for the next attempt");
         }
         tokio::spawn(async move {
             tokio::time::sleep(RESUME_MAX).await;

@@ -35,7 +35,8 @@ impl std::fmt::Debug for Shim {
 impl Shim {
     /// Finds the shim by the address that it wrote into the container's bundle.
     ///
-    /// Errors: [`MigrationError::NoShim`] when the container does not run under Godwit's runtime, or not at all.
+    /// Errors: [`MigrationError::NoShim`] when the container does not run under Godwit's runtime,
+    /// or not at all.
     pub fn find(config: &Config, container: &ContainerRef) -> Result<Self, MigrationError> {
         let bundle = config
             .containerd_state

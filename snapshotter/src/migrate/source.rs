@@ -9,9 +9,10 @@
 //!                        └─ frozen from here; Abort, silence or any error thaws
 //! ```
 //!
-//! The stream is the session. Until `Released` is journalled its end, an abort and every error lead to a thaw and to
-//! `Owner`. After it nothing here may run the container, except the destination's journalled word that its tasks never
-//! ran; if the stream breaks then, [`super::release`] asks the destination until it answers.
+//! The stream is the session. Until `Released` is journalled its end, an abort and every error lead
+//! to a thaw and to `Owner`. After it nothing here may run the container, except the destination's
+//! journalled word that its tasks never ran; if the stream breaks then, [`super::release`] asks the
+//! destination until it answers.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -256,7 +257,8 @@ impl Session {
             }
             return Err(error.into());
         }
-        // The point of no return: from here on only the destination's word lets the tasks run here again.
+        // The point of no return: from here on only the destination's word lets the tasks run here
+        // again.
         self.offered = None;
         tracing::info!(%container, %to, epoch = epoch.0, "released");
         let told = self.send(from_source::Message::Released(Released { epoch: epoch.0 })).await;
@@ -316,8 +318,10 @@ impl Session {
             .await
     }
 
-    /// Asks the destination, at its configured address, whether it claims what it is about to be offered.
-    /// Errors: it does not: the node that sent the messages of this session is not that node, or it has given up.
+    /// Asks the destination, at its configured address, whether it claims what it is about to be
+    /// offered.
+    /// Errors: it does not: the node that sent the messages of this session is not that node, or it
+    /// has given up.
     async fn confirm(&mut self) -> Result<(), MigrationError> {
         let connection = (&mut self.back).await.map_err(|_cause| MigrationError::Interrupted)??;
         let there = &self.offered_as.container;

@@ -1,10 +1,11 @@
 //! Deriving the specification of a migrated container from this node's own rules.
 //!
-//! The source describes what its container looks like; it does not command. [`derive`] walks the description field by
-//! field along the table in [`fields`]: a field is taken as it is, changed, or refused by name, and so is one that the
-//! table does not have. Then it sets what is this node's own. The walk is over JSON rather than over typed fields: types
-//! drop what they do not know and give defaults to what is absent, and a container must come up after a restart here
-//! with exactly what it had.
+//! The source describes what its container looks like; it does not command. [`derive`] walks the
+//! description field by field along the table in [`fields`]: a field is taken as it is, changed, or
+//! refused by name, and so is one that the table does not have. Then it sets what is this node's
+//! own. The walk is over JSON rather than over typed fields: types drop what they do not know and
+//! give defaults to what is absent, and a container must come up after a restart here with exactly
+//! what it had.
 //!
 //! Read next: [`checks`] for the privileges, paths and hardware that a value may ask for.
 
@@ -150,7 +151,8 @@ const OWN_NAMESPACES: [&str; 5] = ["pid", "mount", "network", "ipc", "uts"];
 
 /// The specification under which the container described by `description` may run here, as JSON.
 ///
-/// Errors: [`SpecError`] that names what is not admitted. Source: OCI runtime specification 1.3, "config".
+/// Errors: [`SpecError`] that names what is not admitted. Source: OCI runtime specification 1.3,
+/// "config".
 pub fn derive(
     description: &str,
     admit: &Admit,

@@ -1,13 +1,13 @@
 //! The terminal of a container that a migration creates here.
 //!
 //! A container that has a terminal is created with one, as `ctr run -d -t` does: its task names a
-//! FIFO for the terminal's input and one for its output, which `ctr tasks attach` opens. No client is
-//! there to make them or to read, so this node makes them, in [`path::STREAMS`]. The shim knows them
-//! by that place, and discards the oldest output that no client reads: the container must not wait for
-//! a client that it lost by moving.
+//! FIFO for the terminal's input and one for its output, which `ctr tasks attach` opens. No client
+//! is there to make them or to read, so this node makes them, in [`path::STREAMS`]. The shim knows
+//! them by that place, and discards the oldest output that no client reads: the container must not
+//! wait for a client that it lost by moving.
 //!
-//! The client that deletes the task removes the FIFOs that it names: `ctr` with the task, and this node with
-//! a container that moves away or does not come ([`remove_fifos`]).
+//! The client that deletes the task removes the FIFOs that it names: `ctr` with the task, and this
+//! node with a container that moves away or does not come ([`remove_fifos`]).
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _};

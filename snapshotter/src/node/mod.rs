@@ -231,7 +231,10 @@ impl Node {
             match on_thread(move || node.held()).await {
                 Some(Ok(held)) => self.directory.publish(held).await,
                 Some(Err(error)) => {
-                    tracing::warn!(error = crate::error::chain(&error), "nothing is published");
+                    tracing::warn!(
+                        error = crate::error::chain(&error),
+                        "cannot publish what this node holds"
+                    );
                 }
                 None => break,
             }

@@ -1,9 +1,10 @@
-//! What became of a hand-off: the question that one node asks another, and what follows from the answer.
+//! What became of a hand-off: the question that one node asks another, and what follows from the
+//! answer.
 //!
-//! Both nodes name a hand-off by container and epoch. A source that has released asks its destination
-//! until the answer lets it end ([`Fate::at_source`]); a destination that claims and lost the answer to
-//! its release asks its source ([`Fate::at_destination`]). "Unknown" is an answer like any other, and
-//! never a reason to run or to remove anything at the source.
+//! Both nodes name a hand-off by container and epoch. A source that has released asks its
+//! destination until the answer lets it end ([`Fate::at_source`]); a destination that claims and
+//! lost the answer to its release asks its source ([`Fate::at_destination`]). "Unknown" is an
+//! answer like any other, and never a reason to run or to remove anything at the source.
 
 use godwit_protos::peer as wire;
 
@@ -88,7 +89,8 @@ impl Fate {
     }
 
     /// What a destination that claims does on this answer of its source, which released it to this
-    /// destination, if at all; `None` is no answer. `is_late` says that it has asked for long enough.
+    /// destination, if at all; `None` is no answer. `is_late` says that it has asked for long
+    /// enough.
     ///
     /// Giving back is always safe: nothing has run here, and nothing will.
     pub fn at_destination(answer: Option<Self>, is_late: bool) -> AtDestination {
@@ -166,7 +168,8 @@ impl std::fmt::Display for Fate {
 }
 
 impl Ledger {
-    /// What became of `epoch`, as far as `peer` is concerned: the container's name at the node that asks.
+    /// What became of `epoch`, as far as `peer` is concerned: the container's name at the node that
+    /// asks.
     pub fn fate(&self, epoch: Epoch, peer: &str) -> Fate {
         if let Some(ended) = self.ended.get(&epoch) {
             return match ended.outcome {
@@ -199,7 +202,8 @@ impl Ledger {
         }
     }
 
-    /// What a daemon that starts does; `is_frozen` is whether the tasks were frozen here and not thawed.
+    /// What a daemon that starts does; `is_frozen` is whether the tasks were frozen here and not
+    /// thawed.
     pub fn recovery(&self, is_frozen: bool) -> Recovery {
         match &self.state {
             None | Some(Ownership::Moved(..)) => Recovery::Nothing,

@@ -69,7 +69,8 @@ pub struct Entry {
     pub incarnation: Option<Incarnation>,
 }
 
-/// How a hand-off ended. It outlives the container, so that a question that comes late has an answer.
+/// How a hand-off ended. It outlives the container, so that a question that comes late has an
+/// answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
     /// How, and the container's name at the other node.
@@ -163,7 +164,8 @@ pub enum JournalError {
     },
 }
 
-/// The database, which is opened again after it failed: redb takes no change any more once it could not write one.
+/// The database, which is opened again after it failed: redb takes no change any more once it could
+/// not write one.
 #[derive(Debug)]
 struct Reopened {
     /// `None` while it could not be opened again.
@@ -226,7 +228,8 @@ impl Journal {
         done
     }
 
-    /// Opens the database again if it has failed. Errors: it cannot be opened; the next change tries again.
+    /// Opens the database again if it has failed. Errors: it cannot be opened; the next change
+    /// tries again.
     fn reopen(&self) -> Result<(), JournalError> {
         if !self.database.has_failed.load(Ordering::SeqCst) {
             return Ok(());
@@ -297,8 +300,8 @@ impl Journal {
         Ok(entries)
     }
 
-    /// Takes `event`, changes the rest of the entry by `change`, and returns the greatest epoch of this name once all
-    /// of it is durable: after an offer, the offer's.
+    /// Takes `event`, changes the rest of the entry by `change`, and returns the greatest epoch of
+    /// this name once all of it is durable: after an offer, the offer's.
     ///
     /// Errors: [`JournalError::OutOfPhase`] when the state does not allow it; nothing changed then.
     pub fn apply(
@@ -410,8 +413,8 @@ impl Journal {
         Ok(all)
     }
 
-    /// Removes tombstones that are older than [`TOMBSTONE_MAX`] at `now`, in milliseconds since 1970. Their
-    /// epochs are not used again.
+    /// Removes tombstones that are older than [`TOMBSTONE_MAX`] at `now`, in milliseconds
+    /// since 1970. Their epochs are not used again.
     pub fn expire(&self, now_unix_ms: i64) -> Result<(), JournalError> {
         let kept_ms = i64::try_from(TOMBSTONE_MAX.as_millis()).unwrap_or(i64::MAX);
         let all = self.tombstones()?.into_iter();
@@ -571,7 +574,8 @@ impl Tombstone {
         Self { ended, incarnation, at_unix_ms: host::unix_ms(), boot: host::boot_id() }
     }
 
-    /// At a destination: the tasks ran, and the machine stopped before what they need was on its disk.
+    /// At a destination: the tasks ran, and the machine stopped before what they need was on its
+    /// disk.
     pub fn is_torn(&self) -> bool {
         self.ended.outcome == Outcome::Ran && self.boot != host::boot_id()
     }
@@ -601,7 +605,8 @@ impl Entry {
         }
     }
 
-    /// Whether the tasks of this container came here by this annotation and were let run: the annotation is spent.
+    /// Whether the tasks of this container came here by this annotation and were let run: the
+    /// annotation is spent.
     pub fn has_spent(&self, migrate_from: &str) -> bool {
         matches!(self.ownership, Ownership::Owner(_))
             && self.migrate_from.as_deref() == Some(migrate_from)

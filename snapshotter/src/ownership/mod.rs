@@ -8,15 +8,16 @@
 //!                    '-----give back------'--> (none)     only while no task has run
 //! ```
 //!
-//! A [`Ledger`] is what a node knows of one name: the state, and the outcome of every epoch that ended.
-//! Outcomes outlive the container, so that a question that comes late has an answer, and epochs are
-//! never used twice.
+//! A [`Ledger`] is what a node knows of one name: the state, and the outcome of every epoch that
+//! ended. Outcomes outlive the container, so that a question that comes late has an answer, and
+//! epochs are never used twice.
 //!
-//! Promise: a node lets the container run only in [`Ownership::Owner`] and [`Ownership::Granted`]. The
-//! source journals `Released` before it says so; the destination journals `Claiming` before it asks, and
-//! runs the tasks only once it has journalled the grant; a lost message is asked for again. So a fault
-//! can delay a hand-off but never make two runners. Read next: [`fate`] for the questions and what
-//! follows from the answers, [`journal`] for the bytes on disk, docs/failure-model.md for each fault.
+//! Promise: a node lets the container run only in [`Ownership::Owner`] and [`Ownership::Granted`].
+//! The source journals `Released` before it says so; the destination journals `Claiming` before it
+//! asks, and runs the tasks only once it has journalled the grant; a lost message is asked for
+//! again. So a fault can delay a hand-off but never make two runners. Read next: [`fate`] for the
+//! questions and what follows from the answers, [`journal`] for the bytes on disk,
+//! docs/failure-model.md for each fault.
 
 pub mod absence;
 pub mod fate;
@@ -43,8 +44,8 @@ impl Epoch {
     }
 }
 
-/// What this node knows of a container's owner. A container that was never offered has no state and is
-/// ours. The text is the container's name at the other node: `NODE/NAMESPACE/CONTAINER`.
+/// What this node knows of a container's owner. A container that was never offered has no state and
+/// is ours. The text is the container's name at the other node: `NODE/NAMESPACE/CONTAINER`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Ownership {
     /// This node may run it. The epoch is that of its last hand-off.
@@ -64,7 +65,8 @@ pub enum Ownership {
 /// What happens to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The source freezes the container and offers it under this name, with an epoch beyond the one given.
+    /// The source freezes the container and offers it under this name, with an epoch beyond the one
+    /// given.
     Offer(String, Epoch),
     /// The source takes an offer back.
     Abort(Epoch),

@@ -1,13 +1,14 @@
 //! The state machines of source and destination together, checked in every order of events.
 //!
 //! What is checked is what the daemon runs: [`Ledger::on`], [`Ledger::fate`], [`Ledger::recovery`],
-//! [`Fate::at_source`] and [`Fate::at_destination`]. Around them is a world of three nodes that hand one
-//! container to each other over a network which loses, repeats, delays and reorders, while daemons, shims
-//! and machines stop between any two steps. Journalling and acting are steps of their own.
+//! [`Fate::at_source`] and [`Fate::at_destination`]. Around them is a world of three nodes that
+//! hand one container to each other over a network which loses, repeats, delays and reorders, while
+//! daemons, shims and machines stop between any two steps. Journalling and acting are steps of
+//! their own.
 //!
 //! Method: breadth first over all states that can be reached. In each, at most one node runs the
-//! container, and only one whose journal allows it; no copy is removed that is the only one; and from each
-//! a state can be reached in which nothing is under way, without another fault.
+//! container, and only one whose journal allows it; no copy is removed that is the only one; and
+//! from each a state can be reached in which nothing is under way, without another fault.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -76,8 +77,8 @@ struct Message {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct World {
     nodes: [Node; NODES],
-    /// Everything that was ever sent and may still matter: it arrives at any time, any number of times,
-    /// or never.
+    /// Everything that was ever sent and may still matter: it arrives at any time, any number of
+    /// times, or never.
     net: BTreeSet<Message>,
     attempts_left: u8,
     faults_left: u8,
@@ -199,7 +200,7 @@ impl World {
                         world.nodes[here].tasks = Tasks::Frozen;
                     });
                 }
-                // Silence, an error, or a daemon that is told to stop.
+                // Silence, an error, or a daemon that is stopping.
                 self.push(steps, format!("{here} takes the offer back"), |world| {
                     world.nodes[here].journal(&Event::Abort(epoch));
                 });

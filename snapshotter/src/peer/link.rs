@@ -109,7 +109,7 @@ impl LinkStats {
         let new = self.path.with_extension("new");
         let written = fs::write(&new, text).and_then(|()| fs::rename(&new, &self.path));
         if let Err(error) = written {
-            tracing::warn!(path = %self.path.display(), %error, "measurements of peers are not kept");
+            tracing::warn!(path = %self.path.display(), %error, "cannot save the measurements of peers");
         }
     }
 }

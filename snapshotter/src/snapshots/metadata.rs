@@ -11,9 +11,9 @@
 //! disk, not for itself. The rules of containerd's contract that concern metadata alone (what may
 //! be a parent, what may be removed) are checked here, inside the change.
 //!
-//! It is made whole or not at all ([`godwit_disk::database`]). On open: a damaged one, one of another
-//! format, and a missing one beside snapshots that exist are errors and nothing is touched: the
-//! directories hold containers' data.
+//! It is made whole or not at all ([`godwit_disk::database`]). On open: a damaged one, one of
+//! another format, and a missing one beside snapshots that exist are errors and nothing is touched:
+//! the directories hold containers' data.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};

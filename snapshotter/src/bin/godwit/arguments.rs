@@ -35,33 +35,32 @@ pub(crate) enum Output {
 pub(crate) enum Command {
     /// Move a running container from one node to another.
     Migrate(Migrate),
-    /// Tell what a migration would cost and what stands in its way, before anything moves.
+    /// Print what a migration would cost and what stands in its way, without moving anything.
     Plan(Migrate),
-    /// What is cached of containers and volumes on this node.
+    /// Manage the cached snapshots on this node.
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// Volumes on this node.
+    /// Manage the volumes on this node.
     #[command(subcommand)]
     Volume(VolumeCommand),
-    /// Decide how a hand-off ended that `godwit status` shows as released or granted and that does not end by itself.
+    /// Decide how a hand-off ended that `godwit status` shows as released or granted and that does
+    /// not end by itself.
     Resolve(Resolve),
-    /// The nodes that this node knows, and how they answer.
+    /// List the other nodes, and how they respond.
     Peers,
-    /// This node: versions, what the store holds, who owns which container.
+    /// Show this node: versions, what the store holds, and which node owns which container.
     Status,
     /// Follow every migration that this node takes part in.
     Watch,
     /// Free what no snapshot, volume or migration needs any more.
     Sweep,
-    /// Read all that is kept here and tell what is damaged: exit code 0 if nothing is, 3 if
-    /// something is.
+    /// Read all stored content and report damage: exit code 0 if there is none, 3 if there is.
     Check(Check),
 }
 
 #[derive(Args)]
 pub(crate) struct Check {
-    /// Take what is damaged out of the store, fetch it again from peers, and lay read-only volumes
-    /// out again.
+    /// Quarantine damaged content, fetch it again from peers, and lay read-only volumes out again.
     #[arg(long)]
     pub(crate) repair: bool,
     /// The daemon's configuration, which says where the state is while no daemon runs.
@@ -140,7 +139,7 @@ pub(crate) enum SnapshotCommand {
     Restore {
         /// The number of a snapshot of a whole container (`container|...`).
         id: String,
-        /// Start it although a peer does not answer or still has it: there may be two of it then.
+        /// Start it although a peer does not respond or still has it: two of it may run then.
         #[arg(long)]
         although_it_may_run_elsewhere: bool,
         /// Network namespace to join, if not the one of the same path.
@@ -233,8 +232,8 @@ fn size(text: &str) -> Result<u64, String> {
         "M" => 20,
         "G" => 30,
         "T" => 40,
-        _ => return Err("a number, with K, M, G or T behind it".to_owned()),
+        _ => return Err("expected a number, with K, M, G or T behind it or without".to_owned()),
     };
     let number: u64 = digits.parse().map_err(|error| format!("{error}"))?;
-    number.checked_mul(1 << power).ok_or_else(|| "more than there can be".to_owned())
+    number.checked_mul(1 << power).ok_or_else(|| "larger than 2^64 - 1 bytes".to_owned())
 }

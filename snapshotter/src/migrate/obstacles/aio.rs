@@ -1,11 +1,13 @@
 //! Requests of native AIO (`io_setup(2)`), which go on while their process is frozen.
 //!
-//! The kernel completes such a request without the process. What it stores after the freeze, data or the completion itself,
-//! is missing at the destination, and CRIU does not wait for it. Nothing tells how many requests are in flight: the ring
-//! that the kernel shares with the process has completed ones only, no file of `/proc` counts them, and a request such as a
-//! poll may never complete. So a ring may move only if it was never used: it has no completion, and the process has no file
-//! open for direct I/O. Other requests for files are complete when `io_submit(2)` returns. Programs such as nginx make a
-//! ring at their start and use it only where that is configured.
+//! The kernel completes such a request without the process. What it stores after the freeze, data
+//! or the completion itself, is missing at the destination, and CRIU does not wait for it. Nothing
+//! tells how many requests are in flight: the ring that the kernel shares with the process has
+//! completed ones only, no file of `/proc` counts them, and a request such as a poll may never
+//! complete. So a ring may move only if it was never used: it has no completion, and the process
+//! has no file open for direct I/O. Other requests for files are complete when `io_submit(2)`
+//! returns. Programs such as nginx make a ring at their start and use it only where that is
+//! configured.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -20,7 +22,8 @@ use crate::migrate::MigrationError;
 const RING: &str = "/[aio]";
 /// Number of requests for which all rings of the machine have room (sysctl(5), "aio-nr").
 const RESERVED: &str = "/proc/sys/fs/aio-nr";
-/// Length of the ring's head, behind which its events begin (`struct aio_ring` of the kernel's fs/aio.c).
+/// Length of the ring's head, behind which its events begin (`struct aio_ring` of the kernel's
+/// fs/aio.c).
 const HEAD_BYTES: usize = 32;
 /// Length of an event.
 const EVENT_BYTES: usize = 32;
@@ -36,7 +39,8 @@ pub(super) fn rings(container: &Container, found: &mut Findings) {
     }
 }
 
-/// The same check for a container that has just been frozen: a ring may have been used since the survey. May block.
+/// The same check for a container that has just been frozen: a ring may have been used since the
+/// survey. May block.
 ///
 /// Errors: [`MigrationError::Obstacles`].
 pub(in crate::migrate) fn check_frozen(pids: &[u32]) -> Result<(), MigrationError> {
@@ -72,7 +76,8 @@ fn read_head(memory: &Path, address: u64) -> Option<[u8; HEAD_BYTES + EVENT_BYTE
     Some(head)
 }
 
-/// Whether the ring has completed a request: its head or tail moved or, since both return to 0, its first event is filled.
+/// Whether the ring has completed a request: its head or tail moved or, since both return to 0, its
+/// first event is filled.
 fn has_completions(head: &[u8; HEAD_BYTES + EVENT_BYTES]) -> bool {
     let (indices, event) = (&head[8..16], &head[HEAD_BYTES..]);
     indices.iter().chain(event).any(|byte| *byte != 0)

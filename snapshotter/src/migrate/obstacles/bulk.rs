@@ -1,5 +1,5 @@
-//! Files that CRIU copies while the container is frozen: those of a tmpfs, and open files whose last
-//! name was removed.
+//! Files that CRIU copies while the container is frozen: those of a tmpfs, and open files whose
+//! last name was removed.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -76,7 +76,8 @@ pub(super) fn deleted(container: &Container, found: &mut Findings) {
     }
 }
 
-/// Bytes on disk of an open regular file without a name; `None` for any other. Memory files are dumped as memory.
+/// Bytes on disk of an open regular file without a name; `None` for any other. Memory files are
+/// dumped as memory.
 fn deleted_bytes(file: &OpenFile) -> Option<u64> {
     let target = file.target.to_string_lossy();
     if !target.ends_with(" (deleted)") || target.starts_with("/memfd:") {

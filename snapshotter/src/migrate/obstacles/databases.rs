@@ -1,10 +1,11 @@
 //! Databases of a container that mind how their files move.
 //!
-//! A tree, and so the container's own files, is copied file by file, and each file gets another inode number. SQLite compares the number with the one that
-//! it saw when it opened the database, and with a rollback journal then refuses to write. A block volume keeps the
-//! numbers. With a write-ahead log SQLite holds a lock on a file that it has mapped, and CRIU restores no lock on such a
-//! file, whatever volume it is on. What is looked for is what is open now: a database that is closed between two uses does
-//! not mind.
+//! A tree, and so the container's own files, is copied file by file, and each file gets another
+//! inode number. SQLite compares the number with the one that it saw when it opened the database,
+//! and with a rollback journal then refuses to write. A block volume keeps the numbers. With a
+//! write-ahead log SQLite holds a lock on a file that it has mapped, and CRIU restores no lock on
+//! such a file, whatever volume it is on. What is looked for is what is open now: a database that
+//! is closed between two uses does not mind.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -16,13 +17,13 @@ use super::process::OpenFile;
 use super::{Container, Findings, Process};
 use crate::migrate::describe::WritableVolume;
 
-/// First bytes of a SQLite database, and the length of its header up to the version of its format for writing
-/// (<https://sqlite.org/fileformat.html>, section 1.3).
+/// First bytes of a SQLite database, and the length of its header up to the version of its format
+/// for writing (<https://sqlite.org/fileformat.html>, section 1.3).
 const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 const HEADER_BYTES: usize = 19;
 
-/// Warns of each SQLite database that a process has open on a volume where it minds, or among the container's own files.
-/// Those of other mounts do not move.
+/// Warns of each SQLite database that a process has open on a volume where it minds, or among the
+/// container's own files. Those of other mounts do not move.
 pub(super) fn open(container: &Container, found: &mut Findings) {
     for text in warnings(&container.processes, &container.volumes) {
         found.warning(text.what, text.why, text.cure);
@@ -47,7 +48,8 @@ fn warnings(processes: &[Process], volumes: &[WritableVolume]) -> Vec<Minds> {
             let holds = volumes.iter().filter(|volume| path.starts_with(&volume.destination));
             // Volumes may lie in each other.
             let volume = holds.max_by_key(|volume| volume.destination.as_os_str().len());
-            // Before anything is asked of the file itself: it may be on a mount that does not answer.
+            // Before anything is asked of the file itself: it may be on a mount that does not
+            // answer.
             if volume.is_none() && (root.is_none() || mount_of(file) != root) {
                 continue;
             }
@@ -80,14 +82,16 @@ fn mount_of(file: &OpenFile) -> Option<u64> {
     file.info("mnt_id")?.parse().ok()
 }
 
-/// The mount that is a process's root (proc_pid_mountinfo(5)): the last of those that lie on each other.
+/// The mount that is a process's root (proc_pid_mountinfo(5)): the last of those that lie on each
+/// other.
 fn root_mount(pid: u32) -> Option<u64> {
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
     let root = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/"))?;
     root.split(' ').next()?.parse().ok()
 }
 
-/// The version of a SQLite database's format for writing: 1 with a rollback journal, 2 with a write-ahead log.
+/// The version of a SQLite database's format for writing: 1 with a rollback journal, 2 with a
+/// write-ahead log.
 fn format_for_writing(file: &Path) -> Option<u8> {
     // What is no regular file might block, or do something when it is opened.
     fs::metadata(file).ok().filter(fs::Metadata::is_file)?;

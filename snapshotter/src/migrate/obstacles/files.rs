@@ -1,7 +1,8 @@
 //! Open files, locks and mappings of kinds that CRIU cannot dump.
 //!
-//! The rules name what CRIU 4.2 dumps and take everything else as an obstacle (`dump_one_file` in `criu/files.c`), so a
-//! kind of file that a newer kernel brings is found too. Sockets are in [`super::sockets`].
+//! The rules name what CRIU 4.2 dumps and take everything else as an obstacle (`dump_one_file` in
+//! `criu/files.c`), so a kind of file that a newer kernel brings is found too. Sockets are in
+//! [`super::sockets`].
 
 use std::collections::HashSet;
 use std::fs;
@@ -58,13 +59,14 @@ const UNDUMPED: &[Undumped] = &[
     },
 ];
 
-/// Devices whose open files CRIU dumps: those of memory such as `/dev/null`, terminals, tun and autofs.
+/// Devices whose open files CRIU dumps: those of memory such as `/dev/null`, terminals, tun and
+/// autofs.
 const MAJORS: &[u64] = &[1, 4, 5, 136, 137, 138, 139, 140, 141, 142, 143];
 const MAJOR_MISC: u64 = 10;
 const MINORS_MISC: &[u64] = &[200, 235];
 
-/// Prefixes of the links of files on the kernel's own mounts of memory file systems, which CRIU knows by other means.
-/// Devices are looked at by their numbers.
+/// Prefixes of the links of files on the kernel's own mounts of memory file systems, which CRIU
+/// knows by other means. Devices are looked at by their numbers.
 const MEMORY: &[&str] =
     &["/dev/", "/memfd:", "/SYSV", "/dev/zero (", "/[aio]", "/secretmem", "/anon_hugepage"];
 
@@ -138,8 +140,8 @@ fn device(process: &Process, file: &OpenFile, found: &mut Findings) {
     }
 }
 
-/// Files on mounts that no process of the container sees: POSIX message queues, and mounts that were detached while a
-/// file was open.
+/// Files on mounts that no process of the container sees: POSIX message queues, and mounts that
+/// were detached while a file was open.
 pub(super) fn on_hidden_mounts(container: &Container, found: &mut Findings) {
     let mounts = container.processes.iter().flat_map(|process| process.mounts.iter());
     let mounts: HashSet<u64> = mounts.map(|mount| mount.id).collect();
@@ -196,7 +198,8 @@ pub(super) fn foreign_namespaces(container: &Container, found: &mut Findings) {
     }
 }
 
-/// POSIX locks on files that their holder has mapped: CRIU's restore closes such a file once, which releases them.
+/// POSIX locks on files that their holder has mapped: CRIU's restore closes such a file once, which
+/// releases them.
 pub(super) fn locks(container: &Container, found: &mut Findings) {
     for process in container.inside() {
         for file in &process.files {

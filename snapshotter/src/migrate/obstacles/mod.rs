@@ -1,20 +1,23 @@
 //! Obstacles: what of a running container cannot move, or becomes different by moving.
 //!
-//! The source surveys its container before anything is frozen: it reads `/proc` once per process ([`process`]) and
-//! passes what it read to each of [`KINDS`]. A kind is a function that looks for one thing and adds
+//! The source surveys its container before anything is frozen: it reads `/proc` once per process
+//! ([`process`]) and passes what it read to each of [`KINDS`]. A kind is a function that looks for
+//! one thing and adds
 //!
-//! - an *obstacle* where the move would fail or its result would be wrong: plan, migrate and consistent snapshots refuse;
+//! - an *obstacle* where the move would fail or its result would be wrong: plan, migrate and
+//!   consistent snapshots refuse;
 //! - a *warning* where the container moves and something becomes different.
 //!
-//! Every finding says what it is, why it matters and what to do. `DescribeResponse` carries the findings, so `godwit plan`
-//! and `godwit migrate` show the same ones. A session surveys when it begins and again directly before the freeze, since
-//! a container may have changed meanwhile. What concerns the destination alone is looked for there
-//! ([`super::request::pre_flight`]).
+//! Every finding says what it is, why it matters and what to do. `DescribeResponse` carries the
+//! findings, so `godwit plan` and `godwit migrate` show the same ones. A session surveys when it
+//! begins and again directly before the freeze, since a container may have changed meanwhile. What
+//! concerns the destination alone is looked for there ([`super::request::pre_flight`]).
 //!
-//! The survey is bounded by [`process::Limits`]. What lies beyond them is left to CRIU, which refuses it after the freeze;
-//! the container then runs on.
+//! The survey is bounded by [`process::Limits`]. What lies beyond them is left to CRIU, which
+//! refuses it after the freeze; the container then runs on.
 //!
-//! To add a kind: write `fn(&Container, &mut Findings)` in the file of its subject, and list it in [`KINDS`].
+//! To add a kind: write `fn(&Container, &mut Findings)` in the file of its subject, and list it in
+//! [`KINDS`].
 
 mod aio;
 mod bulk;

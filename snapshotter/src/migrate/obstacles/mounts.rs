@@ -1,4 +1,5 @@
-//! Mounts of the container that stand in the way, and bind mounts, whose sources the destination must have.
+//! Mounts of the container that stand in the way, and bind mounts, whose sources the destination
+//! must have.
 
 use std::fs;
 use std::path::Path;
@@ -20,8 +21,8 @@ pub(super) fn user_namespace(container: &Container, found: &mut Findings) {
     }
 }
 
-/// Bind mounts whose source was removed or replaced on the host since the container started: it still has the old one,
-/// which has no path any more. The others are listed for the destination.
+/// Bind mounts whose source was removed or replaced on the host since the container started: it
+/// still has the old one, which has no path any more. The others are listed for the destination.
 pub(super) fn removed_sources(container: &Container, found: &mut Findings) {
     let mounts = container.init().map(|init| init.mounts.as_slice()).unwrap_or_default();
     for bind in container.spec.mounts().iter().flatten().filter(|mount| is_bind(mount)) {

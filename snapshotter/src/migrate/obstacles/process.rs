@@ -155,8 +155,9 @@ impl OpenFile {
         self.target.to_string_lossy().starts_with("socket:[")
     }
 
-    /// The same open file as a descriptor of ours (pidfd_getfd(2)), for what `/proc` does not tell. Keep it no longer than
-    /// a look takes: while it is open, a close by the process closes nothing.
+    /// The same open file as a descriptor of ours (pidfd_getfd(2)), for what `/proc` does not tell.
+    /// Keep it no longer than a look takes: while it is open, a close by the process closes
+    /// nothing.
     ///
     /// Errors: the process has closed it, or has ended.
     pub(in crate::migrate) fn duplicate(&self) -> io::Result<OwnedFd> {

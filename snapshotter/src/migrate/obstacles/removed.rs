@@ -3,8 +3,8 @@
 use super::{Container, Findings};
 use crate::migrate::links::removed_files;
 
-/// CRIU gives a removed file that another hard link leads to a name for the dump. It cannot while a block volume is frozen,
-/// since making a name there would wait for the thaw.
+/// CRIU gives a removed file that another hard link leads to a name for the dump. It cannot while a
+/// block volume is frozen, since making a name there would wait for the thaw.
 pub(super) fn beside_block_volumes(container: &Container, found: &mut Findings) {
     if !container.volumes.iter().any(|volume| volume.file_system.is_some()) {
         return;

@@ -1,7 +1,8 @@
-//! Sockets that CRIU cannot dump: protocols and families it does not know, and Unix connections to the outside.
+//! Sockets that CRIU cannot dump: protocols and families it does not know, and Unix connections to
+//! the outside.
 //!
-//! `/proc` tells no socket's protocol, and MPTCP's are in no table there. So each socket is looked at through a
-//! descriptor of ours ([`OpenFile::duplicate`]).
+//! `/proc` tells no socket's protocol, and MPTCP's are in no table there. So each socket is looked
+//! at through a descriptor of ours ([`OpenFile::duplicate`]).
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -37,7 +38,8 @@ const OTHER_FAMILIES: &[(u16, &str)] = &[
     (44, "XDP"),
 ];
 
-/// Protocols of internet sockets that CRIU dumps (`can_dump_ipproto` in `criu/sk-inet.c`): TCP, UDP and UDP-Lite.
+/// Protocols of internet sockets that CRIU dumps (`can_dump_ipproto` in `criu/sk-inet.c`): TCP, UDP
+/// and UDP-Lite.
 const PROTOCOLS: &[u32] = &[0, 6, 17, 136];
 /// Multipath TCP, as listeners of Go 1.24 and later have it where the kernel does.
 const MPTCP: u32 = 262;
@@ -138,7 +140,8 @@ pub(super) fn external(container: &Container, found: &mut Findings) {
     });
 }
 
-/// Addresses that sockets are bound to: CRIU binds them again, and clients that know such an address connect to it.
+/// Addresses that sockets are bound to: CRIU binds them again, and clients that know such an
+/// address connect to it.
 pub(super) fn addresses(container: &Container, found: &mut Findings) {
     each(container, |_, _, socket| {
         let is_connection = options::socket_type(socket)

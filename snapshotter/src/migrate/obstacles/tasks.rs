@@ -2,8 +2,8 @@
 
 use super::{Container, Findings, Process};
 
-/// Kinds of namespaces of which CRIU dumps those of the init process only (`generate_ns_id` in `criu/namespaces.c`). A
-/// second mount namespace moves.
+/// Kinds of namespaces of which CRIU dumps those of the init process only (`generate_ns_id` in
+/// `criu/namespaces.c`). A second mount namespace moves.
 const SINGLE: &[(&str, &str)] = &[
     ("pid", "process id"),
     ("net", "network"),
@@ -14,7 +14,8 @@ const SINGLE: &[(&str, &str)] = &[
     ("cgroup", "control group"),
 ];
 
-/// Processes that CRIU does not see, since they do not descend from the init process: those that `exec` added.
+/// Processes that CRIU does not see, since they do not descend from the init process: those that
+/// `exec` added.
 pub(super) fn outside_the_tree(container: &Container, found: &mut Findings) {
     let outside = container.outside();
     if outside.is_empty() && container.execs.is_empty() {
@@ -45,7 +46,8 @@ pub(super) fn traced(container: &Container, found: &mut Findings) {
     }
 }
 
-/// Namespaces that a process of the container made for itself, as a browser's or a build's sandbox does.
+/// Namespaces that a process of the container made for itself, as a browser's or a build's sandbox
+/// does.
 pub(super) fn own_namespaces(container: &Container, found: &mut Findings) {
     let Some(init) = container.init() else { return };
     for process in container.inside() {
@@ -97,7 +99,8 @@ mod tests {
         }
     }
 
-    /// Method: pids beyond the largest that Linux gives, so that no process of this machine is one of them.
+    /// Method: pids beyond the largest that Linux gives, so that no process of this machine is one
+    /// of them.
     const INIT: u32 = 1 << 30;
 
     fn found(kind: fn(&Container, &mut Findings), processes: Vec<Process>) -> Findings {

@@ -7,7 +7,8 @@ use super::{Container, Findings};
 /// Links of the descriptors that watch.
 const WATCHING: &[&str] = &["anon_inode:inotify", "anon_inode:[fanotify]"];
 
-/// Watches on the root file system, of which CRIU has to be told the paths: the shim does, if there is one.
+/// Watches on the root file system, of which CRIU has to be told the paths: the shim does, if there
+/// is one.
 pub(super) fn on_overlays(container: &Container, found: &mut Findings) {
     let is_watching = |kind: &Path| WATCHING.iter().any(|known| kind == Path::new(known));
     let mut watching = container

@@ -1,6 +1,7 @@
-//! What a plan expects of a container's image: blobs, which neighbours have or the source sends, and layers of which neither
-//! has a blob. Those came from neighbours before, and will again, in chunks, from the neighbours that keep them
-//! ([`crate::layers`]); what they cost is taken to be what the blob would.
+//! What a plan expects of a container's image: blobs, which neighbours have or the source sends,
+//! and layers of which neither has a blob. Those came from neighbours before, and will again, in
+//! chunks, from the neighbours that keep them ([`crate::layers`]); what they cost is taken to be
+//! what the blob would.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

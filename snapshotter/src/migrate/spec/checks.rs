@@ -1,7 +1,9 @@
-//! What this node requires of the fields whose values matter: privileges, host paths, and hardware that must be here.
+//! What this node requires of the fields whose values matter: privileges, host paths, and hardware
+//! that must be here.
 //!
-//! A value that the kernel lets a process set only with a capability is admitted where `admit.capabilities` has that
-//! capability: a container that may hold it could set the value itself.
+//! A value that the kernel lets a process set only with a capability is admitted where
+//! `admit.capabilities` has that capability: a container that may hold it could set the value
+//! itself.
 
 use std::path::{Component, Path};
 
@@ -38,15 +40,16 @@ const CAPABILITIES: &str = "capabilities";
 /// Kinds of namespaces that a container may have of its own. A user namespace is none of them.
 const NAMESPACES: [&str; 7] = ["pid", "mount", "network", "ipc", "uts", "cgroup", "time"];
 
-/// Files of a container's own cgroup that limits may be written to. Not `cgroup.*`: that moves and kills processes.
+/// Files of a container's own cgroup that limits may be written to. Not `cgroup.*`: that moves and
+/// kills processes.
 const UNIFIED: [&str; 8] =
     ["cpu.", "cpuset.", "io.", "memory.", "pids.", "hugetlb.", "rdma.", "misc."];
 
 /// Annotations that command a runtime: systemd properties of runc, hooks and handlers of crun.
 const COMMANDS: [&str; 2] = ["org.systemd.property.", "run.oci."];
 
-/// Devices that every container may use, by major and minor: null, zero, full, random, urandom, tty, console, ptmx
-/// and, with any minor, pseudo terminals. containerd's and runc's own list.
+/// Devices that every container may use, by major and minor: null, zero, full, random, urandom,
+/// tty, console, ptmx and, with any minor, pseudo terminals. containerd's and runc's own list.
 const USUAL_DEVICES: [(i64, Option<i64>); 9] = [
     (1, Some(3)),
     (1, Some(5)),
@@ -125,7 +128,8 @@ pub(super) fn realtime_runtime(value: &Value, context: &Context<'_>) -> Result<(
     }
 }
 
-/// RLIMIT_RTPRIO and RLIMIT_NICE let processes raise their priority without a capability (getrlimit(2)).
+/// RLIMIT_RTPRIO and RLIMIT_NICE let processes raise their priority without a capability
+/// (getrlimit(2)).
 pub(super) fn rlimit(limit: &mut Map<String, Value>, context: &Context<'_>) -> Result<(), Why> {
     let kind = member(limit, "type")?;
     let unprivileged = match kind {
@@ -208,8 +212,8 @@ pub(super) fn annotations(value: &Value, _: &Context<'_>) -> Result<(), Why> {
     Ok(())
 }
 
-/// Whether an annotation that passed [`annotations`] comes along. The settings of an earlier migration do not, nor a
-/// configuration of CRIU by path.
+/// Whether an annotation that passed [`annotations`] comes along. The settings of an earlier
+/// migration do not, nor a configuration of CRIU by path.
 pub(super) fn is_kept(key: &str) -> bool {
     let is_ours = key.starts_with("godwit.io/");
     let is_lasting = [annotation::SERVICE, annotation::USER, annotation::MPTCP].contains(&key)
@@ -246,7 +250,8 @@ pub(super) fn namespace(
         namespace.insert("path".to_owned(), netns.to_string_lossy().into());
     }
     let path = member(namespace, "path")?;
-    // A named network namespace is this node's own of that name; any other would join what is not the container's.
+    // A named network namespace is this node's own of that name; any other would join what is not
+    // the container's.
     if path.is_empty() || (is_network && is_named_netns(Path::new(path))) {
         return Ok(());
     }

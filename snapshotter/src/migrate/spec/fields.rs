@@ -1,20 +1,23 @@
-//! The table of the fields that a specification may have, and what becomes of each at the destination.
+//! The table of the fields that a specification may have, and what becomes of each at the
+//! destination.
 //!
-//! Paths are written with dots, and `[]` for the items of an array. A field is judged by the row of its own path; a field
-//! without a row is refused by name. The last test compares the table with the JSON schema of the OCI runtime
-//! specification (`protos/vendor/runtime-spec`), so a field that a newer version adds must be decided on here.
+//! Paths are written with dots, and `[]` for the items of an array. A field is judged by the row of
+//! its own path; a field without a row is refused by name. The last test compares the table with
+//! the JSON schema of the OCI runtime specification (`protos/vendor/runtime-spec`), so a field that
+//! a newer version adds must be decided on here.
 
 use serde_json::{Map, Value};
 
 use super::checks::{self, Context, Why};
 
-/// What becomes of a field that the source's container has. A field that it does not have stays absent, except where
-/// a row says that this node sets it.
+/// What becomes of a field that the source's container has. A field that it does not have stays
+/// absent, except where a row says that this node sets it.
 #[derive(Clone, Copy)]
 pub(super) enum Rule {
     /// An object whose members have rows of their own.
     Members,
-    /// An array of objects whose members have rows of their own; each object is then checked or changed as a whole.
+    /// An array of objects whose members have rows of their own; each object is then checked or
+    /// changed as a whole.
     Each(fn(&mut Map<String, Value>, &Context<'_>) -> Result<(), Why>),
     /// A value or an array of values, taken as it is.
     Taken,
@@ -245,7 +248,8 @@ mod tests {
         ("defs-linux.json", include_str!("../../../../protos/vendor/runtime-spec/defs-linux.json")),
     ];
 
-    /// For each row whose values are checked: one that is taken, and one that is not with a word of the reason.
+    /// For each row whose values are checked: one that is taken, and one that is not with a word of
+    /// the reason.
     const EXAMPLES: &[(&str, &str, &str, &str)] = &[
         ("annotations", r#"{"a": "b"}"#, r#"{"run.oci.handler": "wasm"}"#, "run.oci.handler"),
         (
@@ -460,7 +464,8 @@ mod tests {
         }
     }
 
-    /// The value of that member in the example that the row of a whole array needs, if the schema's will not do.
+    /// The value of that member in the example that the row of a whole array needs, if the schema's
+    /// will not do.
     fn member(path: &str) -> Option<Value> {
         Some(match path {
             "mounts[].type" => json!("mqueue"),

@@ -59,7 +59,8 @@ fn page_size(directory: &str) -> Option<String> {
 pub struct Numbers(Vec<RangeInclusive<u32>>);
 
 impl Numbers {
-    /// Whether all of `others` are among these, which the kernel has listed without adjacent ranges.
+    /// Whether all of `others` are among these, which the kernel has listed without adjacent
+    /// ranges.
     pub fn contains(&self, others: &Self) -> bool {
         let within = |other: &RangeInclusive<u32>| {
             self.0.iter().any(|range| range.contains(other.start()) && range.contains(other.end()))

@@ -55,7 +55,7 @@ pub(crate) struct Holdings {
 }
 
 impl Holdings {
-    /// `name` is the run's own: its loop devices are told from others of this machine by it.
+    /// `name` is the run's own: it distinguishes its loop devices from others of this machine.
     pub(crate) fn of(site: &Site, name: &str) -> Result<Self> {
         let nodes = site.nodes().iter().map(|node| list(node, name)).collect::<Result<_>>()?;
         Ok(Self { nodes })
@@ -93,8 +93,8 @@ fn list(node: &Node, name: &str) -> Result<BTreeSet<String>> {
     Ok(text.lines().filter(|line| !is_made_once(line)).map(str::to_owned).collect())
 }
 
-/// What of a network namespace's packet rules is CRIU's, or drops packets. Tables without such rules
-/// stay where CRIU has used iptables, and harm nothing.
+/// What of a network namespace's packet rules is CRIU's, or drops packets. Tables without such
+/// rules stay where CRIU has used iptables, and harm nothing.
 pub(crate) fn packet_rules(node: &Node, network: &str) -> Result<Vec<String>> {
     let script = format!("ip netns exec {network} nft list ruleset | grep -e CRIU -e drop || true");
     Ok(node.sh(&script)?.lines().map(|line| line.trim().to_owned()).collect())

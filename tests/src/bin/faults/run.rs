@@ -142,7 +142,7 @@ impl Names {
         format!("{}-u", self.container)
     }
 
-    /// Volumes with what `godwit volume create` is told besides, and where they are mounted.
+    /// Volumes with further arguments of `godwit volume create`, and where they are mounted.
     fn volumes(&self) -> Vec<(String, &'static [&'static str], &'static str)> {
         let mut volumes: Vec<(String, &'static [&'static str], _)> = Vec::new();
         if self.tree {

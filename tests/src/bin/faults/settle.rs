@@ -68,7 +68,7 @@ pub(crate) fn settle(site: &Site, names: &Names, may_end: bool) -> Result<Settle
         let others = tasks.iter().filter(|&&at| seen[at].is("PAUSED")).count();
         let running: Vec<usize> =
             tasks.iter().copied().filter(|&at| seen[at].is("RUNNING")).collect();
-        // A namesake is told from the ledger by the witness, which has never heard of it.
+        // The witness, which has never heard of a namesake, tells it from the ledger.
         let ledgers: Vec<usize> =
             running.iter().copied().filter(|&at| site.witness().last_at(at).is_some()).collect();
         if let ([index], 0) = (&ledgers[..], others) {

@@ -24,7 +24,7 @@ const PAGE_BYTES: usize = 4096;
 /// Pages that are written, and others that are verified, in each step.
 const PAGES_PER_STEP: u64 = 16;
 
-/// `probe ledger WITNESS MIB DIRECTORY...`: one step every 5 ms, of which WITNESS is told; MIB of
+/// `probe ledger WITNESS MIB DIRECTORY...`: one step every 5 ms, reported to WITNESS; MIB of
 /// memory are written and verified page by page, and every step is appended to the file
 /// `ledger-LIFE` in each DIRECTORY.
 ///

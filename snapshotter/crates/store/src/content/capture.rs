@@ -28,7 +28,8 @@
 //! open through an overlay.
 //!
 //! Nor can it miss a change of attributes: owner, mode, extended attributes, flags and project set
-//! the change time too, as do renaming and removing a name, and the attributes are read after step 1.
+//! the change time too, as do renaming and removing a name, and the attributes are read after step
+//! 1.
 //!
 //! The price: a file that is open for writing is read in every capture, also while the container is
 //! frozen.

@@ -1,8 +1,8 @@
 //! Files of a tmpfs, read before the freeze in the form in which CRIU's images have them.
 //!
-//! The tree that [`capture`] makes stands in the place of CRIU's image directory, with the same file
-//! names, so that [`super::difference`] finds at the cut what changed since. It is read from running
-//! processes: an archive in it may be torn. The cut has CRIU's own.
+//! The tree that [`capture`] makes stands in the place of CRIU's image directory, with the same
+//! file names, so that [`super::difference`] finds at the cut what changed since. It is read from
+//! running processes: an archive in it may be torn. The cut has CRIU's own.
 
 use std::path::Path;
 
