@@ -80,6 +80,7 @@ fn a_fence_outlives_a_containerd_that_lost_its_records() -> Result<()> {
     node.sh(&format!("cp {METADATA} /var/lib/older.db"))?;
     node.start_containerd()?;
     idle(name).options(&["--label", "containerd.io/restart.status=running"]).start(node)?;
+    let logged = node.log_end("daemon");
     move_by_annotation(name, renamed)?;
 
     let run_for_a_while = || -> Result<()> {
@@ -99,7 +100,7 @@ fn a_fence_outlives_a_containerd_that_lost_its_records() -> Result<()> {
 
     let begun = Instant::now();
     while begun.elapsed() < RESTART_INTERVAL * 2 {
-        ensure!(is_fenced(name), "the fence is gone");
+        ensure!(is_fenced(name), "the fence is gone: {}", node.log_since("daemon", logged));
         let task = workload::task(node, name)?;
         ensure!(task.as_deref() != Some("RUNNING"), "two runners");
         std::thread::sleep(Duration::from_millis(200));

@@ -3,7 +3,7 @@
 //!
 //! [`absence`]: crate::ownership::absence
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -26,14 +26,15 @@ const CGROUPS_MAX: usize = 100_000;
 /// The journalled containers that containerd may have deleted.
 #[derive(Debug, Default)]
 pub struct Absence {
-    reported: HashSet<ContainerRef>,
+    /// Each with the UUID of the containerd that reported it.
+    reported: HashMap<ContainerRef, String>,
     watched: HashMap<ContainerRef, Watched>,
 }
 
 impl Absence {
-    /// containerd reported a deletion.
-    pub fn reported(&mut self, container: ContainerRef) {
-        self.reported.insert(container);
+    /// The containerd `uuid` reported a deletion.
+    pub fn reported(&mut self, container: ContainerRef, uuid: &str) {
+        self.reported.insert(container, uuid.to_owned());
     }
 
     /// containerd was lost: what was absent may have come and gone.
@@ -50,7 +51,9 @@ impl Absence {
         let entries = node.journal.containers()?;
         for (container, _) in &entries {
             let mut watched = before.remove(container).unwrap_or_default();
-            watched.has_event |= self.reported.contains(container);
+            if let Some(uuid) = self.reported.remove(container) {
+                watched.deleted_in = Some(uuid);
+            }
             self.watched.insert(container.clone(), watched);
         }
         self.reported.clear();
@@ -62,6 +65,10 @@ impl Absence {
             let watched = self.watched.entry(container.clone()).or_default();
             let evidence = watched.look(uuid, seen, Instant::now());
             if is_deleted(entry.incarnation.as_ref(), uuid, &evidence) {
+                // Another containerd may have answered: one that was started on another root.
+                if node.containerd.uuid().await? != uuid {
+                    return Ok(());
+                }
                 tracing::info!(%container, ?evidence, "deleted; its entry ends");
                 node.journal.forget(&container)?;
                 self.watched.remove(&container);

@@ -64,7 +64,7 @@ impl Follower {
                     let EventKind::ContainerDeleted { id } = kind else { continue };
                     tracing::debug!(namespace, id, "container deleted");
                     if let Ok(container) = ContainerRef::new(&namespace, &id) {
-                        self.absence.reported(container);
+                        self.absence.reported(container, &uuid);
                     }
                 }
             }

@@ -81,8 +81,8 @@ pub fn is_deleted(journalled: Option<&Incarnation>, uuid: &str, evidence: &Evide
 /// What is remembered of a container between two looks.
 #[derive(Clone, Debug, Default)]
 pub struct Watched {
-    /// containerd reported its deletion.
-    pub has_event: bool,
+    /// UUID of the containerd that reported its deletion.
+    pub deleted_in: Option<String>,
     /// The containerd that did not list it, and since when.
     absent: Option<(String, Instant)>,
 }
@@ -101,7 +101,8 @@ impl Watched {
             _ => Some((uuid.to_owned(), now)),
         };
         let since = self.absent.as_ref().map_or(now, |(_, since)| *since);
-        Evidence { has_event: self.has_event, seen, absent_for: now.duration_since(since) }
+        let has_event = self.deleted_in.as_deref() == Some(uuid);
+        Evidence { has_event, seen, absent_for: now.duration_since(since) }
     }
 }
 
@@ -167,5 +168,13 @@ mod tests {
         assert_eq!(look(HERE, Seen::Traces, 400), Duration::ZERO);
         assert_eq!(look(HERE, Seen::Nothing, 500), Duration::ZERO);
         assert_eq!(look(HERE, Seen::Nothing, 501), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn a_deletion_counts_only_in_the_containerd_that_reported_it() {
+        let mut watched = Watched { deleted_in: Some("another".to_owned()), absent: None };
+        assert!(!watched.look(HERE, Seen::Nothing, Instant::now()).has_event);
+        watched.deleted_in = Some(HERE.to_owned());
+        assert!(watched.look(HERE, Seen::Nothing, Instant::now()).has_event);
     }
 }
