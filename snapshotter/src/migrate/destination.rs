@@ -357,8 +357,8 @@ pub async fn acquire(
     }
 }
 
-/// Whether the container came by this annotation before, by the journal or by what was noted with the container: the
-/// journal may be an older copy.
+/// Whether the container came by this annotation before, by the journal or by what was noted with
+/// the container: the journal may be an older copy.
 async fn is_spent(node: &Node, asked: &Acquire) -> Result<bool, MigrationError> {
     let annotation = asked.annotation();
     let entry = node.journal.container(&asked.container)?;

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! UPPER                  what the session writes
-//! UPPER.godwit-before    what was there before, if anything was: from `clear` until `settle` or `put_back`
+//! UPPER.godwit-before    what was there before, if anything: from `clear` to `settle` or `put_back`
 //! ```
 //!
-//! A container that this node creates has an empty layer. One that a client created with an annotation may have been
-//! stopped after it ran, and its files are nowhere else. They are moved aside and not deleted, until the container has
-//! come from its source. A session that died leaves both directories: the next one writes into a fresh `UPPER` and still
-//! has the older files to put back; a daemon that starts puts them back ([`super::request::remove_abandoned`]).
+//! A container that this node creates has an empty layer. One that a client created with an
+//! annotation may have been stopped after it ran, and its files are nowhere else. They are moved
+//! aside and not deleted, until the container has come from its source. A session that died leaves
+//! both directories: the next one writes into a fresh `UPPER` and still has the older files to put
+//! back; a daemon that starts puts them back ([`super::request::remove_abandoned`]).
 
 use std::fs;
 use std::io;
@@ -46,7 +47,8 @@ impl Layer {
         name.into()
     }
 
-    /// Makes the directory empty. What was in it is kept beside it; what a dead session wrote is removed.
+    /// Makes the directory empty. What was in it is kept beside it; what a dead session wrote is
+    /// removed.
     ///
     /// Errors: I/O; the older files are at one of the two places then.
     pub(super) fn clear(&mut self) -> Result<(), ContentError> {

@@ -7,9 +7,10 @@
 //! STATE/stage/SESSION/work          CRIU's logs
 //! ```
 //!
-//! The writable layer is patched in the container's own upper directory, which nothing mounts before the restore. What
-//! lies there already, of a stopped container that is started again, is moved aside ([`Layer`]) once the source has
-//! confirmed that it has the container, and put back if the container does not come.
+//! The writable layer is patched in the container's own upper directory, which nothing mounts
+//! before the restore. What lies there already, of a stopped container that is started again, is
+//! moved aside ([`Layer`]) once the source has confirmed that it has the container, and put back if
+//! the container does not come.
 //!
 //! On open of the daemon everything below `stage` is removed: sessions live in memory.
 
@@ -59,7 +60,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Makes the directories of a session for a container whose writable layer is to lie in `upper_dir`.
+    /// Makes the directories of a session for a container whose writable layer is to lie in
+    /// `upper_dir`.
     pub fn begin(
         node: &Node,
         session: &str,
@@ -165,7 +167,8 @@ impl Layout {
         Ok(())
     }
 
-    /// Empties the writable layer, and keeps what was in it until [`Self::settle`] or [`Self::discard`].
+    /// Empties the writable layer, and keeps what was in it until [`Self::settle`] or
+    /// [`Self::discard`].
     ///
     /// Caller: once the source has confirmed that it has the container.
     pub fn clear_layer(&mut self) -> Result<(), MigrationError> {

@@ -10,8 +10,8 @@
 //! Each has a number, which is never used twice, and a directory of that number: `fs/<number>/fs`
 //! holds what it adds to its parents, `fs/<number>/work` is overlayfs's own. Directories are made
 //! in advance ([`spare`]). The names, the kinds and the chain are in a database ([`metadata`]).
-//! What is mounted ([`Snapshotter::mounts`]) is either a bind mount, where there is one tree only, or
-//! an overlay of the whole chain; containerd mounts it, we never do.
+//! What is mounted ([`Snapshotter::mounts`]) is either a bind mount, where there is one tree only,
+//! or an overlay of the whole chain; containerd mounts it, we never do.
 //!
 //! Promises: what the database names has a directory, whenever the machine stops; a committed layer
 //! is on disk before the database calls it committed, and that before containerd gets the answer;

@@ -486,7 +486,7 @@ pub(crate) mod tests {
         let mut objects = Objects::default();
         assert!(matches!(reader.finish(&mut objects), Err(ContentError::Images(_))));
         assert!(objects.0.is_empty());
-        // The directory is removed under a reader that nobody finishes.
+        // The directory is removed under a reader that is never finished.
         let reader = DumpReader::begin(&images, Previous::default());
         fs::remove_dir_all(&images).unwrap();
         drop(reader);
