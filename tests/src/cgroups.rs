@@ -97,6 +97,14 @@ impl Groups {
         Ok(())
     }
 
+    /// Thaws everything in the node's groups.
+    pub(crate) fn thaw(&self) {
+        for group in self.tops.iter().flat_map(|top| tree(top)) {
+            let _ = fs::write(group.join("freezer.state"), "THAWED");
+            let _ = fs::write(group.join("cgroup.freeze"), "0");
+        }
+    }
+
     /// Removes the groups that a node which has ended made in its own.
     pub(crate) fn empty(&self, timeout: Duration) -> Result<()> {
         wait_until("the cgroups of a node that crashed are removed", timeout, || {
@@ -104,8 +112,6 @@ impl Groups {
             for child in self.tops.iter().flat_map(|top| children(top)) {
                 are_left = true;
                 for group in tree(&child) {
-                    let _ = fs::write(group.join("freezer.state"), "THAWED");
-                    let _ = fs::write(group.join("cgroup.freeze"), "0");
                     let _ = fs::remove_dir(group);
                 }
             }

@@ -375,7 +375,11 @@ impl Node {
         self.port.cut()?;
         Invocation::new(&["kill", "-KILL", &self.init().to_string()]).ok()?;
         let proc = PathBuf::from(format!("/proc/{}", self.init()));
-        wait_until("the node is gone", STOP_TIMEOUT, || Ok(!proc.exists()))
+        wait_until("the node is gone", STOP_TIMEOUT, || {
+            // A frozen process does not die; a machine takes it along.
+            self.groups.thaw();
+            Ok(!proc.exists())
+        })
     }
 
     /// Starts a node that [`Self::crash`] ended: its disks are as they were, nothing runs in it,

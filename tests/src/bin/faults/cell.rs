@@ -115,6 +115,8 @@ pub(crate) enum Cut {
     BothWays(Duration),
     /// What is sent to the node is lost; what it sends arrives.
     OneWay(Duration),
+    /// Three in ten packets that are sent to the node are lost.
+    Lossy(Duration),
 }
 
 /// What happens to the container itself.
@@ -153,8 +155,13 @@ impl Fault {
         let blow = pick(&[Blow::Kill, Blow::Kill, Blow::Terminate, Blow::Stop], random);
         let role = pick(&Role::BOTH, random);
         let (brief, long) = (Duration::from_secs(3), Duration::from_secs(15));
-        let cuts =
-            [Cut::BothWays(brief), Cut::BothWays(long), Cut::OneWay(brief), Cut::OneWay(long)];
+        let cuts = [
+            Cut::BothWays(brief),
+            Cut::BothWays(long),
+            Cut::OneWay(brief),
+            Cut::OneWay(long),
+            Cut::Lossy(long),
+        ];
         let acts = [Act::Exit, Act::Delete, Act::Pause, Act::Exec, Act::OutOfMemory];
         match kind {
             0 => Self::Signal(Program::Daemon(Role::Source), blow),
@@ -206,6 +213,9 @@ impl Fault {
             Self::Link(at, Cut::OneWay(time)) => {
                 format!("{} link one way {} s", role(at), time.as_secs())
             }
+            Self::Link(at, Cut::Lossy(time)) => {
+                format!("{} link loses packets {} s", role(at), time.as_secs())
+            }
             Self::DiskFull(at) => format!("{} disk full", role(at)),
             Self::MemoryLimit(at) => format!("{} daemon's memory", role(at)),
             Self::Container(act) => match act {
@@ -221,6 +231,11 @@ impl Fault {
             Self::TwoDestinations => "two destinations".to_owned(),
             Self::BackAtOnce => "there and back".to_owned(),
         }
+    }
+
+    /// Whether a node lacks room or memory meanwhile.
+    pub(crate) fn takes_resources(self) -> bool {
+        matches!(self, Self::DiskFull(_) | Self::MemoryLimit(_))
     }
 
     /// Whether the container may end by it, when it strikes in `phase`.
@@ -266,14 +281,15 @@ impl Cell {
     pub(crate) fn draw(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let phases = Phase::ALL.len() as u64;
-        let phase = Phase::ALL[usize::try_from(seed / KINDS % phases).unwrap_or(0)];
+        let phase = usize::try_from(seed / KINDS % phases).unwrap_or(0);
+        let (phase, since) = (Phase::ALL[phase], &Phase::ALL[phase..]);
         let fault = Fault::draw(seed % KINDS, &mut random);
         let mends = [50, 1000, 1000, 4000, 9000].map(Duration::from_millis);
         let second = (random.below(4) == 0).then(|| {
             // What disturbs another thing than the container: two of those make a run that says
             // nothing.
             let kind = random.below(14);
-            (pick(&Phase::ALL, &mut random), Fault::draw(kind, &mut random))
+            (pick(since, &mut random), Fault::draw(kind, &mut random))
         });
         let fills = |fault: Option<Fault>| matches!(fault, Some(Fault::DiskFull(_)));
         // A block volume loses writes that the disk below it has no room for, with or without a

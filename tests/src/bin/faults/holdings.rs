@@ -9,7 +9,7 @@ use godwit_tests::Node;
 use crate::site::Site;
 
 /// Deadline for leftovers to vanish: the daemon gives up an abandoned restore after 75 s.
-const VANISH_MAX: Duration = Duration::from_secs(100);
+pub(crate) const VANISH_MAX: Duration = Duration::from_secs(100);
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// One thing a line. Not among them: the contents of the store and of image layers, which outlive
@@ -21,7 +21,6 @@ find /sys/fs/cgroup -mindepth 2 -type d | sed 's/^/group /'
 find /run/containerd -mindepth 1 -path /run/containerd/fifo -prune -o -print | sed 's/^/file /'
 find /run/godwit /run/godwit-volumes /run/runc /run/netns -mindepth 1 2> /dev/null | sed 's/^/file /'
 find /var/lib/godwit -mindepth 1 \( -path '*/store/*' -o -path '*/snapshots/*' -o -path '*/content/*' \) -prune -o -print | sed 's/^/file /'
-ls -d /var/lib/containerd/io.containerd.runtime.v2.task/*/* 2> /dev/null | sed 's/^/file /'
 losetup -n -O BACK-FILE | grep RUN | sed 's/^/loop device /'
 nft list tables | sed 's/^/packets /'
 ip -o link | sed 's/^[0-9]*: //; s/[:@].*//; s/^/link /'

@@ -2,12 +2,14 @@
 //! others had.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::Result;
+use godwit_tests::command::wait_until;
 use godwit_tests::ledger::{self, Sighting};
 
 use crate::cell::{Cell, Fault, Phase};
-use crate::holdings::packet_rules;
+use crate::holdings::{VANISH_MAX, packet_rules};
 use crate::run::{Broken, Names};
 use crate::settle::{Settled, look};
 use crate::site::Site;
@@ -114,6 +116,14 @@ fn volume(site: &Site, cell: &Cell, names: &Names, history: &[Sighting]) -> Resu
 /// Neither end of a migration may have packet rules left in the container's network.
 fn network(site: &Site, names: &Names, settled: &Settled, broken: &mut Broken) -> Result<()> {
     for (index, node) in site.nodes().iter().enumerate() {
+        // Where it does not run, a restore may yet have to be given up.
+        let patience = match settled {
+            Settled::Runs { index: runs, .. } if *runs == index => Duration::ZERO,
+            _ => VANISH_MAX,
+        };
+        let _ = wait_until("packet rules vanish", patience, || {
+            Ok(packet_rules(node, &names.container)?.is_empty())
+        });
         for rule in packet_rules(node, &names.container)? {
             let text = format!("{} has in the container's network: {rule}", node.name());
             if matches!(settled, Settled::Runs { index: runs, .. } if *runs == index) {

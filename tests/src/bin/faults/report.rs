@@ -31,7 +31,7 @@ pub(crate) struct Report {
     frozen: u32,
     /// It runs, and no packet passes in its network namespace.
     mute: u32,
-    /// A node holds something that it did not hold before the run.
+    /// A node holds something that it did not hold before the run, or does not migrate any more.
     leaked: u32,
     cells: BTreeMap<String, BTreeMap<String, u32>>,
 }

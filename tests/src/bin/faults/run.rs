@@ -9,7 +9,7 @@ use godwit_tests::Background;
 use godwit_tests::command::wait_until;
 use godwit_tests::images::Image;
 use godwit_tests::ledger;
-use godwit_tests::workload::Container;
+use godwit_tests::workload::{self, Container};
 
 use crate::cell::{Cell, Fault, Phase, Role};
 use crate::holdings::Holdings;
@@ -296,8 +296,24 @@ pub(crate) fn run(site: &Site, cell: &Cell) -> Result<Outcome> {
     names.clients.borrow_mut().clear();
     names.remove(site)?;
     broken.leaked.extend(before.differences(site, &names.container)?);
+    if struck.iter().any(|(_, fault)| fault.takes_resources()) {
+        broken.leaked.extend(still_migrates(site, &names)?);
+    }
     let struck = struck.iter().map(|(phase, fault)| (phase.word(), fault.word())).collect();
     Ok(Outcome { end: end(&settled), broken, struck, notes, took: begin.elapsed() })
+}
+
+/// With room again, the next migration completes. Returns why it does not.
+fn still_migrates(site: &Site, names: &Names) -> Result<Option<String>> {
+    let [from, to] = Role::BOTH.map(|role| site.node(role.index()));
+    let next = format!("{}-n", names.container);
+    names.other(&next).command(&["probe", "idle"]).start(from)?;
+    let done = workload::migrate(from, &next, from, to, &[])?;
+    for node in [from, to] {
+        node.run(&["ctr", "tasks", "rm", "-f", &next])?;
+        node.run(&["ctr", "containers", "rm", &next])?;
+    }
+    Ok((!done.succeeded()).then(|| format!("the next migration fails: {done}")))
 }
 
 fn mend_due(site: &Site, names: &Names, mendings: &mut Vec<Mending>) -> Result<()> {

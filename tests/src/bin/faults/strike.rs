@@ -1,9 +1,11 @@
 //! Making faults, and mending their causes.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use godwit_tests::Node;
+use godwit_tests::command::host;
 use nix::sys::signal::Signal;
 
 use crate::cell::{Act, Blow, Cell, Cut, Fault, Program, Role};
@@ -32,7 +34,8 @@ pub(crate) struct Mending {
 enum What {
     GoOn(Vec<i32>),
     Restart(usize, Program, Vec<i32>),
-    Revive(usize),
+    /// With the device number of its disk.
+    Revive(usize, u64),
     Link(usize),
     Rules(usize),
     Room(usize),
@@ -51,8 +54,10 @@ pub(crate) fn strike(
     Ok(match fault {
         Fault::Signal(program, blow) => return signalled(site, cell, names, program, blow),
         Fault::Crash(role) => {
-            site.node(role.index()).crash()?;
-            later(What::Revive(role.index()))
+            let node = site.node(role.index());
+            let disk = std::fs::metadata(node.path(STATE))?.dev();
+            node.crash()?;
+            later(What::Revive(role.index(), disk))
         }
         Fault::Link(role, cut) => {
             let node = site.node(role.index());
@@ -62,7 +67,11 @@ pub(crate) fn strike(
                     (time, What::Link(role.index()))
                 }
                 Cut::OneWay(time) => {
-                    node.sh(ONE_WAY)?;
+                    drop_packets(node, "drop")?;
+                    (time, What::Rules(role.index()))
+                }
+                Cut::Lossy(time) => {
+                    drop_packets(node, "numgen random mod 10 < 3 drop")?;
                     (time, What::Rules(role.index()))
                 }
             };
@@ -101,10 +110,15 @@ pub(crate) fn strike(
     })
 }
 
-/// Everything that comes in is lost.
-const ONE_WAY: &str = "nft add table netdev cut
-nft add chain netdev cut in '{ type filter hook ingress device uplink priority 0; }'
-nft add rule netdev cut in drop";
+/// Loses what comes in over a node's link, as the rule says.
+fn drop_packets(node: &Node, rule: &str) -> Result<()> {
+    let script = format!(
+        "nft add table netdev cut
+         nft add chain netdev cut in '{{ type filter hook ingress device uplink priority 0; }}'
+         nft add rule netdev cut in '{rule}'"
+    );
+    node.sh(&script).map(drop)
+}
 
 fn signalled(
     site: &Site,
@@ -246,8 +260,9 @@ impl What {
         match self {
             Self::GoOn(pids) => process::go_on(&pids),
             Self::Restart(index, program, pids) => restart(site.node(index), program, &pids),
-            Self::Revive(index) => {
+            Self::Revive(index, disk) => {
                 let node = site.node(index);
+                detach_loops(disk)?;
                 node.revive()?;
                 names.add_network(site, index)?;
                 begin_services(node)
@@ -270,6 +285,22 @@ impl What {
             }
         }
     }
+}
+
+/// Detaches the loop devices over files of a disk, which end with the kernel where a machine
+/// crashes.
+fn detach_loops(disk: u64) -> Result<()> {
+    let of_disk = format!("{}:{}", nix::sys::stat::major(disk), nix::sys::stat::minor(disk));
+    let listed = host(&["losetup", "-n", "-O", "NAME,BACK-MAJ:MIN"])?;
+    for line in listed.lines() {
+        let mut words = line.split_whitespace();
+        if let (Some(name), Some(back)) = (words.next(), words.next())
+            && back == of_disk
+        {
+            host(&["losetup", "-d", name])?;
+        }
+    }
+    Ok(())
 }
 
 fn restart(node: &Node, program: Program, pids: &[i32]) -> Result<()> {
