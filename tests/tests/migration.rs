@@ -158,24 +158,21 @@ fn a_neighbours_snapshot_spares_the_source() -> Result<()> {
     remove(node(2), name, true)
 }
 
-/// Method: a shell counts into a file of its writable layer; the count goes on where it was.
+/// Counts into a file of its writable layer.
+const COUNTING: &str = "mkdir -p /a; rm -f /etc/hostname; i=0; while :; do i=$((i+1)); echo $i > /a/new; mv /a/new /a/count; usleep 20000; done";
+
+/// What `exec` reads of the count.
+fn count(at: &Node, name: &str) -> Result<u64> {
+    let exec = format!("c{}", std::process::id());
+    let text = at.ok(&["ctr", "tasks", "exec", "--exec-id", &exec, name, "cat", "/a/count"])?;
+    text.trim().parse().with_context(|| format!("count {text:?}"))
+}
+
+/// Method: a shell counts; the count goes on where it was.
 fn busybox_moves(name: &'static str, mode: &str) -> Result<()> {
     images::import(node(0), Image::Busybox, "godwit")?;
-    let script = "mkdir -p /a; rm -f /etc/hostname; i=0; while :; do i=$((i+1)); echo $i > /a/new; mv /a/new /a/count; usleep 20000; done";
-    Container::new(name, Image::Busybox).command(&["sh", "-c", script]).start(node(0))?;
-    let count = |at: &Node| -> Result<u64> {
-        let text = at.ok(&[
-            "ctr",
-            "tasks",
-            "exec",
-            "--exec-id",
-            &format!("c{}", std::process::id()),
-            name,
-            "cat",
-            "/a/count",
-        ])?;
-        text.trim().parse().with_context(|| format!("count {text:?}"))
-    };
+    Container::new(name, Image::Busybox).command(&["sh", "-c", COUNTING]).start(node(0))?;
+    let count = |at| count(at, name);
     wait_until("it counts", SOON, || Ok(count(node(0)).is_ok_and(|count| count > 20)))?;
     let before = count(node(0))?;
     workload::migrated(node(0), name, node(0), node(1), &["--mode", mode])?;
@@ -338,4 +335,41 @@ fn a_volume_and_a_read_only_volume_survive_bit_for_bit() -> Result<()> {
     ensure!(content == before, "read-only content:\n{content}");
     remove(node(2), name, true)?;
     node(2).ok(&["godwit", "volume", "rm", &imported]).map(drop)
+}
+
+/// Method: the copy takes seconds; once it has begun, the image loses its name at the source, and
+/// containerd collects garbage.
+#[test]
+fn an_image_that_loses_its_name_at_the_source_is_held_until_it_is_copied() -> Result<()> {
+    let name = "nameless";
+    let image = Image::Sqlite;
+    images::import(node(0), image, "godwit")?;
+    Container::new(name, image).command(&["sh", "-c", COUNTING]).start(node(0))?;
+    wait_until("it counts", SOON, || Ok(count(node(0), name).is_ok_and(|count| count > 20)))?;
+    let blobs = || -> Result<Vec<String>> {
+        let listed = node(0).ok(&["ctr", "content", "ls", "-q"])?;
+        Ok(listed.lines().map(str::to_owned).collect())
+    };
+    let before = blobs()?;
+    node(0).set_rate(Some(4))?;
+    let words = ["godwit", "migrate", name, "--from", node(0).name(), "--to", node(1).name()];
+    let mut client = node(1).spawn(&words, name)?;
+    wait_until("a blob is on its way", SOON, || {
+        let active = node(1).ok(&["ctr", "content", "active"])?;
+        Ok(active.contains("sha256"))
+    })?;
+    node(0).ok(&["ctr", "images", "rm", "--sync", image.reference()])?;
+    let held = blobs()?;
+    ensure!(client.ended()?.is_none(), "the copy was too fast to tell: {}", client.log());
+    node(0).set_rate(Some(1000))?;
+    ensure!(held == before, "{held:?} of {before:?}");
+    let code = client.wait(Duration::from_secs(60))?;
+    ensure!(code == 0, "exit {code}: {}", client.log());
+    let after = count(node(1), name)?;
+    wait_until("it goes on", SOON, || Ok(count(node(1), name)? > after))?;
+    wait_until("the source lets go of the image", SOON, || {
+        node(0).ok(&["ctr", "content", "prune", "references"])?;
+        Ok(blobs()?.len() < before.len())
+    })?;
+    remove(node(1), name, false)
 }

@@ -5,15 +5,16 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
     BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
-    ForgetResponse, FromSource, HelloRequest, HelloResponse, Image, KeepRequest, KeepResponse,
-    LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest, MigrateRequest,
-    ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest,
-    ToSource,
+    ForgetResponse, FromSource, HelloRequest, HelloResponse, Image, ImageHeld, KeepRequest,
+    KeepResponse, LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest,
+    MigrateRequest, ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress,
+    ReadBlobRequest, ToSource,
 };
 use godwit_protos::{ContainerRef, Digest, MigrateFrom, peer};
 use tokio::sync::mpsc;
@@ -41,6 +42,9 @@ const LOOKUPS_MAX: usize = 1024;
 
 /// Bytes of a piece of a blob, at most.
 const PIECE_BYTES_MAX: usize = 512 << 10;
+
+/// How long an image is held for a peer that goes on asking.
+const HELD_MAX: Duration = Duration::from_secs(3600);
 
 /// Messages of one answer that wait for the network.
 const QUEUE: usize = 4;
@@ -256,6 +260,25 @@ impl Peer for Service {
         described.check_movable(&self.node).map_err(|error| status(&error))?;
         let findings = described.survey(&self.node).await.map_err(|error| status(&error))?;
         Ok(Response::new(described.response(&self.node, findings)))
+    }
+
+    type HoldImageStream = ReceiverStream<Result<ImageHeld, Status>>;
+
+    async fn hold_image(&self, request: Request<DescribeRequest>) -> Answer<Self::HoldImageStream> {
+        let container = named(request.into_inner().container)?;
+        let described = describe(&self.node, &container).await.map_err(|error| status(&error))?;
+        let held = described.hold_image(&self.node).await.map_err(|error| status(&error))?;
+        let (send, receive) = mpsc::channel(1);
+        tokio::spawn(async move {
+            if send.send(Ok(ImageHeld {})).await.is_ok() {
+                // A peer that hangs up, or loses the connection, has what it wanted or never will.
+                let _ = tokio::time::timeout(HELD_MAX, send.closed()).await;
+            }
+            if let Err(error) = held.release().await {
+                tracing::warn!(%container, %error, "cannot release its image; the lease expires");
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receive)))
     }
 
     type HandOffStream = ReceiverStream<Result<FromSource, Status>>;

@@ -4,7 +4,10 @@ use std::sync::LazyLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_client::services::v1::leases_client::LeasesClient;
-use containerd_client::services::v1::{CreateRequest, DeleteRequest, ListRequest};
+use containerd_client::services::v1::{
+    AddResourceRequest, CreateRequest, DeleteRequest, ListRequest, Resource,
+};
+use godwit_protos::Digest;
 use prost_types::Timestamp;
 
 use super::{Client, ClientError, optional, present};
@@ -75,6 +78,16 @@ impl Lease {
     /// The client through which to create what the lease is to hold.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Holds a blob that is there, and what its labels refer to.
+    pub async fn hold_blob(&self, digest: Digest) -> Result<(), ClientError> {
+        let resource = Resource { id: digest.to_string(), r#type: "content".to_owned() };
+        let (id, resource) = (self.id.clone(), Some(resource));
+        let request = self.client.request(&self.namespace, AddResourceRequest { id, resource })?;
+        let added = LeasesClient::new(self.client.channel.clone()).add_resource(request).await;
+        let failed = |status| self.client.failed("hold", format!("blob {digest}"), &status);
+        added.map(drop).map_err(failed)
     }
 
     /// Lets go: what nothing refers to by now will be collected.

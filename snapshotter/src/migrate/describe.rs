@@ -14,7 +14,7 @@ use super::record;
 use super::shim::Shim;
 use super::spec::{Outline, SpecError};
 use super::{MigrationError, blocking};
-use crate::containerd::{Container, TaskStatus, upper_dir};
+use crate::containerd::{Container, Lease, TaskStatus, upper_dir};
 use crate::node::Node;
 use crate::ownership::Ownership;
 
@@ -175,6 +175,17 @@ impl Described {
             return Err(MigrationError::Busy { container: container.clone(), to });
         }
         Ok(())
+    }
+
+    /// Holds the blobs of its image in containerd until the lease is released.
+    ///
+    /// Errors: containerd's. A blob that is not here is not held; [`Self::survey`] tells of it.
+    pub async fn hold_image(&self, node: &Node) -> Result<Lease, MigrationError> {
+        let lease = node.containerd.lease(self.container.namespace()).await?;
+        for blob in self.image_blobs.iter().filter(|blob| !blob.is_absent) {
+            lease.hold_blob(blob.digest.parse()?).await?;
+        }
+        Ok(lease)
     }
 
     /// Looks for what cannot move, or becomes different by moving, as the container is now.

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse};
+use godwit_protos::peer::{DescribeRequest, DescribeResponse, HelloResponse, ImageHeld};
 use godwit_protos::{ContainerRef, MigrateFrom, VolumeSource, annotation};
 
 use super::destination::{Prepared, Sessions, Settings, connect, mode_word};
@@ -70,6 +70,8 @@ pub async fn migrate(
     let arriving = Arriving::begin(node, migration, container, &request.from.node)?;
     check_absent(node, container).await?;
     let connections = connect(node, &request.from.node, &request.settings).await?;
+    // From before the description until the image is here.
+    let held = hold_image(&connections.source, container).await?;
     let described = describe_at(&connections.source, container).await?;
     refuse(find_obstacles(node, request, &connections.source.hello, &described).await?)?;
     let target = image_of(&described)?;
@@ -82,6 +84,7 @@ pub async fn migrate(
     let holders = image::BlobPeers::Migration(&connections);
     let named = (name.as_str(), &target);
     let content = image::bring(node, namespace, named, &described.snapshotter, holders).await?;
+    drop(held);
     check_chain(&described, &content)?;
     let record = record(node, request, &described)?;
     let migration = migration.to_owned();
@@ -355,6 +358,16 @@ fn has_come(node: &Node, container: &ContainerRef, session: &str) -> Result<bool
         entry.session.as_deref() == Some(session)
             && !matches!(entry.ownership, Ownership::Claiming(..))
     }))
+}
+
+/// Has the source keep the image of a container while the returned stream is open.
+async fn hold_image(
+    source: &crate::peer::Connection,
+    container: &ContainerRef,
+) -> Result<tonic::Streaming<ImageHeld>, MigrationError> {
+    let asked = DescribeRequest { container: Some(super::line::named(container)) };
+    let answer = source.client().hold_image(asked).await;
+    Ok(answer.map_err(|status| source.refused(status))?.into_inner())
 }
 
 /// What the source says of a container.

@@ -13,7 +13,7 @@ use godwit_protos::Digest;
 use godwit_protos::peer::peer_server::{Peer, PeerServer};
 use godwit_protos::peer::{
     BlobPiece, DescribeRequest, DescribeResponse, FetchObjectsRequest, ForgetRequest,
-    ForgetResponse, FromSource, HelloRequest, HelloResponse, KeepRequest, KeepResponse,
+    ForgetResponse, FromSource, HelloRequest, HelloResponse, ImageHeld, KeepRequest, KeepResponse,
     LocateRequest, LocateResponse, MakeLayerProgress, MakeLayerRequest, MigrateRequest, Object,
     ObjectBatch, OwnershipRequest, OwnershipResponse, PlanResponse, Progress, ReadBlobRequest,
     ToSource,
@@ -312,6 +312,15 @@ impl Peer for Service {
             }
         });
         Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    type HoldImageStream = ReceiverStream<Result<ImageHeld, Status>>;
+
+    async fn hold_image(
+        &self,
+        _request: Request<DescribeRequest>,
+    ) -> Answer<Self::HoldImageStream> {
+        never()
     }
 
     type MakeLayerStream = ReceiverStream<Result<MakeLayerProgress, Status>>;
