@@ -48,6 +48,9 @@ pub struct Config {
     /// containerd's root directory, which is flushed before a source removes what moved here.
     #[serde(default = "default_containerd_root")]
     pub containerd_root: PathBuf,
+    /// Path of the shim, for containers that select it by path and not by name.
+    #[serde(default = "default_shim")]
+    pub shim: PathBuf,
     /// The other nodes of the site.
     #[serde(default)]
     pub peers: Vec<Peer>,
@@ -387,6 +390,10 @@ fn default_containerd_socket() -> PathBuf {
 
 fn default_containerd_root() -> PathBuf {
     "/var/lib/containerd".into()
+}
+
+fn default_shim() -> PathBuf {
+    "/usr/local/bin/containerd-shim-godwit-v1".into()
 }
 
 fn default_containerd_state() -> PathBuf {

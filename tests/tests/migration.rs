@@ -1,10 +1,12 @@
 //! Migrations between real nodes: state arrives whole, in both modes, and the source lets go.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use godwit_snapshotter::containerd::Client;
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::load::{Load, LoadOptions};
@@ -335,6 +337,37 @@ fn a_volume_and_a_read_only_volume_survive_bit_for_bit() -> Result<()> {
     ensure!(content == before, "read-only content:\n{content}");
     remove(node(2), name, true)?;
     node(2).ok(&["godwit", "volume", "rm", &imported]).map(drop)
+}
+
+/// As a handler with `runtime_path` makes it: the runtime is containerd's by its name, the shim is
+/// ours. There and back, it stays so.
+#[test]
+fn a_container_that_selects_the_shim_by_its_path_keeps_its_runtimes_name() -> Result<()> {
+    let (name, runtime) = ("by-path", "io.containerd.runc.v2");
+    let shim = Path::new("/usr/local/bin/containerd-shim-godwit-v1");
+    images::import(node(0), Image::Busybox, "godwit")?;
+    let image = Image::Busybox.reference();
+    let created = ["ctr", "containers", "create", "--runtime", runtime, "--snapshotter", "godwit"];
+    node(0).ok(&[&created[..], &[image, name, "sh", "-c", COUNTING]].concat())?;
+    let asynchronous = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    asynchronous.block_on(async {
+        let client = Client::connect(&node(0).path("/run/containerd/containerd.sock"));
+        let mounts = client.mounts("default", "godwit", name).await?;
+        client.create_task("default", name, mounts, None, Some(shim)).await?;
+        client.start_task("default", name).await
+    })?;
+    wait_until("it counts", SOON, || Ok(count(node(0), name).is_ok_and(|count| count > 20)))?;
+    for (from, to) in [(0, 1), (1, 0)] {
+        let before = count(node(from), name)?;
+        workload::migrated(node(2), name, node(from), node(to), &[])?;
+        let after = count(node(to), name)?;
+        ensure!(after >= before, "{after} after {before}");
+        let info = node(to).ok(&["ctr", "containers", "info", name])?;
+        let info: serde_json::Value = serde_json::from_str(&info)?;
+        ensure!(info["Runtime"]["Name"] == runtime, "{info:#}");
+        is_gone_from(node(from), name)?;
+    }
+    remove(node(0), name, false)
 }
 
 /// Method: the copy takes seconds; once it has begun, the image loses its name at the source, and

@@ -1,5 +1,7 @@
 //! Tasks: what runs of a container.
 
+use std::path::Path;
+
 use containerd_client::services::v1 as api;
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::types::v1::Status as ApiStatus;
@@ -98,9 +100,13 @@ impl Client {
         id: &str,
         rootfs: Vec<Mount>,
         terminal: Option<Terminal>,
+        runtime_path: Option<&Path>,
     ) -> Result<u32, ClientError> {
         let container_id = id.to_owned();
         let mut message = api::CreateTaskRequest { container_id, rootfs, ..Default::default() };
+        if let Some(path) = runtime_path {
+            message.runtime_path = path.to_string_lossy().into_owned();
+        }
         if let Some(Terminal { stdin, stdout }) = terminal {
             (message.stdin, message.stdout, message.terminal) = (stdin, stdout, true);
         }

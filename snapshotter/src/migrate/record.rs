@@ -6,7 +6,7 @@
 //! | id | the same |
 //! | labels | the same; refused if containerd would act on one outside it ([`check_labels`]) |
 //! | image | the same name, whatever it stands for there; [`super::image`] keeps the content |
-//! | runtime.name | ours |
+//! | runtime.name | `io.containerd.runc.v2` stays, with the path of this node's shim; else ours |
 //! | runtime.options | the destination's defaults; a warning names those that differ ([`survey`]) |
 //! | spec | derived ([`super::spec`]) |
 //! | snapshotter | the same; refused if the destination does not have it |

@@ -27,10 +27,15 @@ use crate::ownership::Ownership;
 use crate::ownership::leases::{Lease, Leased, Purpose};
 use crate::volumes::VolumeError;
 
-/// The runtime that migrated containers run under.
+/// The runtime that migrated containers run under, by its name.
 const RUNTIME: &str = "io.containerd.runc.godwit.v1";
 
-/// containerd label of a container that a migration created, for people.
+/// containerd's own runtime. A container of this name that runs under Godwit's shim was made with
+/// the shim's path, as the handler of the documented configuration does, and keeps that name: some
+/// clients ask for more of it than of others. Here it gets this node's path of the shim.
+const CONTAINERDS_RUNTIME: &str = "io.containerd.runc.v2";
+
+/// containerd label of a container that a migration created.
 const LABEL: &str = "godwit.io/migrated-from";
 
 /// How long a shim may take to undo a restore whose daemon has died: longer than it asks for a
@@ -238,6 +243,8 @@ pub(super) async fn create_and_start(
     let node = &sessions.node;
     let (namespace, id) = (arriving.container.namespace(), arriving.container.id());
     let snapshotter = record.snapshotter.clone();
+    let runtime_path =
+        (record.runtime.name == CONTAINERDS_RUNTIME).then_some(node.config.shim.as_path());
     let chain_id = content.chain_id().map(|chain_id| chain_id.to_string());
     let has_terminal = has_terminal(&record);
     let labels = marks::labels(&arriving.session);
@@ -254,7 +261,8 @@ pub(super) async fn create_and_start(
         let terminal = has_terminal.then(|| terminal::make(&arriving.container)).transpose();
         let terminal = terminal.map_err(MigrationError::Terminal)?;
         before();
-        if let Err(error) = node.containerd.create_task(namespace, id, mounts, terminal).await {
+        let created = node.containerd.create_task(namespace, id, mounts, terminal, runtime_path);
+        if let Err(error) = created.await {
             terminal::discard(&arriving.container);
             return Err(error.into());
         }
@@ -556,6 +564,8 @@ pub(super) fn record_with(
     let machine = spec::Machine::read(Path::new("/sys"));
     let spec = spec::derive(&described.spec_json, &node.config.admit, &machine, &wanted)?;
     let id = request.from.container.id().to_owned();
+    let is_containerds = described.runtime == CONTAINERDS_RUNTIME;
+    let runtime = if is_containerds { CONTAINERDS_RUNTIME } else { RUNTIME };
     record::check_labels(&described.labels)?;
     let mut labels = described.labels.clone();
     marks::strip(&mut labels);
@@ -564,7 +574,7 @@ pub(super) fn record_with(
         snapshot_key: id.clone(),
         id,
         image: described.image.clone(),
-        runtime: Runtime { name: RUNTIME.to_owned(), options: None },
+        runtime: Runtime { name: runtime.to_owned(), options: None },
         snapshotter: described.snapshotter.clone(),
         labels,
         spec: serde_json::to_vec(&spec).map_err(spec::SpecError::Parse)?,
