@@ -28,6 +28,7 @@ use crate::daemon::Daemon;
 use crate::error::{TaskError, chain};
 use crate::hold::Hold;
 use crate::limits::Raised;
+use crate::logs;
 use crate::mptcp;
 use crate::oom;
 use crate::process::Phase;
@@ -435,9 +436,7 @@ impl Container {
     /// Copies CRIU's log to where it outlives the attempt and its container. Returns where it is.
     pub(crate) fn keep_log(&self, log: PathBuf, what: &str) -> PathBuf {
         let name = format!("{}-{}.{what}.log", self.name.namespace(), self.name.id());
-        let kept = Path::new(path::LOGS).join(name);
-        let copied = std::fs::create_dir_all(path::LOGS).and_then(|()| std::fs::copy(&log, &kept));
-        if copied.is_ok() { kept } else { log }
+        logs::keep(&log, Path::new(path::LOGS), &name).unwrap_or(log)
     }
 
     /// Clears up after a failed restore and tells CRIU's reason for it.

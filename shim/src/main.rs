@@ -29,6 +29,7 @@ mod info;
 mod launch;
 mod limits;
 mod log;
+mod logs;
 mod mptcp;
 mod newest;
 mod oom;
