@@ -199,7 +199,6 @@ impl Described {
             spec: self.spec.clone(),
             init_pid: at_shim.init_pid,
             volumes: self.writable_volumes.clone(),
-            upper_dir: self.upper_dir.clone(),
             execs: at_shim.execs,
             processes: Vec::new(),
         };

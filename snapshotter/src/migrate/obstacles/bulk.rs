@@ -109,7 +109,6 @@ mod tests {
             spec: oci_spec::runtime::Spec::default(),
             init_pid: std::process::id(),
             volumes: Vec::new(),
-            upper_dir: None,
             execs: Vec::new(),
             processes: Process::read_all(&[std::process::id()]),
         };

@@ -33,7 +33,6 @@ mod watches;
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
-use std::path::PathBuf;
 
 use oci_spec::runtime::Spec;
 
@@ -82,9 +81,6 @@ pub(super) struct Container {
     pub(super) init_pid: u32,
     /// Its writable volumes.
     pub(super) volumes: Vec<WritableVolume>,
-    /// Directory of its writable layer, if its root file system has one of its own.
-    #[allow(dead_code, reason = "the first kind that looks at it removes this")]
-    pub(super) upper_dir: Option<PathBuf>,
     /// Ids of the processes that exec added and that still run.
     pub(super) execs: Vec<String>,
     /// All processes of its control group, exec's too.

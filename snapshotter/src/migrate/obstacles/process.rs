@@ -54,16 +54,9 @@ pub(in crate::migrate) struct OpenFile {
 
 /// A line of `/proc/PID/maps`.
 #[derive(Debug, Default)]
-#[allow(dead_code, reason = "kinds look at some of it")]
 pub(in crate::migrate) struct Mapping {
     /// Addresses.
     pub(in crate::migrate) range: Range<u64>,
-    /// Such as `rw-s`.
-    pub(in crate::migrate) permissions: String,
-    /// Offset in the file, in bytes.
-    pub(in crate::migrate) offset: u64,
-    /// Inode of the file, 0 if it has none.
-    pub(in crate::migrate) inode: u64,
     /// The file, or such as `[heap]`; may be empty.
     pub(in crate::migrate) path: String,
 }
@@ -173,16 +166,12 @@ impl Mapping {
     /// `55d0-55d1 rw-p 00001000 fe:00 131 /bin/sh`.
     fn parse(line: &str) -> Option<Self> {
         let mut fields = line.splitn(6, ' ');
-        let mut next = || fields.next();
-        let (begin, end) = next()?.split_once('-')?;
+        let (begin, end) = fields.next()?.split_once('-')?;
         let hexadecimal = |text: &str| u64::from_str_radix(text, 16).ok();
         Some(Self {
             range: hexadecimal(begin)?..hexadecimal(end)?,
-            permissions: next()?.to_owned(),
-            offset: hexadecimal(next()?)?,
-            // The device is skipped.
-            inode: next().and_then(|_| next())?.parse().ok()?,
-            path: next().unwrap_or_default().trim_start().to_owned(),
+            // Permissions, offset, device and inode are skipped.
+            path: fields.nth(4).unwrap_or_default().trim_start().to_owned(),
         })
     }
 }
@@ -260,8 +249,7 @@ mod tests {
     fn a_line_of_maps_is_read_whole() {
         let line = "7f00a000-7f00c000 rw-s 00001000 fe:01 131                 /data/a b (deleted)";
         let mapping = Mapping::parse(line).unwrap();
-        assert_eq!((mapping.range, mapping.offset), (0x7f00_a000..0x7f00_c000, 0x1000));
-        assert_eq!((mapping.permissions.as_str(), mapping.inode), ("rw-s", 131));
+        assert_eq!(mapping.range, 0x7f00_a000..0x7f00_c000);
         assert_eq!(mapping.path, "/data/a b (deleted)");
         assert_eq!(Mapping::parse("1000-2000 ---p 0 00:00 0 ").unwrap().path, "");
         assert!(Mapping::parse("nonsense").is_none());
