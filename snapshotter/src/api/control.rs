@@ -340,8 +340,10 @@ impl Control for Service {
         _context: &TtrpcContext,
         _asked: Empty,
     ) -> ttrpc::Result<StatusResponse> {
-        let (usage, entries) =
-            self.blocking(|node| Ok((node.store.usage()?, node.journal.containers()?))).await?;
+        let read = |node: &Node| {
+            Ok((node.store.usage()?, node.journal.containers()?, node.journal.leases()?))
+        };
+        let (usage, entries, leases) = self.blocking(read).await?;
         let mut answer = StatusResponse::new();
         answer.node = self.node.config.node.clone();
         answer.version = env!("CARGO_PKG_VERSION").to_owned();
@@ -359,6 +361,7 @@ impl Control for Service {
         let node = &self.node;
         let parts = [node.volumes.leftovers(), node.store.leftovers(), self.snapshots.leftovers()];
         answer.leftovers = parts.into_iter().flat_map(Leftovers::reasons).collect();
+        answer.leases = leases.iter().map(|(leased, lease)| format!("{leased} {lease}")).collect();
         answer.ownership = entries
             .into_iter()
             .map(|(container, entry)| {

@@ -315,6 +315,7 @@ impl MigrationError {
             | Self::NoCut(_)
             | Self::MayRun { .. }
             | Self::NoImage(_)
+            | Self::Leased(_)
             | Self::Peer(_) => "nothing was moved",
             Self::Refused { code, .. } if SOURCE_UNTOUCHED.contains(&code.as_str()) => {
                 "nothing was moved"

@@ -72,7 +72,7 @@ pub async fn migrate(
     let namespace = container.namespace();
     node.events.step(migration, "request", &format!("{} to {}", request.from, node.config.node));
     // Before the source is asked: it need not be there to see that the container is here, or comes.
-    let arriving = Arriving::begin(node, migration, container, &request.from.node)?;
+    let arriving = Arriving::begin(node, migration, container, &request.from.node).await?;
     check_absent(node, container).await?;
     let connections = connect(node, &request.from.node, &request.settings).await?;
     // From before the description until the image is here.
@@ -111,14 +111,15 @@ pub(super) struct Arriving {
 
 impl Arriving {
     /// Leases the container for `session`. Errors: another session has it.
-    pub(super) fn begin(
+    pub(super) async fn begin(
         node: &Arc<Node>,
         session: &str,
         container: &ContainerRef,
         source: &str,
     ) -> Result<Self, MigrationError> {
         let lease = Lease::new(session, Purpose::Arriving, container, source);
-        node.journal.take_lease(&[Leased::Container(container.clone())], &lease)?;
+        let leased = [Leased::Container(container.clone())];
+        node.journal.take_lease_soon(&leased, &lease).await?;
         let (node, session, container) = (node.clone(), session.to_owned(), container.clone());
         Ok(Self { node, session, container, is_over: false })
     }

@@ -68,7 +68,7 @@ pub async fn restore(
     let age = snapshot.age(unix_ms()).as_secs();
     let text = format!("{container} as it was on {} {age} s ago", cut.node);
     node.events.step(migration, "request", &text);
-    let arriving = Arriving::begin(node, migration, &container, &cut.node)?;
+    let arriving = Arriving::begin(node, migration, &container, &cut.node).await?;
     check_absent(node, &container).await?;
     let peers = look_for_original(node, &container, asked.although_it_may_run).await?;
     let described = description(&cut)?;

@@ -78,7 +78,7 @@ pub(super) fn begin(sessions: Arc<Sessions>, asked: Acquire) -> Session {
     tokio::spawn(async move {
         let container = asked.container.clone();
         let mut work = Work { node: node.clone(), asked, id, publish, inbox, may_discard: true };
-        let outcome = match (work.lease(), work.asked.cut) {
+        let outcome = match (work.lease().await, work.asked.cut) {
             (Err(error), _) => Err(error),
             (Ok(()), Some(cut)) => work.restore(&cut).await,
             (Ok(()), None) => work.run(prepared).await,
@@ -125,7 +125,7 @@ pub(super) struct Work {
 impl Work {
     /// Leases the container and its writable volumes until the session ends, or the request that it
     /// belongs to.
-    fn lease(&self) -> Result<(), MigrationError> {
+    async fn lease(&self) -> Result<(), MigrationError> {
         let Acquire { container, from, .. } = &self.asked;
         let lease = Hold::new(&self.id, Purpose::Arriving, container, &from.node);
         let mut leased = vec![Leased::Container(self.asked.container.clone())];
@@ -133,7 +133,7 @@ impl Work {
             VolumeSource::Writable(id) => Some(Leased::Volume(id.clone())),
             VolumeSource::Content(_) => None,
         }));
-        Ok(self.node.journal.take_lease(&leased, &lease)?)
+        Ok(self.node.journal.take_lease_soon(&leased, &lease).await?)
     }
 
     async fn run(&mut self, prepared: Option<Prepared>) -> Result<Report, MigrationError> {

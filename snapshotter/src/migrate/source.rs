@@ -43,7 +43,7 @@ use crate::content::{ContentError, Source as _, difference::difference};
 use crate::node::Node;
 use crate::ownership::fate::{AtSource, Fate};
 use crate::ownership::journal::JournalError;
-use crate::ownership::leases::{Lease as Hold, LeaseError, Leased, Purpose};
+use crate::ownership::leases::{Lease as Hold, Leased, Purpose};
 use crate::ownership::{Epoch, Event};
 use crate::peer::{BATCH_BYTES, Connection, PeerError};
 use crate::policy::rounds::ROUNDS_MAX;
@@ -60,10 +60,6 @@ pub(super) const EPOCH_MAX: u64 = 1 << 60;
 
 /// How long a connection back to the destination may take.
 const BACK_MAX: Duration = Duration::from_secs(10);
-/// How long a session waits for another one's lease, and how often it looks.
-const LEASE_WAIT: Duration = Duration::from_secs(5);
-const LEASE_PAUSE: Duration = Duration::from_millis(50);
-
 /// Messages on their way to the destination.
 const QUEUE: usize = 4;
 
@@ -118,9 +114,7 @@ async fn next(
 
 /// Leases a container and its writable volumes for a session that takes them away.
 ///
-/// A session that has just failed, or a snapshot, may still have them: that is waited for.
-///
-/// Errors: who has them after [`LEASE_WAIT`].
+/// Errors: who has them.
 async fn lease(
     node: &Node,
     session: &str,
@@ -132,15 +126,7 @@ async fn lease(
     let volumes = described.writable_volumes.iter().map(|one| Leased::Volume(one.id.clone()));
     let leased: Vec<_> =
         std::iter::once(Leased::Container(container.clone())).chain(volumes).collect();
-    let deadline = Instant::now() + LEASE_WAIT;
-    loop {
-        match node.journal.take_lease(&leased, &lease) {
-            Err(LeaseError::Taken(_)) if Instant::now() < deadline => {
-                tokio::time::sleep(LEASE_PAUSE).await;
-            }
-            taken => return Ok(taken?),
-        }
-    }
+    Ok(node.journal.take_lease_soon(&leased, &lease).await?)
 }
 
 struct Session {

@@ -20,16 +20,22 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 use godwit_protos::{ContainerRef, VolumeId};
 use redb::{ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use super::Ownership;
 use super::journal::{Entry, Journal, JournalError, parse, put};
 
 /// Key: [`Leased`] as text. Value: [`Lease`] as JSON.
 pub(super) const LEASES: TableDefinition<&str, &[u8]> = TableDefinition::new("leases_v1");
+
+/// How long a session waits for one that has just failed and is being undone, or for a snapshot.
+const TAKEN_WAIT: Duration = Duration::from_secs(10);
+const TAKEN_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a lease is on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -157,6 +163,26 @@ impl Journal {
             }
             Ok(Ok(()))
         })?
+    }
+
+    /// [`Self::take_lease`], which waits for another session: one that has just failed, or a
+    /// snapshot, may still have them.
+    ///
+    /// Errors: [`LeaseError::Taken`] after [`TAKEN_WAIT`].
+    pub async fn take_lease_soon(
+        &self,
+        leased: &[Leased],
+        lease: &Lease,
+    ) -> Result<(), LeaseError> {
+        let deadline = Instant::now() + TAKEN_WAIT;
+        loop {
+            match self.take_lease(leased, lease) {
+                Err(LeaseError::Taken(_)) if Instant::now() < deadline => {
+                    tokio::time::sleep(TAKEN_PAUSE).await;
+                }
+                taken => return taken,
+            }
+        }
     }
 
     /// [`Self::take_lease`], until the result is dropped.
@@ -291,6 +317,20 @@ mod tests {
         here.take_lease(&wanted, &lease("two", Purpose::Arriving)).unwrap();
         let told = here.check_lease(&volume("data"), None).unwrap_err().to_string();
         assert!(told.contains("arriving with container default/cache from edge-b"), "{told}");
+    }
+
+    /// Method: a session asks for what another one has, which then ends.
+    #[tokio::test]
+    async fn a_session_that_has_just_failed_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let here = journal(dir.path());
+        let wanted = [Leased::Volume("data".parse().unwrap())];
+        let [failed, next] = ["failed", "next"].map(|one| lease(one, Purpose::Arriving));
+        here.take_lease(&wanted, &failed).unwrap();
+        here.take_lease(&wanted, &next).unwrap_err();
+        let ends = async { here.end_lease("failed").unwrap() };
+        let (taken, ()) = tokio::join!(here.take_lease_soon(&wanted, &next), ends);
+        taken.unwrap();
     }
 
     /// Method: one lease of each kind, and the journal is opened again; then the container is

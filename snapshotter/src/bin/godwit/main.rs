@@ -390,7 +390,7 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
         "listen": status.listen, "store_bytes": status.store_bytes, "objects": status.objects,
         "directory": status.directory, "containerd_version": status.containerd_version,
         "snapshotter_is_registered": status.snapshotter_is_registered, "leftovers": status.leftovers,
-        "ownership": ownership});
+        "leases": status.leases, "ownership": ownership});
     if out.json {
         return out.object(&object, "");
     }
@@ -405,7 +405,8 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
         format!("directory: {}", status.directory),
     ];
     let leftovers = status.leftovers.iter().map(|leftover| format!("left over: {leftover}"));
-    let lines: Vec<_> = lines.into_iter().chain(leftovers).collect();
+    let leases = status.leases.iter().map(|lease| format!("in progress: {lease}"));
+    let lines: Vec<_> = lines.into_iter().chain(leftovers).chain(leases).collect();
     out.object(&object, &lines.join("\n"))?;
     out.table(&ownership, &["container", "state", "epoch", "peer"])
 }
