@@ -29,6 +29,10 @@ const SOURCE_WORK_MAX: Duration = Duration::from_secs(600);
 /// immediate move back would find the container still there.
 const LET_GO_MAX: Duration = Duration::from_secs(15);
 
+/// What a field reads as that only a newer version knows.
+pub(super) const UNKNOWN_MESSAGE: &str =
+    "a message that is empty, or that this version does not know";
+
 /// Subjects of a container that are looked up: volumes, layer and memory.
 const SUBJECTS_MAX: usize = 64;
 
@@ -122,7 +126,7 @@ impl Line {
             Ok(Err(status)) => Err(MigrationError::Broken(status.message().to_owned())),
             Ok(Ok(None)) => Err(MigrationError::Broken("the source hung up".to_owned())),
             Ok(Ok(Some(FromSource { message: None }))) => {
-                Err(MigrationError::Protocol("an empty message"))
+                Err(MigrationError::Protocol(UNKNOWN_MESSAGE))
             }
             Ok(Ok(Some(FromSource { message: Some(from_source::Message::Refusal(refusal)) }))) => {
                 Err(MigrationError::Refused { code: refusal.code, detail: refusal.detail })

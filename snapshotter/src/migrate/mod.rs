@@ -59,10 +59,10 @@ use crate::volumes::fetch::BringError;
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
     /// No such container.
-    #[error("container {0} is not on node {1}")]
+    #[error("container {0} is not on node {1}; check its name, its namespace and --from")]
     NoContainer(ContainerRef, String),
     /// It is not running, so there is nothing to move while it runs.
-    #[error("container {container} is {status}, not running")]
+    #[error("container {container} is {status}, not running: start or resume it first")]
     NotRunning {
         /// Which.
         container: ContainerRef,
@@ -76,7 +76,9 @@ pub enum MigrationError {
     )]
     NoShim(ContainerRef),
     /// It is being moved already.
-    #[error("container {container} is already on its way to {to}")]
+    #[error(
+        "container {container} is already on its way to {to}; `godwit status` tells how far it is"
+    )]
     Busy {
         /// Which.
         container: ContainerRef,
@@ -137,7 +139,9 @@ pub enum MigrationError {
         snapshotter: String,
     },
     /// The source does not say what the image is made of.
-    #[error("the source does not have the image {0:?} of the container")]
+    #[error(
+        "the source does not have the image {0:?} of the container; pull or import it there again"
+    )]
     NoImage(String),
     /// The root file system was made by hand.
     #[error(
@@ -186,7 +190,7 @@ pub enum MigrationError {
     },
     /// The node that is to get the container does not claim it.
     #[error(
-        "node {node} does not confirm that it asks for the container: its journal says {fate}; nothing was frozen"
+        "node {node} does not confirm that it asks for the container: its journal says {fate}; nothing was frozen, try again"
     )]
     Unconfirmed {
         /// The destination.
@@ -206,31 +210,37 @@ pub enum MigrationError {
     #[error("aborted by the destination: {0}")]
     Aborted(String),
     /// The other side was silent.
-    #[error("no response from the other node for {} s", patience.as_secs())]
+    #[error(
+        "no response from the other node for {} s; check its daemon and the link",
+        patience.as_secs()
+    )]
     Silent {
         /// How long.
         patience: Duration,
     },
     /// The connection broke.
-    #[error("the connection broke: {0}")]
+    #[error("the connection broke: {0}; check the other node's daemon and the link")]
     Broken(String),
     /// The other side does not keep to the protocol.
-    #[error("protocol violation: {0}")]
+    #[error("what came breaks the protocol: {0}; install the same version of Godwit on both nodes")]
     Protocol(&'static str),
     /// The restore failed here, before any task ran.
     #[error("restore failed: {0}")]
     Restore(String),
     /// A container that was to be removed runs.
-    #[error("container {0} runs, so it stays")]
+    #[error("container {0} runs, so it stays; stop it first if it is to go")]
     StillRuns(ContainerRef),
     /// Another migration has the container or one of its volumes.
     #[error(transparent)]
     Leased(#[from] LeaseError),
     /// No shim asked for the restored container in time.
-    #[error("the shim did not go on with the restore within {} s", .0.as_secs())]
+    #[error(
+        "the shim did not go on with the restore within {} s; containerd's log has its words",
+        .0.as_secs()
+    )]
     Unclaimed(Duration),
     /// The daemon is stopping.
-    #[error("interrupted")]
+    #[error("interrupted: a daemon is stopping; try again")]
     Interrupted,
     /// A specification that this node does not admit.
     #[error(transparent)]

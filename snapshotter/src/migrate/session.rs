@@ -232,7 +232,11 @@ impl Work {
         let parsed = manifests.iter().map(parse).collect::<Result<Parsed, _>>()?;
         let memories =
             parsed.iter().filter(|(subject, ..)| matches!(subject, Subject::Memory { .. }));
-        if memories.count() == 1 { Ok(parsed) } else { Err(MigrationError::Protocol("one memory")) }
+        if memories.count() == 1 {
+            Ok(parsed)
+        } else {
+            Err(MigrationError::Protocol("not exactly one memory"))
+        }
     }
 
     fn beginning(&self, prepared: &Prepared) -> Result<Begin, MigrationError> {

@@ -32,6 +32,7 @@ use super::cut::{self, Shared, lock};
 use super::deletion::incarnation;
 use super::describe::{Described, describe};
 use super::let_go::Remembered;
+use super::line::UNKNOWN_MESSAGE;
 use super::release::{
     ask_over, end_lease, settle_later, take_back, take_offer_back, withdraw_release,
 };
@@ -104,9 +105,7 @@ async fn next(
     match tokio::time::timeout(patience, inbound.next()).await {
         Err(_) => Err(MigrationError::Silent { patience }),
         Ok(Some(Ok(ToSource { message: Some(message) }))) => Ok(message),
-        Ok(Some(Ok(ToSource { message: None }))) => {
-            Err(MigrationError::Protocol("an empty message"))
-        }
+        Ok(Some(Ok(ToSource { message: None }))) => Err(MigrationError::Protocol(UNKNOWN_MESSAGE)),
         Ok(Some(Err(status))) => Err(MigrationError::Broken(status.message().to_owned())),
         Ok(None) => Err(MigrationError::Broken("the destination hung up".to_owned())),
     }

@@ -133,7 +133,9 @@ pub enum JournalError {
         source: Box<redb::Error>,
     },
     /// An entry that this version cannot read.
-    #[error("journal entry {key:?} is not readable by this version")]
+    #[error(
+        "journal entry {key:?} is not readable by this version of Godwit; install the one that wrote it"
+    )]
     Entry {
         /// Its key.
         key: String,

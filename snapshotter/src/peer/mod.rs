@@ -93,7 +93,7 @@ pub enum PeerError {
     #[error("node {0:?} is not among this node's peers; add it to [[peers]] in the configuration")]
     Unknown(String),
     /// Its address does not resolve or no daemon answers there.
-    #[error("node {node} does not answer at {address}")]
+    #[error("node {node} does not answer at {address}; check its daemon, the link and [[peers]]")]
     Unreachable {
         /// Its name.
         node: String,
@@ -104,7 +104,9 @@ pub enum PeerError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// It answers, but it is another node.
-    #[error("node {expected} was expected at {address}, but {found:?} answers there")]
+    #[error(
+        "node {expected} was expected at {address}, but {found:?} answers there; correct [[peers]]"
+    )]
     Impostor {
         /// The name in the configuration.
         expected: String,
@@ -122,7 +124,7 @@ pub enum PeerError {
         status: Box<tonic::Status>,
     },
     /// It did not answer in time.
-    #[error("node {node} did not answer within {} ms", limit.as_millis())]
+    #[error("node {node} did not answer within {} ms; check its load and the link", limit.as_millis())]
     Slow {
         /// Its name.
         node: String,

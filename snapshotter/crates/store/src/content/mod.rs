@@ -76,7 +76,11 @@ pub enum ContentError {
     #[error("the store failed")]
     Store(#[from] StoreError),
     /// A tree nests deeper than Godwit follows.
-    #[error("{} nests deeper than {} directories", .0.display(), capture::DEPTH_MAX)]
+    #[error(
+        "{} nests deeper than {} directories; move what it holds further up, or remove it",
+        beginning(.0),
+        capture::DEPTH_MAX
+    )]
     TooDeep(PathBuf),
     /// A file or directory has a flag that cannot be laid out elsewhere.
     #[error("{} has the flag {flag}, which cannot move: replace it by a copy without", path.display())]
@@ -108,6 +112,16 @@ pub enum ContentError {
         #[source]
         source: criu_wrapper::live::ScanError,
     },
+}
+
+/// The beginning of a path that may be thousands of names long, for a message.
+fn beginning(path: &Path) -> String {
+    const CHARS_MAX: usize = 200;
+    let text = path.display().to_string();
+    match text.char_indices().nth(CHARS_MAX) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
 }
 
 impl ContentError {

@@ -97,11 +97,14 @@ impl TryFrom<u8> for Kind {
 #[derive(Debug, thiserror::Error)]
 pub enum ObjectError {
     /// No kind has this number.
-    #[error("there is no object kind {0}")]
+    #[error("object kind {0} is not known to this version of Godwit; install a newer one")]
     Kind(u8),
-    /// Written by a newer Godwit, or no object at all.
-    #[error("object version {0:?} is not known")]
-    Version(Option<u8>),
+    /// Written by a newer Godwit.
+    #[error("object version {0} is not known to this version of Godwit; install a newer one")]
+    Version(u8),
+    /// No object at all.
+    #[error("an empty object")]
+    Empty,
     /// Not postcard's bytes of that type, or bytes left over.
     #[error("not a {kind:?} object")]
     Encoding {
@@ -368,9 +371,8 @@ pub trait Object: Serialize + serde::de::DeserializeOwned {
     /// Errors: [`ObjectError`] for anything that [`Object::encode`] would not have written; never a
     /// panic.
     fn decode(bytes: &[u8]) -> Result<Self, ObjectError> {
-        let parted = bytes.split_first();
-        let body = parted.and_then(|(version, body)| Self::body(*version, body));
-        let body = body.ok_or(ObjectError::Version(bytes.first().copied()))?;
+        let (version, body) = bytes.split_first().ok_or(ObjectError::Empty)?;
+        let body = Self::body(*version, body).ok_or(ObjectError::Version(*version))?;
         let kind = Self::KIND;
         let (object, rest): (Self, &[u8]) = postcard::take_from_bytes(&body)
             .map_err(|source| ObjectError::Encoding { kind, source })?;
@@ -777,7 +779,10 @@ mod tests {
     #[test]
     fn an_unknown_version_is_named() {
         let error = Tree::decode(&[9, 1, 2]).unwrap_err();
-        assert_eq!(error.to_string(), "object version Some(9) is not known");
+        assert_eq!(
+            error.to_string(),
+            "object version 9 is not known to this version of Godwit; install a newer one"
+        );
     }
 
     proptest! {
