@@ -21,6 +21,7 @@
 //! unprivileged process could not have set. Memberships, and options that decide where packets go,
 //! must be set again or the restore fails. Anything else that cannot be set is a warning.
 
+mod interfaces;
 mod multicast;
 mod names;
 mod options;
@@ -38,6 +39,7 @@ use nix::sched::CpuSet;
 use prost::Message as _;
 
 use crate::sys;
+pub use interfaces::{InterfaceUse, Survey, source_address};
 use multicast::{Groups, Membership};
 use names::SocketName;
 use options::Profile;

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
+use super::interfaces::InterfaceUse;
 use super::options::Sort;
 use super::{SupplementError, is_gone};
 use crate::sys;
@@ -223,8 +224,8 @@ impl Membership {
     pub(super) fn join(&self, socket: BorrowedFd<'_>, pid: u32) -> Result<(), SupplementError> {
         let damaged = || SupplementError::Damaged("an address has 4 or 16 bytes".to_owned());
         let group = address_of(&self.group).ok_or_else(damaged)?;
-        let (index, interface) =
-            self.interface_here(socket).ok_or_else(|| SupplementError::NoInterface {
+        let (index, interface) = find_interface(socket, &self.interface, &self.address)
+            .ok_or_else(|| SupplementError::NoInterface {
                 pid,
                 group: group.to_string(),
                 interface: self.interface.clone(),
@@ -250,21 +251,36 @@ impl Membership {
         }
         Ok(())
     }
+}
 
-    /// Index and name of the interface to join on, in the socket's network namespace.
-    fn interface_here(&self, socket: BorrowedFd<'_>) -> Option<(u32, String)> {
-        if let Ok(index) = sys::interface_index(socket, &self.interface) {
-            return Some((index, self.interface.clone()));
-        }
-        let wanted = <[u8; 4]>::try_from(&self.address[..]).ok()?;
-        // Indices are given from 1 on and are seldom given back; beyond that nothing is looked for.
-        const INDEX_MAX: u32 = 4096;
-        (1..=INDEX_MAX).find_map(|index| {
-            let name = sys::interface_name(socket, index).ok()?;
-            let has = sys::interface_address(socket, &name).ok()?;
-            (has == wanted).then_some((index, name))
-        })
+/// Index and name of the interface `name` in the network namespace of `socket`, else of the first
+/// one with this IPv4 address; an address of another length matches none.
+pub(super) fn find_interface(
+    socket: BorrowedFd<'_>,
+    name: &str,
+    address: &[u8],
+) -> Option<(u32, String)> {
+    if let Ok(index) = sys::interface_index(socket, name) {
+        return Some((index, name.to_owned()));
     }
+    let wanted = <[u8; 4]>::try_from(address).ok()?;
+    // Indices are given from 1 on and are seldom given back; beyond that nothing is looked for.
+    const INDEX_MAX: u32 = 4096;
+    (1..=INDEX_MAX).find_map(|index| {
+        let name = sys::interface_name(socket, index).ok()?;
+        let has = sys::interface_address(socket, &name).ok()?;
+        (has == wanted).then_some((index, name))
+    })
+}
+
+/// The interfaces that a socket's memberships need, as far as they can be read.
+pub(super) fn uses(socket: BorrowedFd<'_>, groups: &Groups) -> Vec<InterfaceUse> {
+    let memberships = read(socket, 0, groups).unwrap_or_default();
+    let of_one = |one: Membership| {
+        let what = format!("is a member of multicast group {}", address_of(&one.group)?);
+        Some(InterfaceUse { what, interface: one.interface, address: one.address })
+    };
+    memberships.into_iter().filter_map(of_one).collect()
 }
 
 /// Joins a group for packets of all sources.

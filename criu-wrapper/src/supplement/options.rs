@@ -208,6 +208,25 @@ pub(super) fn read(socket: impl AsFd) -> Profile {
     Profile { values: rows.into_iter().flatten().filter_map(value).collect() }
 }
 
+/// The options by which `socket` names an interface, each with its name.
+pub(super) fn interfaces(socket: BorrowedFd<'_>) -> Vec<(&'static str, String)> {
+    let tables = Sort::of(socket).map(Sort::tables).unwrap_or_default();
+    let rows = tables.into_iter().flatten().filter(|row| matches!(row.form, Interface(_)));
+    let named = |row: &Row| {
+        let name = row.interface(socket, &row.read(socket)?)?;
+        (!name.is_empty()).then_some((row.label, name))
+    };
+    rows.filter_map(named).collect()
+}
+
+/// The IPv4 address by which `socket` names an interface to send through, if it does.
+pub(super) fn source_address(socket: BorrowedFd<'_>) -> Option<[u8; 4]> {
+    let tables = Sort::of(socket).map(Sort::tables).unwrap_or_default();
+    let row = tables.into_iter().flatten().find(|row| matches!(row.form, Route(_)))?;
+    let address = <[u8; 4]>::try_from(row.read(socket)?).ok()?;
+    (address != [0; 4]).then_some(address)
+}
+
 /// Sets on a restored socket what differs from `profile`; `at` is its process and descriptor.
 ///
 /// Errors: [`SupplementError::Option`] for an option that decides where packets go, or

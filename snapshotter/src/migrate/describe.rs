@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use criu_wrapper::live;
-use godwit_protos::peer::{Blob, DescribeResponse, Shape, VolumeMount};
+use criu_wrapper::supplement::InterfaceUse;
+use godwit_protos::peer::{self, Blob, DescribeResponse, Shape, VolumeMount};
 use godwit_protos::{ContainerRef, FileSystem, Subject, VolumeId, VolumeSource, annotation, path};
 use oci_spec::runtime::Spec;
 
@@ -256,11 +257,17 @@ impl Described {
             warnings: findings.warnings,
             addresses: findings.addresses.into_iter().collect(),
             binds: findings.binds.into_iter().map(Into::into).collect(),
+            interfaces: findings.interfaces.into_iter().map(interface_use).collect(),
             image_blobs: self.image_blobs.clone(),
             chain_id: self.origin.chain_id_text(),
             image_renamed: self.origin.is_renamed,
         }
     }
+}
+
+/// What a socket needs an interface for, as peers get it.
+fn interface_use(used: InterfaceUse) -> peer::InterfaceUse {
+    peer::InterfaceUse { what: used.what, name: used.interface, address: used.address.into() }
 }
 
 /// Resident pages of a process (proc(5), "statm", second field).

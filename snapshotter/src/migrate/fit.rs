@@ -6,19 +6,22 @@
 //! and CRIU reports what they lack.
 
 use std::fs::{self, File};
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
-use godwit_protos::peer::{BindMount, DescribeResponse};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use criu_wrapper::supplement;
+use godwit_protos::peer::{BindMount, DescribeResponse, InterfaceUse};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{MigrationError, blocking};
 use crate::node::Node;
 
-/// Addresses that are tried.
+/// Addresses, and interfaces, that are looked for.
 const ADDRESSES_MAX: usize = 256;
+/// The interface that every network namespace has.
+const LOOPBACK: &str = "lo";
 
 /// What this node lacks of what the container needs, each with what to do; `netns` replaces the
 /// network namespace that the description names.
@@ -30,24 +33,53 @@ pub(super) async fn obstacles(
     let name = node.config.node.clone();
     // A description without a specification is refused where one is derived from it.
     let spec = serde_json::from_str::<Spec>(&described.spec_json).unwrap_or_default();
-    let netns = netns.map(PathBuf::from).or_else(|| network_namespace(&spec));
-    let (addresses, binds) = (described.addresses.clone(), described.binds.clone());
+    let network = match netns {
+        Some(path) => Network::Named(path.into()),
+        None => network(&spec),
+    };
+    let binds = described.binds.clone();
+    let interfaces = described.interfaces.iter().take(ADDRESSES_MAX).cloned().collect();
+    let addresses = described.addresses.iter().take(ADDRESSES_MAX);
+    let addresses = addresses.filter_map(|address| address.parse().ok()).collect();
+    let needs = Needs { addresses, interfaces };
     blocking(move || {
         let mut found: Vec<String> =
             binds.iter().filter_map(|bind| bind_obstacle(&name, bind)).collect();
-        if let Some(netns) = netns {
-            found.extend(network_obstacles(&name, &netns, &addresses));
+        match network {
+            Network::Named(netns) => found.extend(network_obstacles(&name, &netns, needs)),
+            Network::New => found
+                .extend(needs.interfaces.iter().filter_map(|one| new_network_obstacle(&name, one))),
+            Network::Hosts => {}
         }
         Ok(found)
     })
     .await
 }
 
-/// The named network namespace that a specification has the container join.
-fn network_namespace(spec: &Spec) -> Option<PathBuf> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let network = namespaces.iter().find(|one| one.typ() == LinuxNamespaceType::Network)?;
-    network.path().clone()
+/// The network namespace that a container gets here.
+enum Network {
+    /// One that `ip netns` keeps.
+    Named(PathBuf),
+    /// One of its own, with nothing but loopback.
+    New,
+    /// The node's. It is refused where the specification is derived.
+    Hosts,
+}
+
+/// What the container's sockets need of a network namespace.
+struct Needs {
+    addresses: Vec<IpAddr>,
+    interfaces: Vec<InterfaceUse>,
+}
+
+/// The network namespace that a specification asks for.
+fn network(spec: &Spec) -> Network {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let is_network = |one: &&LinuxNamespace| one.typ() == LinuxNamespaceType::Network;
+    match namespaces.into_iter().flatten().find(is_network) {
+        None => Network::Hosts,
+        Some(network) => network.path().clone().map_or(Network::New, Network::Named),
+    }
 }
 
 fn bind_obstacle(node: &str, bind: &BindMount) -> Option<String> {
@@ -68,7 +100,7 @@ fn bind_obstacle(node: &str, bind: &BindMount) -> Option<String> {
     }
 }
 
-fn network_obstacles(node: &str, netns: &Path, addresses: &[String]) -> Vec<String> {
+fn network_obstacles(node: &str, netns: &Path, needs: Needs) -> Vec<String> {
     let path = netns.display();
     let Ok(namespace) = File::open(netns) else {
         return vec![format!(
@@ -76,20 +108,22 @@ fn network_obstacles(node: &str, netns: &Path, addresses: &[String]) -> Vec<Stri
              container's addresses, or name another one with --netns"
         )];
     };
-    let parsed: Vec<IpAddr> =
-        addresses.iter().take(ADDRESSES_MAX).filter_map(|address| address.parse().ok()).collect();
-    if parsed.is_empty() {
+    if needs.addresses.is_empty() && needs.interfaces.is_empty() {
         return Vec::new();
     }
     // A thread of its own, which never returns to where it came from.
     let look = move || {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-        Ok::<_, rustix::io::Errno>(missing(&parsed))
+        Ok::<_, std::io::Error>((missing(&needs.addresses), missing_interfaces(needs.interfaces)?))
     };
-    let looked = std::thread::Builder::new().name("addresses".to_owned()).spawn(look);
+    let looked = std::thread::Builder::new().name("network".to_owned()).spawn(look);
     match looked.map(std::thread::JoinHandle::join) {
-        Ok(Ok(Ok(missing))) => {
-            missing.iter().map(|address| address_obstacle(node, netns, *address)).collect()
+        Ok(Ok(Ok((addresses, interfaces)))) => {
+            let addresses =
+                addresses.into_iter().map(|address| address_obstacle(node, netns, address));
+            let interfaces =
+                interfaces.iter().map(|missing| interface_obstacle(node, netns, missing));
+            addresses.chain(interfaces).collect()
         }
         _ => vec![format!(
             "network namespace {path} on {node} cannot be entered: the container joins it; make it again with \
@@ -101,9 +135,42 @@ fn network_obstacles(node: &str, netns: &Path, addresses: &[String]) -> Vec<Stri
 fn address_obstacle(node: &str, netns: &Path, address: IpAddr) -> String {
     let path = netns.display();
     format!(
-        "address {address} is not in network namespace {path} on {node}: a socket of the container is bound to it and \
-         could not be reached; add it there with `ip address add`"
+        "address {address} is not in network namespace {path} on {node}: a socket of the container is bound to it, or \
+         sends multicast packets from it; add it there with `ip address add`"
     )
+}
+
+fn interface_obstacle(node: &str, netns: &Path, used: &InterfaceUse) -> String {
+    let (path, name, what) = (netns.display(), &used.name, &used.what);
+    let or_address = match <[u8; 4]>::try_from(&used.address[..]) {
+        Ok(address) => {
+            format!(", or give another interface its address, {}", Ipv4Addr::from(address))
+        }
+        Err(_) => String::new(),
+    };
+    format!(
+        "interface {name} is not in network namespace {path} on {node}: {what}; create it there{or_address}"
+    )
+}
+
+fn new_network_obstacle(node: &str, used: &InterfaceUse) -> Option<String> {
+    let InterfaceUse { name, what, .. } = used;
+    let text = format!(
+        "interface {name} is not in the network namespace of its own that the container gets on {node}: {what}; \
+         make one with that interface there by `ip netns add`, and name it with --netns"
+    );
+    (name != LOOPBACK).then_some(text)
+}
+
+/// What this thread's network namespace lacks of the interfaces.
+fn missing_interfaces(wanted: Vec<InterfaceUse>) -> std::io::Result<Vec<InterfaceUse>> {
+    let any = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let is_missing = |used: &InterfaceUse| {
+        let InterfaceUse { what, name, address } = used.clone();
+        let (interface, address) = (name, address.to_vec());
+        !supplement::InterfaceUse { what, interface, address }.is_met(&any)
+    };
+    Ok(wanted.into_iter().filter(is_missing).collect())
 }
 
 /// Those of the addresses that no interface of this thread's network namespace has: a socket cannot
@@ -136,6 +203,30 @@ mod tests {
         assert!(told.contains("at /etc/hosts is not on edge-b"), "{told}");
     }
 
+    fn needs(interfaces: &[InterfaceUse]) -> Needs {
+        Needs { addresses: Vec::new(), interfaces: interfaces.to_vec() }
+    }
+
+    #[test]
+    fn an_interface_is_found_by_its_name_or_its_address() {
+        let used = |name: &str, address: &[u8]| InterfaceUse {
+            what: "mdnsd (process 7) is a member of multicast group 224.0.0.251".to_owned(),
+            name: name.to_owned(),
+            address: address.to_vec().into(),
+        };
+        let here = Path::new("/proc/self/ns/net");
+        let met = [used("lo", &[]), used("gone0", &[127, 0, 0, 1])];
+        assert_eq!(missing_interfaces(met.to_vec()).unwrap(), []);
+        let gone = used("gone0", &[192, 0, 2, 9]);
+        assert_eq!(missing_interfaces(vec![gone.clone()]).unwrap(), std::slice::from_ref(&gone));
+        let told = interface_obstacle("edge-b", here, &gone);
+        assert!(told.contains("interface gone0 is not in network namespace /proc"), "{told}");
+        assert!(told.contains("its address, 192.0.2.9") && told.contains("mdnsd"), "{told}");
+        assert_eq!(new_network_obstacle("edge-b", &used("lo", &[])), None);
+        let told = new_network_obstacle("edge-b", &gone).unwrap();
+        assert!(told.contains("gets on edge-b: mdnsd") && told.contains("--netns"), "{told}");
+    }
+
     #[test]
     fn an_address_that_no_interface_has_is_missing() {
         let addresses = ["127.0.0.1", "192.0.2.7", "2001:db8::7"].map(|it| it.parse().unwrap());
@@ -143,7 +234,7 @@ mod tests {
         // the kernel has another error.
         let missing = missing(&addresses);
         assert!(missing.contains(&addresses[1]) && !missing.contains(&addresses[0]), "{missing:?}");
-        let told = network_obstacles("edge-b", Path::new("/run/netns/no-such"), &[]);
+        let told = network_obstacles("edge-b", Path::new("/run/netns/no-such"), needs(&[]));
         assert!(told[0].contains("/run/netns/no-such is not on edge-b"), "{told:?}");
     }
 }

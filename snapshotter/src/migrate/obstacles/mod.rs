@@ -34,6 +34,7 @@ mod watches;
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
 
+use criu_wrapper::supplement::InterfaceUse;
 use oci_spec::runtime::Spec;
 
 use super::MigrationError;
@@ -62,6 +63,7 @@ const KINDS: &[Kind] = &[
     sockets::protocols,
     sockets::external,
     sockets::addresses,
+    sockets::interfaces,
     mounts::user_namespace,
     mounts::removed_sources,
     watches::on_overlays,
@@ -141,8 +143,10 @@ pub struct Findings {
     pub obstacles: Vec<String>,
     /// What becomes different by moving.
     pub warnings: Vec<String>,
-    /// Addresses to which its sockets are bound, which the destination must have.
+    /// Addresses that its sockets use, which the destination must have.
     pub addresses: BTreeSet<String>,
+    /// Interfaces that its sockets use, which the destination must have.
+    pub interfaces: BTreeSet<InterfaceUse>,
     /// Its bind mounts, whose sources the destination must have.
     pub binds: Vec<Bind>,
 }

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
+use criu_wrapper::supplement::{self, Survey};
 use nix::sys::socket::{SockaddrStorage, UnixAddr, getpeername, getsockname, getsockopt, sockopt};
 use rustix::net::{AddressFamily, SocketType, sockopt as options};
 
@@ -158,6 +159,21 @@ pub(super) fn addresses(container: &Container, found: &mut Findings) {
         {
             found.addresses.insert(address.to_string());
         }
+    });
+}
+
+/// Interfaces of the container's network namespace that sockets refer to: they are looked for again
+/// at the restore.
+pub(super) fn interfaces(container: &Container, found: &mut Findings) {
+    // The dump says why the list cannot be read, if it is still so.
+    let Ok(survey) = Survey::of(container.init_pid) else { return };
+    each(container, |process, _, socket| {
+        for mut used in survey.uses(socket) {
+            used.what = format!("{} {}", process.named(), used.what);
+            found.interfaces.insert(used);
+        }
+        let address = supplement::source_address(socket).filter(|address| !address.is_loopback());
+        found.addresses.extend(address.map(|address| address.to_string()));
     });
 }
 

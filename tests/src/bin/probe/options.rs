@@ -16,11 +16,13 @@ const GROUP_V6_TEXT: &str = "ff020000000000000000000000004711";
 /// Index of the loopback interface, in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// Is a member of an IPv4 and of an IPv6 group and sends to the first. The line: `heard COUNT v6
+/// `probe multicast [ADDRESS]`: is a member of an IPv4 group on the interface with that address, of
+/// loopback without one, and of an IPv6 group, and sends to the first. The line: `heard COUNT v6
 /// IS_MEMBER`, and why the last packet could not be sent.
-pub(crate) fn multicast(_arguments: &[String]) -> io::Result<()> {
+pub(crate) fn multicast(arguments: &[String]) -> io::Result<()> {
     let member = UdpSocket::bind(("0.0.0.0", GROUP.1))?;
-    member.join_multicast_v4(&GROUP.0, &Ipv4Addr::LOCALHOST)?;
+    let address = arguments.first().map_or(Ok(Ipv4Addr::LOCALHOST), |text| text.parse());
+    member.join_multicast_v4(&GROUP.0, &address.map_err(io::Error::other)?)?;
     member.set_nonblocking(true)?;
     let member_v6 = UdpSocket::bind(("::", GROUP.1 + 1))?;
     member_v6.join_multicast_v6(&GROUP_V6, LOOPBACK)?;
