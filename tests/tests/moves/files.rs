@@ -1,7 +1,8 @@
 //! Files in unusual states, on volumes and among the container's own.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use godwit_tests::{Node, workload};
+use serde_json::Value;
 
 use crate::bed::{self, destination, probe, source};
 use crate::table::rows;
@@ -11,6 +12,11 @@ rows! {
         "the freeze waits up to 10 s for the disk" => is_whole_after_a_slow_write();
     an_open_file_whose_name_was_removed: "an open file whose name was removed while another hard link is left", Moves, ""
         => has_the_file_by_its_other_name();
+    an_open_file_whose_name_was_removed_in_a_snapshot: "the same, in a consistent snapshot", Moves,
+        "the snapshot is restored with it; the container that was captured runs on with it"
+        => comes_back_with_the_file();
+    directories_nested_too_deep: "directories nested more than 200 deep, in a volume or the writable layer", Refused,
+        "move what they hold further up, or remove it" => names_the_deep_directory();
     native_aio: "native AIO (`io_setup`) that has been used", Refused,
         "switch it off: its requests go on while the process stands still" => is_refused_once_it_was_used();
     an_unused_ring_of_native_aio: "a ring of native AIO that was never used, as nginx has one", Moves, ""
@@ -63,6 +69,55 @@ fn has_the_file_by_its_other_name() -> Result<()> {
         ))?;
         ensure!(!left.contains("link_remap"), "a name is left at {}: {left}", to.name());
     }
+    bed::remove(destination(), name)
+}
+
+/// Method: the probe ends with an error if a file is not what it wrote. It goes on after the
+/// snapshot, is removed with its volume, and comes back.
+fn comes_back_with_the_file() -> Result<()> {
+    let name = "kept-name";
+    source().ok(&["godwit", "volume", "create", name])?;
+    let probe = probe(name, &["removed-names", "/", "/data"]).volume(name, "/data", "rw");
+    bed::start(&probe)?;
+    let linked = |line: &str| count(line, "linked ");
+    let before = linked(&bed::status(source(), name)?).unwrap_or(0);
+    let create = ["godwit", "--output", "json", "snapshot", "create", "--consistent", name];
+    let taken: Value = serde_json::from_str(&source().ok(&create)?)?;
+    let after = linked(&bed::status(source(), name)?).unwrap_or(0);
+    bed::status_becomes(source(), name, |line| linked(line) > Some(after + 5))?;
+    let no_name_is_left = || {
+        let list =
+            format!("ls /proc/{pid}/root /proc/{pid}/root/data", pid = bed::init(source(), name)?);
+        let left = source().sh(&list)?;
+        ensure!(!left.contains("link_remap"), "a name is left: {left}");
+        Ok(())
+    };
+    no_name_is_left()?;
+    bed::remove(source(), name)?;
+    source().ok(&["godwit", "volume", "rm", name])?;
+    let whole = format!("container|default|{name}");
+    let mut cuts = taken.as_array().into_iter().flatten();
+    let cut = cuts.find(|one| one["subject"] == *whole).with_context(|| taken.to_string())?;
+    let id = cut["id"].as_str().context("its number")?;
+    source().ok(&["godwit", "snapshot", "restore", id])?;
+    bed::status_becomes(source(), name, |line| linked(line) > Some(before + 5))?;
+    no_name_is_left()?;
+    bed::remove(source(), name)
+}
+
+/// Method: one on a volume, then one in the writable layer. Without it the container moves.
+fn names_the_deep_directory() -> Result<()> {
+    let name = "deep";
+    source().ok(&["godwit", "volume", "create", name])?;
+    bed::start(&probe(name, &["idle"]).volume(name, "/data", "rw"))?;
+    for place in ["data/deep", "deep"] {
+        let path = format!("/proc/{}/root/{place}", bed::init(source(), name)?);
+        let levels = vec!["d"; 201].join("/");
+        source().sh(&format!("mkdir -p {path}/{levels}"))?;
+        bed::is_refused(name, &["deep/d/d/d/", "nests deeper than 200 directories", "remove it"])?;
+        source().sh(&format!("rm -r {path}"))?;
+    }
+    bed::moved(name)?;
     bed::remove(destination(), name)
 }
 

@@ -86,14 +86,19 @@ fn is_not_taken() -> Result<()> {
     bed::remove(source(), name)
 }
 
-/// Starts a probe at the source under its usual specification with an edit.
+/// Starts an idle probe at the source under its usual specification with an edit.
 fn run(name: &str, change: impl FnOnce(&mut Value)) -> Result<()> {
-    let container = probe(name, &["idle"]);
+    run_probe(name, &["idle"], change)
+}
+
+/// Starts a probe at the source under its usual specification with an edit.
+pub(crate) fn run_probe(name: &str, words: &[&str], change: impl FnOnce(&mut Value)) -> Result<()> {
+    let container = probe(name, words);
     let reference = container.image.reference();
     let create =
         ["ctr", "containers", "create", "--runtime", workload::RUNTIME, "--snapshotter", "godwit"];
-    let rest = [reference, name, "probe", "idle"];
-    source().ok(&[&create[..], &rest].concat())?;
+    let rest = [reference, name, "probe"];
+    source().ok(&[&create[..], &rest, words].concat())?;
     edit(source(), name, change)?;
     source().ok(&["ctr", "tasks", "start", "-d", name])?;
     wait_until("the probe reports", SOON, || Ok(bed::status(source(), name).is_ok()))
