@@ -51,6 +51,10 @@ pub struct Config {
     /// Path of the shim, for containers that select it by path and not by name.
     #[serde(default = "default_shim")]
     pub shim: PathBuf,
+    /// How long a container of this node may stand still for a migration or a consistent snapshot,
+    /// in seconds, until another node is given the right to run it. After that it runs on here.
+    #[serde(default = "default_freeze_max_s")]
+    pub freeze_max_s: u64,
     /// The other nodes of the site.
     #[serde(default)]
     pub peers: Vec<Peer>,
@@ -376,6 +380,10 @@ fn enabled() -> bool {
     true
 }
 
+fn default_freeze_max_s() -> u64 {
+    60
+}
+
 fn default_state_dir() -> PathBuf {
     "/var/lib/godwit".into()
 }
@@ -455,6 +463,11 @@ impl Config {
             }
         }
         self.directory.check()
+    }
+
+    /// How long a container may stand still. At least a second: with less none could be moved.
+    pub fn freeze_max(&self) -> Duration {
+        Duration::from_secs(self.freeze_max_s.max(1))
     }
 
     /// The peer of this name.

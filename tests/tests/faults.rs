@@ -5,7 +5,7 @@ mod marks;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::LazyLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
@@ -372,6 +372,69 @@ fn a_link_that_is_cut_while_frozen_thaws_the_source() -> Result<()> {
     nothing_is_left(name)?;
     runs_on(name, address)?;
     remove(name)
+}
+
+/// The source's daemon with further keys, until this is dropped.
+struct Configured;
+
+impl Configured {
+    fn with(keys: &str) -> Result<Self> {
+        let configured = Self;
+        Self::restart(keys).map(|()| configured)
+    }
+
+    fn restart(keys: &str) -> Result<()> {
+        source().stop_daemon()?;
+        source().configure(keys)?;
+        source().start_daemon()
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        if let Err(error) = Self::restart("") {
+            eprintln!("the source's configuration is not as it was: {error:#}");
+        }
+    }
+}
+
+/// Method: CRIU at the destination takes three times as long as the source lets the container stand
+/// still. Everything answers meanwhile.
+#[test]
+fn a_freeze_ends_at_its_deadline() -> Result<()> {
+    let name = "deadline";
+    let address = start_memhog(name, 32, 8)?;
+    let limited = Configured::with("freeze_max_s = 2")?;
+    let mut migration = frozen(name)?;
+    let begun = Instant::now();
+    runs_on(name, address)?;
+    ensure!(begun.elapsed() < Duration::from_secs(5), "it stood still for {:?}", begun.elapsed());
+    let code = migration.running.wait(Duration::from_secs(120))?;
+    let log = migration.running.log();
+    ensure!(code != 0 && log.contains("freeze_max_s"), "{code}: {log}");
+    drop(migration);
+    drop(limited);
+    runs_on(name, address)?;
+    nothing_is_left(name)?;
+    remove(name)
+}
+
+#[test]
+fn a_container_that_dies_with_its_shim_while_frozen_is_not_said_to_run_on() -> Result<()> {
+    let name = "no-shim";
+    start_memhog(name, 36, 8)?;
+    let slow = criu::slow(source(), 4)?;
+    let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
+    let mut running = source().spawn(&words, "migrate-no-shim")?;
+    slow.wait_for_call()?;
+    source().sh(&format!("kill -KILL $(pgrep -f 'shim-godwit-v[1].* -id {name} ')"))?;
+    let code = running.wait(Duration::from_secs(120))?;
+    let log = running.log();
+    ensure!(code != 0 && log.contains("does not run at its source any more"), "{code}: {log}");
+    drop(slow);
+    nothing_is_left(name)?;
+    source().run(&["ctr", "tasks", "rm", "-f", name])?;
+    source().ok(&["ctr", "containers", "rm", name]).map(drop)
 }
 
 /// Method: the whole destination crashes during pre-copy over a slow link.

@@ -46,6 +46,9 @@ const PIECE_BYTES_MAX: usize = 512 << 10;
 /// How long an image is held for a peer that goes on asking.
 const HELD_MAX: Duration = Duration::from_secs(3600);
 
+/// How long the news of a failure waits until what the migration made here is removed.
+const UNDONE_MAX: Duration = Duration::from_secs(60);
+
 /// Messages of one answer that wait for the network.
 const QUEUE: usize = 4;
 
@@ -381,7 +384,7 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
     let (node, sessions) = (node.clone(), sessions.clone());
     // On its own: a client that goes away does not stop a migration.
     tokio::spawn(async move {
-        let done = tokio::spawn({
+        let mut done = tokio::spawn({
             let (node, migration) = (node.clone(), migration.clone());
             async move {
                 let failed = match &wanted {
@@ -404,6 +407,10 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
             match events.recv().await {
                 Ok(event) if event.migration == migration => {
                     let last = matches!(event.step.as_str(), "done" | "failed");
+                    if event.step == "failed" {
+                        // It says that nothing is left here, and the client may try again at once.
+                        let _ = tokio::time::timeout(UNDONE_MAX, &mut done).await;
+                    }
                     let gone = send.send(Ok(event)).await.is_err();
                     if last || gone {
                         break;
@@ -413,7 +420,6 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
             }
         }
-        let _ = done.await;
     });
     Box::pin(ReceiverStream::new(receive))
 }

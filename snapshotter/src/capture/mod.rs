@@ -127,8 +127,10 @@ impl Runner {
             for record in node.containerd.list_containers(&namespace).await? {
                 let container = ContainerRef::new(&namespace, &record.id)?;
                 // Whatever its runtime is called: our shim may run under the name of containerd's.
-                if Shim::find(&node.config, &container).is_err() {
-                    continue;
+                match Shim::find(&node.config, &container) {
+                    Err(MigrationError::NoShim(_)) => continue,
+                    // What cannot be told must not be taken for a container that went away.
+                    found => drop(found?),
                 }
                 let task = node.containerd.task(&namespace, &record.id).await?;
                 if task.is_some_and(|task| task.status == TaskStatus::Running) {

@@ -69,9 +69,9 @@ pub(super) async fn freeze_and_dump(
     }
     let (of, into) = (subjects.clone(), images.clone());
     let reader = blocking(move || lock(&of).begin_dump(&into)).await?;
-    let begun = Instant::now();
+    let frozen = Instant::now();
     described.shim.freeze(container.id()).await?;
-    let freeze = begun.elapsed();
+    let freeze = frozen.elapsed();
 
     let begun = Instant::now();
     let pids = node.containerd.pids(container.namespace(), container.id()).await?;
@@ -83,7 +83,8 @@ pub(super) async fn freeze_and_dump(
     .await?;
     let (of, held) = (subjects.clone(), lease.clone());
     let reading = tokio::task::spawn_blocking(move || lock(&of).capture_trees(&held, &|_| true));
-    let dumped = described.shim.dump(container.id(), &images, &work).await;
+    let limit = node.config.freeze_max().saturating_sub(frozen.elapsed());
+    let dumped = described.shim.dump(container.id(), &images, &work, limit).await;
     let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
     dumped?;
     trees?;

@@ -275,6 +275,12 @@ impl Sessions {
         }
     }
 
+    /// Resolves when the session has ended, at once if there is none.
+    pub(super) async fn ended(&self, id: &str) {
+        let Some(mut state) = self.by_id(id).map(|session| session.state.clone()) else { return };
+        while state.changed().await.is_ok() {}
+    }
+
     fn by_id(&self, id: &str) -> Option<Arc<Session>> {
         self.live().values().find(|session| session.id == id).cloned()
     }

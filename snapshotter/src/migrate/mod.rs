@@ -75,6 +75,15 @@ pub enum MigrationError {
          io.containerd.runc.godwit.v1, or a handler whose runtime_path is containerd-shim-godwit-v1"
     )]
     NoShim(ContainerRef),
+    /// Its shim may be there, but where cannot be read.
+    #[error("cannot tell whether container {container} runs under Godwit's shim")]
+    ShimUnknown {
+        /// Which.
+        container: ContainerRef,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
     /// It is being moved already.
     #[error(
         "container {container} is already on its way to {to}; `godwit status` tells how far it is"
@@ -230,9 +239,29 @@ pub enum MigrationError {
     /// A container that was to be removed runs.
     #[error("container {0} runs, so it stays; stop it first if it is to go")]
     StillRuns(ContainerRef),
+    /// A container that was granted to this node, whose shim has not said yet whether it ran.
+    #[error(
+        "it is not known yet whether container {0} ran here; `godwit status` tells who owns it"
+    )]
+    Unsettled(ContainerRef),
     /// Another migration has the container or one of its volumes.
     #[error(transparent)]
     Leased(#[from] LeaseError),
+    /// The container stood still for as long as it may.
+    #[error(
+        "the container was frozen for {} s, which is as long as `freeze_max_s` lets it: move it over \
+         a faster link, or raise the limit at its source", .0.as_secs()
+    )]
+    FrozenTooLong(Duration),
+    /// The container's tasks, or its shim, ended while it was frozen.
+    #[error("container {container} has ended at its source meanwhile")]
+    Ended {
+        /// Which.
+        container: ContainerRef,
+        /// What failed.
+        #[source]
+        source: Box<MigrationError>,
+    },
     /// No shim asked for the restored container in time.
     #[error(
         "the shim did not go on with the restore within {} s; containerd's log has its words",
@@ -287,6 +316,9 @@ impl From<BringError> for MigrationError {
 /// Codes of a refusal by a source that has no such container, or does not run it.
 const SOURCE_UNTOUCHED: &[&str] = &["no-container", "not-running", "wrong-runtime", "busy"];
 
+/// Code of a refusal by a source whose container has ended.
+const ENDED: &str = "ended";
+
 /// What a failure asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -301,6 +333,8 @@ impl MigrationError {
     pub fn next(&self) -> Next {
         match self {
             Self::Silent { .. }
+            | Self::FrozenTooLong(_)
+            | Self::ShimUnknown { .. }
             | Self::Broken(_)
             | Self::Interrupted
             | Self::Unclaimed(_)
@@ -327,6 +361,9 @@ impl MigrationError {
             | Self::NoImage(_)
             | Self::Leased(_)
             | Self::Peer(_) => "nothing was moved",
+            Self::Refused { code, .. } if code == ENDED => {
+                "it does not run at its source any more, and nothing is left here"
+            }
             Self::Refused { code, .. } if SOURCE_UNTOUCHED.contains(&code.as_str()) => {
                 "nothing was moved"
             }
@@ -356,6 +393,7 @@ impl MigrationError {
             Self::Obstacles(_) => "obstacles",
             Self::NoSnapshot(_) | Self::OtherImage { .. } => "image",
             Self::Shim { .. } => "criu",
+            Self::Ended { .. } => ENDED,
             Self::Volume(_) => "volume",
             Self::Spec(_) | Self::Label(_) | Self::Name(_) | Self::Digest(_) => "invalid",
             error if error.is_disk_full() => "disk-full",

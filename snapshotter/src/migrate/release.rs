@@ -41,14 +41,17 @@ const STOP_MAX: Duration = Duration::from_secs(5);
 /// The journal decides, not the caller: what is not `Offered` any more is left as it is. Where the
 /// journal cannot be written, the container is thawed first: it was not released, which no other
 /// than the caller can do, and on open the offer is taken back.
-pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
+///
+/// Returns whether the container is known to have ended meanwhile, so that there is nothing to run
+/// on.
+pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) -> bool {
     let mut pause = PAUSE_FIRST;
     loop {
         match node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
             Ok(_) => return thaw(node, container).await,
             Err(error @ JournalError::OutOfPhase { .. }) => {
                 tracing::warn!(%container, %error, "the offer cannot be taken back");
-                return;
+                return false;
             }
             Err(error) => {
                 let error = crate::error::chain(&error);
@@ -76,7 +79,10 @@ pub(super) async fn withdraw_release(
     let mut pause = PAUSE_FIRST;
     loop {
         match node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
-            Ok(_) => return thaw(node, container).await,
+            Ok(_) => {
+                thaw(node, container).await;
+                return;
+            }
             Err(JournalError::OutOfPhase { .. }) => {
                 return settle_later(node, container, Some(remembered)).await;
             }
@@ -97,7 +103,9 @@ pub(super) async fn withdraw_release(
 pub(super) async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
     tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
     match node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
-        Ok(_) => thaw(node, container).await,
+        Ok(_) => {
+            thaw(node, container).await;
+        }
         Err(error) => tracing::error!(%container, %error, "cannot journal the return"),
     }
 }
@@ -109,27 +117,34 @@ pub(super) fn end_lease(node: &Node, container: &ContainerRef) {
     }
 }
 
-/// Thaws a container that is ours until it succeeds, or until there is nothing left to thaw.
-async fn thaw(node: &Node, container: &ContainerRef) {
+/// Thaws a container that is ours until it succeeds, or until there is nothing left to thaw: then
+/// the result is true.
+async fn thaw(node: &Node, container: &ContainerRef) -> bool {
     let mut pause = PAUSE_FIRST;
-    while let Err(error) = thaw_once(node, container).await {
-        tracing::error!(%container, error = error.chain(), "cannot thaw; trying again");
+    let has_ended = loop {
+        match thaw_once(node, container).await {
+            Ok(has_ended) => break has_ended,
+            Err(error) => {
+                tracing::error!(%container, error = error.chain(), "cannot thaw; trying again");
+            }
+        }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE_LAST);
-    }
+    };
     if let Err(error) = node.journal.note(container, |entry| entry.frozen = false) {
         tracing::error!(%container, %error, "cannot journal the thaw; it is repeated");
     }
     end_lease(node, container);
+    has_ended
 }
 
-/// Errors: it is frozen, as far as is known.
-async fn thaw_once(node: &Node, container: &ContainerRef) -> Result<(), MigrationError> {
+/// Returns whether there was nothing to thaw. Errors: it is frozen, as far as is known.
+async fn thaw_once(node: &Node, container: &ContainerRef) -> Result<bool, MigrationError> {
     let thawed = match Shim::find(&node.config, container) {
         Ok(shim) => shim.thaw(container.id()).await,
         Err(error) => Err(error),
     };
-    let Err(error) = thawed else { return Ok(()) };
+    let Err(error) = thawed else { return Ok(false) };
     // Deleted, or ended, while it was frozen.
     match node.containerd.task(container.namespace(), container.id()).await {
         Ok(None) => tracing::warn!(%container, "nothing to thaw: it has no task"),
@@ -138,7 +153,7 @@ async fn thaw_once(node: &Node, container: &ContainerRef) -> Result<(), Migratio
         }
         _ => return Err(error),
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Asks the destination how the hand-off of a released container ended, until its answer ends it
@@ -232,7 +247,9 @@ pub fn recover(node: &Arc<Node>, supervisor: &Supervisor) -> Result<(), Migratio
                 });
             }
             Recovery::Thaw => {
-                supervisor.run("thawing", async move { thaw(&node, &container).await });
+                supervisor.run("thawing", async move {
+                    thaw(&node, &container).await;
+                });
             }
             Recovery::GiveBack(epoch) => {
                 supervisor.run("giving back a claim", async move {

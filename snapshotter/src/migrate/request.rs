@@ -171,13 +171,17 @@ pub(super) async fn end_session(node: &Arc<Node>, container: &ContainerRef, sess
 
 /// Removes what a session made for a container that has not come, and ends its lease.
 ///
-/// Errors: the first step that failed; what follows is untouched, the lease included.
+/// Errors: [`MigrationError::Unsettled`] for a granted container until it is known whether it ran;
+/// the first step that failed. What follows is untouched, the lease included.
 async fn remove_unless_come(
     node: &Node,
     container: &ContainerRef,
     session: &str,
     snapshotter: Option<&str>,
 ) -> Result<(), MigrationError> {
+    if is_in(node, container, session, |state| matches!(state, Ownership::Granted(..)))? {
+        return Err(MigrationError::Unsettled(container.clone()));
+    }
     if !has_come(node, container, session)? {
         put_layer_back(node, container).await?;
         marks::remove_made(node, container, session, snapshotter).await?;
@@ -278,7 +282,15 @@ pub(super) async fn create_and_start(
             Ok(())
         }
         Err(error) => {
-            // An error of the call says nothing of the container, which may have come and run.
+            // An error of the call says nothing of the container, which may have come and run. If
+            // the shim died, containerd has its `delete` report, or else the session gives up.
+            let asks = |state: &Ownership| {
+                matches!(state, Ownership::Claiming(..) | Ownership::Granted(..))
+            };
+            if is_in(node, &arriving.container, &arriving.session, asks).unwrap_or(true) {
+                let ended = sessions.ended(&arriving.session);
+                let _ = tokio::time::timeout(UNDO_MAX, ended).await;
+            }
             arriving.undo(Some(&snapshotter)).await;
             Err(match error {
                 MigrationError::Containerd(ClientError::Failed { reason, .. }) => {
@@ -360,13 +372,21 @@ pub fn outlook(
     }
 }
 
+/// Whether a container is in one of these states by this session.
+fn is_in(
+    node: &Node,
+    container: &ContainerRef,
+    session: &str,
+    states: impl Fn(&Ownership) -> bool,
+) -> Result<bool, MigrationError> {
+    let entry = node.journal.container(container)?;
+    let ours = entry.filter(|entry| entry.session.as_deref() == Some(session));
+    Ok(ours.is_some_and(|entry| states(&entry.ownership)))
+}
+
 /// Whether a container was given to this node by this session.
 fn has_come(node: &Node, container: &ContainerRef, session: &str) -> Result<bool, MigrationError> {
-    let entry = node.journal.container(container)?;
-    Ok(entry.is_some_and(|entry| {
-        entry.session.as_deref() == Some(session)
-            && !matches!(entry.ownership, Ownership::Claiming(..))
-    }))
+    is_in(node, container, session, |state| !matches!(state, Ownership::Claiming(..)))
 }
 
 /// Has the source keep the image of a container while the returned stream is open.

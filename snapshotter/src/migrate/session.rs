@@ -495,12 +495,9 @@ impl Work {
             }
         };
         let from = self.asked.from.to_string();
-        let asked = line.send(to_source::Message::Release(Release { epoch: epoch.0 })).await;
-        let told = match asked {
-            Ok(()) => line.next().await,
-            Err(error) => Err(error),
-        };
-        let verdict = match told {
+        // A source that has hung up may have sent a refusal before, which has the reason.
+        let _ = line.send(to_source::Message::Release(Release { epoch: epoch.0 })).await;
+        let verdict = match line.next().await {
             Ok(from_source::Message::Released(released)) if Epoch(released.epoch) == epoch => {
                 let granted = self.node.journal.apply(&container, &Event::Granted(epoch), |_| {});
                 granted.map(drop).map_err(|error| error.to_string())

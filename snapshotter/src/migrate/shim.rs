@@ -1,5 +1,6 @@
 //! A container's shim, asked over ttrpc: freeze, dump, thaw, let go.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,7 +37,8 @@ impl Shim {
     /// Finds the shim by the address that it wrote into the container's bundle.
     ///
     /// Errors: [`MigrationError::NoShim`] when the container does not run under Godwit's runtime,
-    /// or not at all.
+    /// or not at all; [`MigrationError::ShimUnknown`] when that cannot be told, as with too many
+    /// open files.
     pub fn find(config: &Config, container: &ContainerRef) -> Result<Self, MigrationError> {
         let bundle = config
             .containerd_state
@@ -45,7 +47,12 @@ impl Shim {
             .join(container.id());
         match std::fs::read_to_string(bundle.join(path::SHIM_ADDRESS_FILE)) {
             Ok(address) => Ok(Self { address: address.trim().to_owned(), bundle }),
-            Err(_) => Err(MigrationError::NoShim(container.clone())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(MigrationError::NoShim(container.clone()))
+            }
+            Err(source) => {
+                Err(MigrationError::ShimUnknown { container: container.clone(), source })
+            }
         }
     }
 
@@ -99,11 +106,19 @@ impl Shim {
         answer.map(drop).map_err(|error| self.failed("end the tasks", &error))
     }
 
-    /// Dumps a frozen container into the empty directory `images`.
-    pub async fn dump(&self, id: &str, images: &Path, work: &Path) -> Result<(), MigrationError> {
+    /// Dumps a frozen container into the empty directory `images`. The shim thaws the container
+    /// when that takes longer than `limit`.
+    pub async fn dump(
+        &self,
+        id: &str,
+        images: &Path,
+        work: &Path,
+        limit: Duration,
+    ) -> Result<(), MigrationError> {
         let client = self.client().await?;
         let mut dump = DumpRequest::new();
         dump.id = id.to_owned();
+        dump.limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1);
         dump.image_path = images.to_string_lossy().into_owned();
         dump.work_path = work.to_string_lossy().into_owned();
         let answer = client.dump(deadline(DUMP), &dump).await;

@@ -93,7 +93,12 @@ pub async fn hand_off(node: Arc<Node>, mut inbound: Streaming<ToSource>, outboun
             // A plan, for one, always ends so.
             tracing::info!(%container, error = error_text, "session ended before the freeze");
         }
-        session.abort().await;
+        let has_ended = session.abort().await;
+        let error = if has_ended {
+            MigrationError::Ended { container: session.container.clone(), source: error.into() }
+        } else {
+            error
+        };
         let _ = outbound.send(refuse(&error)).await;
     }
 }
@@ -228,8 +233,14 @@ impl Session {
                 _ => return Err(MigrationError::Protocol("expected a round, a stop or an abort")),
             }
         }
-        self.stop().await?;
-        let epoch = match next(inbound, FROZEN_MAX).await? {
+        // One deadline from the freeze to the release, however each step of it gets on.
+        let limit = self.node.config.freeze_max();
+        let stopped = async {
+            self.stop().await?;
+            next(inbound, FROZEN_MAX).await
+        };
+        let stopped = tokio::time::timeout(limit, stopped).await;
+        let epoch = match stopped.map_err(|_late| MigrationError::FrozenTooLong(limit))?? {
             to_source::Message::Release(release) => Epoch(release.epoch),
             to_source::Message::Abort(abort) => return Err(MigrationError::Aborted(abort.reason)),
             _ => return Err(MigrationError::Protocol("expected a release or an abort")),
@@ -400,13 +411,16 @@ impl Session {
         }
     }
 
-    /// Back to running here. Only before the release.
-    async fn abort(&mut self) {
+    /// Back to running here, unless the container has ended meanwhile: then the result is true.
+    /// Only before the release.
+    async fn abort(&mut self) -> bool {
+        let mut has_ended = false;
         if let Some(epoch) = self.offered.take() {
-            take_offer_back(&self.node, &self.container, epoch).await;
+            has_ended = take_offer_back(&self.node, &self.container, epoch).await;
             let _ = tokio::fs::remove_dir_all(&self.directory).await;
         }
         end_lease(&self.node, &self.container);
+        has_ended
     }
 }
 
