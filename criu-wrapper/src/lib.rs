@@ -7,12 +7,15 @@
 //! how a child directory refers to its parent, [`live`] for reading pages before any freeze,
 //! [`mend`] for what CRIU would restore wrongly from its own images, [`waits`] and [`timers`] for
 //! what a freeze disturbs, [`watches`] for paths of what is watched, [`supplement`] for what CRIU
-//! leaves out of its images.
+//! leaves out of its images. [`held`] knows what works on a
+//! restore and ends it; [`locks`] and [`leftovers`] remove what a CRIU that was killed leaves.
 
+pub mod held;
 mod image;
 pub mod leftovers;
 pub mod links;
 pub mod live;
+pub mod locks;
 pub mod log;
 pub mod mend;
 pub mod pagemap;

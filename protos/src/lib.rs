@@ -58,6 +58,10 @@ pub mod path {
     /// FIFOs of terminals that the daemon made, `NAMESPACE/CONTAINER/{stdin,stdout}`. A shim
     /// discards the oldest output in them while no client reads it.
     pub const STREAMS: &str = "/run/godwit-streams";
+    /// One file per container that is being restored for a migration, `NAMESPACE/CONTAINER`: how
+    /// far it is, and what to end if its shim dies. On the machine's memory: the tasks do not
+    /// survive it either.
+    pub const HOLDS: &str = "/run/godwit-holds";
     /// Logs of CRIU that errors name: `NAMESPACE-CONTAINER.dump.log` and `.restore.log`, the last
     /// one of each container.
     pub const LOGS: &str = "/var/log/godwit";

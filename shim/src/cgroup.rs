@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use criu_wrapper::held::Freezer;
 use nix::sched::CpuSet;
 
 /// Processors of the node, in the form of cpuset's files.
@@ -37,6 +38,14 @@ impl Cgroup {
         match self {
             Self::V1(dirs) => dirs.get(controller).map(PathBuf::as_path),
             Self::V2(dir) => Some(dir),
+        }
+    }
+
+    /// The group that freezes its tasks. `None` without a freezer.
+    pub(crate) fn freezer(&self) -> Option<Freezer> {
+        match self {
+            Self::V1(dirs) => Some(Freezer::new(dirs.get("freezer")?, false)),
+            Self::V2(dir) => Some(Freezer::new(dir, true)),
         }
     }
 
@@ -127,6 +136,32 @@ impl Cgroup {
     }
 }
 
+/// Directories of the groups of process `pid` in all hierarchies, but none that holds a group of
+/// this process. Errors: I/O; not found when the process is gone.
+pub(crate) fn groups_apart(pid: u32) -> io::Result<Vec<String>> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let theirs = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let ours = directories(&std::fs::read_to_string("/proc/self/cgroup")?, &mounts);
+    let is_apart = |dir: &PathBuf| !ours.iter().any(|our| our.starts_with(dir));
+    let apart = directories(&theirs, &mounts).into_iter().filter(is_apart);
+    Ok(apart.map(|dir| dir.to_string_lossy().into_owned()).collect())
+}
+
+/// The directory of each line of `/proc/PID/cgroup` whose hierarchy is mounted.
+fn directories(membership: &str, mountinfo: &str) -> Vec<PathBuf> {
+    let mounts: Vec<CgroupMount<'_>> = mountinfo.lines().filter_map(cgroup_mount).collect();
+    let directory = |line: &str| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?);
+        let holds = |mount: &&CgroupMount<'_>| match controllers {
+            "" => mount.is_v2,
+            named => !mount.is_v2 && named.split(',').all(|name| mount.has(name)),
+        };
+        mounts.iter().find(holds).map(|mount| mount.dir_of(path))
+    };
+    membership.lines().filter_map(directory).collect()
+}
+
 /// State letter in `/proc/PID/stat`; the name before it may hold anything, parentheses too.
 fn state_in(stat: &str) -> Option<char> {
     stat.rsplit_once(')')?.1.trim_start().chars().next()
@@ -184,6 +219,10 @@ struct CgroupMount<'a> {
 }
 
 impl CgroupMount<'_> {
+    fn has(&self, controller: &str) -> bool {
+        self.options.split(',').any(|option| option == controller)
+    }
+
     fn dir_of(&self, path: &str) -> PathBuf {
         let below = path.strip_prefix(self.root.trim_end_matches('/')).unwrap_or(path);
         Path::new(self.dir).join(below.trim_start_matches('/'))
@@ -223,6 +262,17 @@ mod tests {
         assert_eq!(dir("cpuacct"), "/sys/fs/cgroup/cpu,cpuacct/default/c");
         assert_eq!(dir("memory"), "/sys/fs/cgroup/memory/default/c");
         assert_eq!(dir("name=systemd"), "/sys/fs/cgroup/systemd/s");
+    }
+
+    #[test]
+    fn every_hierarchy_has_a_directory_of_the_group() {
+        let membership = "4:cpu,cpuacct:/default/c\n3:memory:/node/default/c\n\
+                          2:name=systemd:/s\n1:pids:/not/mounted\n0::/default/c\n";
+        let found = directories(membership, V1_MOUNTS);
+        let expected =
+            ["cpu,cpuacct/default/c", "memory/default/c", "systemd/s", "unified/default/c"];
+        assert_eq!(found, expected.map(|dir| Path::new("/sys/fs/cgroup").join(dir)));
+        assert_eq!(groups_apart(std::process::id()).unwrap(), [""; 0], "our own");
     }
 
     #[test]

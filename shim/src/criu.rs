@@ -53,7 +53,7 @@ pub(crate) struct Settings {
     link_remap: bool,
     skip_in_flight: bool,
     ghost_limit_bytes: u64,
-    /// The backend that the user chose; otherwise the fastest that this CRIU has.
+    /// The backend that the user chose.
     network_lock: Option<&'static str>,
 }
 
@@ -106,16 +106,22 @@ impl Settings {
         Ok(settings)
     }
 
+    /// How CRIU keeps packets away while it works on connections: as the user chose, otherwise not
+    /// at all if nothing needs it, else by the fastest backend that this CRIU has.
+    ///
     /// Errors: [`SettingError::TooOld`]; a version that is not known is believed to be new.
     fn network_lock(
         &self,
         version: Option<(u32, u32)>,
+        is_needed: bool,
     ) -> Result<Option<&'static str>, SettingError> {
         match (self.network_lock, version) {
             (Some(_), Some(version)) if version < NETWORK_LOCK_SINCE => {
                 Err(SettingError::TooOld(version.0, version.1))
             }
-            (None, Some(version)) if version >= NETWORK_LOCK_SINCE => Ok(Some("nftables")),
+            (None, Some(version)) if version >= NETWORK_LOCK_SINCE => {
+                Ok(Some(if is_needed { "nftables" } else { "skip" }))
+            }
             (chosen, _) => Ok(chosen),
         }
     }
@@ -151,7 +157,7 @@ pub(crate) enum Connections {
     Refuse,
     /// Dump or restore them.
     Keep,
-    /// Restore: the processes find them closed.
+    /// Dump: leave them out. Restore: the processes find them closed.
     Close,
 }
 
@@ -160,7 +166,11 @@ pub(crate) enum Connections {
 pub(crate) struct Config<'a> {
     pub(crate) settings: Settings,
     pub(crate) connections: Connections,
-    /// Program that CRIU runs at each stage: a path without blanks, since CRIU splits at them.
+    /// For a migration: its restore closes all connections, so packets that arrive meanwhile change
+    /// nothing that is used. Then CRIU sets no packet lock, and a CRIU that is killed leaves none.
+    pub(crate) is_migration: bool,
+    /// Program that CRIU runs at each stage, which leaves the restored tasks stopped: a path
+    /// without blanks, since CRIU splits at them.
     pub(crate) action_script: Option<&'a str>,
     /// Paths of watched files that CRIU could not find by itself: without blanks, quotes and `#`.
     pub(crate) watched: Vec<PathBuf>,
@@ -189,14 +199,16 @@ impl Config<'_> {
             text.push_str(if is_wanted { line } else { "" });
         }
         let _ = writeln!(text, "ghost-limit {}", settings.ghost_limit_bytes);
-        if let Some(backend) = settings.network_lock(self.version)? {
+        if let Some(backend) = settings.network_lock(self.version, !self.is_migration)? {
             let _ = writeln!(text, "network-lock {backend}");
         }
         for path in &self.watched {
             let _ = writeln!(text, "irmap-scan-path {}", path.display());
         }
         if let Some(script) = self.action_script {
-            let _ = writeln!(text, "action-script {script}");
+            // Whatever becomes of the runtime and of the script, no task runs before the shim lets
+            // it.
+            let _ = writeln!(text, "action-script {script}\nleave-stopped");
         }
         Ok(text)
     }
@@ -282,9 +294,14 @@ mod tests {
         assert_eq!(dump.text("").unwrap(), format!("{BASE}{GHOSTS}irmap-scan-path /srv/in\n"));
         let expected = format!(
             "log-level 4\n{BASE}tcp-close\n{GHOSTS}network-lock nftables\n\
-             action-script /proc/7/exe\n"
+             action-script /proc/7/exe\nleave-stopped\n"
         );
         assert_eq!(restore.text("log-level 4").unwrap(), expected);
+        let migration = Config { is_migration: true, ..restore };
+        let expected = expected.replace("nftables", "skip");
+        assert_eq!(migration.text("log-level 4").unwrap(), expected);
+        let old = Config { version: Some((4, 1)), ..migration };
+        assert!(!old.text("").unwrap().contains("network-lock"));
     }
 
     fn settings(pairs: &[(&str, &str)]) -> Result<Settings, SettingError> {

@@ -136,12 +136,13 @@ impl Daemon {
         }
     }
 
-    /// Reports how a restore ended; a report that is lost is sent again a few times.
-    pub(crate) async fn settle(&mut self, request: &SettleRequest) {
+    /// Reports how a restore ended; a report that is lost is sent again a few times. Returns
+    /// whether the daemon has it.
+    pub(crate) async fn settle(&mut self, request: &SettleRequest) -> bool {
         for _ in 0..SETTLE_ATTEMPTS_MAX {
             let context = context::with_duration(CALL_TIME_MAX);
             match self.client.settle(context, request).await {
-                Ok(_) => return,
+                Ok(_) => return true,
                 Err(error) => tracing::warn!("reporting session {}: {error}", request.session),
             }
             tokio::time::sleep(RETRY_PAUSE).await;
@@ -150,6 +151,7 @@ impl Daemon {
             }
         }
         tracing::error!("the end of session {} could not be reported", request.session);
+        false
     }
 }
 

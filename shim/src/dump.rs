@@ -22,6 +22,8 @@ use crate::cgroup::Cgroup;
 use crate::container::Container;
 use crate::criu::{self, Connections};
 use crate::error::{TaskError, chain};
+use crate::launch::Purpose;
+use crate::leftovers;
 use crate::packing::Packing;
 use crate::process::Phase;
 use crate::rerun;
@@ -42,8 +44,11 @@ struct Dump<'a> {
     image_path: &'a Path,
     work_path: &'a Path,
     connections: Connections,
+    purpose: Purpose<'a>,
     flags: Vec<&'a str>,
     packing: Packing,
+    /// After which it is broken off, if that is earlier than [`dump_limit`].
+    limit: Option<Duration>,
 }
 
 impl Container {
@@ -83,8 +88,11 @@ impl Container {
         let connections = if options.open_tcp { Connections::Keep } else { Connections::Refuse };
         let execs = self.running_execs().join(", ");
         self.note_watched().await?;
-        let (work_path, packing) = (&work_path, Packing::Compressed);
-        self.dump_with(Dump { image_path, work_path, connections, flags, packing }).await?;
+        let (work_path, purpose) = (work_path.as_path(), Purpose::Checkpoint);
+        let packing = Packing::Compressed;
+        let dump =
+            Dump { image_path, work_path, connections, purpose, flags, packing, limit: None };
+        self.dump_with(dump).await?;
         if !execs.is_empty() {
             // No children of the init process, so CRIU passes them over without a word.
             tracing::warn!(
@@ -110,13 +118,20 @@ impl Container {
     ///
     /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::Dump`],
     /// [`TaskError::DumpHung`], [`TaskError::Supplement`].
-    pub(crate) async fn dump(&self, image_path: &Path, work_path: &Path) -> Result<(), TaskError> {
+    pub(crate) async fn dump(
+        &self,
+        image_path: &Path,
+        work_path: &Path,
+        limit: Option<Duration>,
+    ) -> Result<(), TaskError> {
         let _operation = self.operation.lock().await;
         if self.init.phase() != Phase::Paused {
             return Err(self.phase_error("a frozen container can be dumped for a migration only"));
         }
-        let flags = vec!["--leave-running", "--tcp-established", "--file-locks"];
-        let connections = Connections::Keep;
+        let flags = vec!["--leave-running", "--file-locks"];
+        // The restore closes them. CRIU does not even look at them then: one that is killed leaves
+        // none in a mode that the program cannot use.
+        let connections = Connections::Close;
         let ended = |error: tokio::task::JoinError| TaskError::io("supplement")(error.into());
         let (init, cpus) = (self.init.pid(), self.cgroup()?.processors());
         let record = move || supplement::record(init, &cpus);
@@ -126,8 +141,8 @@ impl Container {
             supplement.add_names(init)?;
             Ok::<_, SupplementError>(supplement)
         });
-        let packing = Packing::Plain;
-        let dump = Dump { image_path, work_path, connections, flags, packing };
+        let (purpose, packing) = (Purpose::Departure, Packing::Plain);
+        let dump = Dump { image_path, work_path, connections, purpose, flags, packing, limit };
         let dumped = self.dump_with(dump).await;
         let supplement = names.await.map_err(ended)?;
         dumped?;
@@ -137,10 +152,10 @@ impl Container {
     async fn dump_with(&self, dump: Dump<'_>) -> Result<(), TaskError> {
         let cgroup = self.cgroup()?;
         self.check_stopped(&cgroup)?;
-        self.write_criu_config(dump.connections, None).await?;
+        self.write_criu_config(dump.connections, dump.purpose).await?;
         // The log of an earlier attempt must not explain this one.
         let _ = std::fs::remove_file(dump.work_path.join("dump.log"));
-        let limit = dump_limit(&cgroup);
+        let limit = dump_limit(&cgroup).min(dump.limit.unwrap_or(Duration::MAX));
         let call = self.runc.checkpoint(
             dump.image_path,
             dump.work_path,
@@ -150,10 +165,17 @@ impl Container {
         let mut call = std::pin::pin!(call);
         self.is_disturbed.store(true, Ordering::SeqCst);
         let outcome = tokio::select! {
-            outcome = &mut call => outcome,
-            () = tokio::time::sleep(limit) => return self.break_off(call, &cgroup, limit).await,
+            outcome = &mut call => {
+                outcome.map_err(|error| self.dump_failed(dump.work_path, &error))
+            }
+            () = tokio::time::sleep(limit) => self.break_off(call, &cgroup, limit).await,
         };
-        outcome.map_err(|error| self.dump_failed(dump.work_path, &error))
+        if outcome.is_err() {
+            let processes = cgroup.processes();
+            let (init, reaper) = (self.init.pid(), &self.shared.reaper);
+            leftovers::after_dump(init, processes, reaper, &self.name).await;
+        }
+        outcome
     }
 
     /// Looks for the paths of watched files that CRIU has to be told of.
@@ -218,8 +240,7 @@ impl Container {
     /// container stays so. Returns how long it took.
     ///
     /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to
-    /// run it.
-    /// Errors: a user has paused it, and only a user may resume it.
+    /// run it. Errors: a user has paused it, and only a user may resume it.
     pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
         let _operation = self.operation.lock().await;
         self.check_runtime()?;

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | fresh | volumes, mount, `runc create` | `runc start` |
 //! | image | volumes, mount | `runc restore` |
-//! | migrate, from a node | checks only | acquire, volumes, mount, held restore, claim, settle |
+//! | migrate, from another node | nothing but checks | [`crate::handoff`] |
 //! | restore, from a cut of this node | the same | the same |
 //!
 //! Restoring belongs to Start: containerd may fill the root file system between the two, and Create
@@ -15,19 +15,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use containerd_shim::protos::events::task::TaskStart;
-use criu_wrapper::supplement::Supplement;
-use godwit_protos::control::{AcquireRequest, AcquireResponse, SettleRequest, VolumeMount};
+use godwit_protos::control::{AcquireRequest, VolumeMount};
 use godwit_protos::{ContainerRef, FileSystem, path};
 
 use crate::container::{Container, Origin, read_pid};
 use crate::criu::{self, Connections};
 use crate::daemon::Daemon;
 use crate::error::{TaskError, chain};
-use crate::hold::Hold;
-use crate::limits::Raised;
 use crate::logs;
 use crate::mptcp;
 use crate::oom;
@@ -38,17 +35,22 @@ use crate::spec::{CRIU_CONFIG, Spec};
 use crate::stdio::Unasked;
 use crate::volumes;
 
-/// How long CRIU is given to get from the grant to the resume when the runtime around it has
-/// failed.
-const CRIU_OUTLIVES_MAX: Duration = Duration::from_secs(2);
 /// Deadline of a restore: a gigabyte takes about a second, the wait for the claim at most a minute.
 const RESTORE_TIME_MAX: Duration = Duration::from_secs(900);
-/// What CRIU needs before the container's limits are lifted for it.
-const CRIU_BYTES: u64 = 16 << 20;
-/// Warnings about what CRIU's images lack that are logged of one restore.
-const WARNINGS_MAX: usize = 16;
 /// Longest text of a fence that is repeated to the user, in bytes.
 const FENCE_BYTES_MAX: usize = 512;
+
+/// What CRIU is to work for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose<'a> {
+    /// containerd's Checkpoint, or a restore of its images.
+    Checkpoint,
+    /// The dump of a container that another node may run.
+    Departure,
+    /// The restore of a container whose right to run here is yet to be claimed; CRIU runs this
+    /// script.
+    Arrival { script: &'a str },
+}
 
 /// Refuses a container that was released to another node.
 ///
@@ -120,7 +122,7 @@ impl Container {
         }
     }
 
-    async fn create_fresh(self: &Arc<Self>) -> Result<(), TaskError> {
+    pub(crate) async fn create_fresh(self: &Arc<Self>) -> Result<(), TaskError> {
         rootfs::mount(&self.rootfs, &self.bundle).await?;
         let since = self.shared.reaper.mark();
         let pid_file = self.pid_file();
@@ -171,7 +173,7 @@ impl Container {
         Ok(self.init.pid())
     }
 
-    async fn start_fresh(self: &Arc<Self>) -> Result<(), TaskError> {
+    pub(crate) async fn start_fresh(self: &Arc<Self>) -> Result<(), TaskError> {
         self.runc.start().await?;
         self.note_started();
         Ok(())
@@ -189,7 +191,7 @@ impl Container {
         });
     }
 
-    fn note_restored(self: &Arc<Self>, pid: u32, waiter: Waiter) {
+    pub(crate) fn note_restored(self: &Arc<Self>, pid: u32, waiter: Waiter) {
         self.init.set_pid(pid);
         self.note_started();
         self.report_exit(Arc::clone(&self.init), waiter);
@@ -202,7 +204,7 @@ impl Container {
     ) -> Result<(), TaskError> {
         let keeps = criu::has_open_tcp(image_path);
         let connections = if keeps { Connections::Keep } else { Connections::Close };
-        self.write_criu_config(connections, None).await?;
+        self.write_criu_config(connections, Purpose::Checkpoint).await?;
         std::fs::create_dir_all(work_path).map_err(TaskError::io("CRIU's work directory"))?;
         let since = self.shared.reaper.mark();
         match self.restore(image_path, work_path, since).await {
@@ -214,97 +216,7 @@ impl Container {
         }
     }
 
-    /// Acquires the container's state and restores it, or starts it fresh if the annotation is
-    /// spent.
-    ///
-    /// 1. acquire (breaks off when cancelled; the daemon goes on)
-    /// 2. volumes
-    /// 3. mount
-    /// 4. restore, and the claim while it is held
-    /// 5. settle
-    ///
-    /// Whatever fails after 1 is reported to the daemon, and everything is undone.
-    async fn start_acquired(self: &Arc<Self>, origin: AcquireRequest) -> Result<(), TaskError> {
-        let mut daemon = Daemon::connect(&self.name).await?;
-        let acquired = self.acquire(&daemon, origin).await?;
-        if acquired.start_fresh {
-            self.bind_late().await?;
-            self.create_fresh().await?;
-            return self.start_fresh().await;
-        }
-        let begun = Instant::now();
-        let mut may_have_run = false;
-        let outcome = match self.prepare(&acquired).await {
-            Ok(mut hold) => {
-                let restored = self.restore_held(&mut hold, &mut daemon, &acquired).await;
-                if restored.is_err() && hold.was_granted() {
-                    // CRIU may outlive a runtime that was killed, and would say so on its way to
-                    // the resume.
-                    tokio::time::sleep(CRIU_OUTLIVES_MAX).await;
-                }
-                may_have_run = hold.may_have_run();
-                restored
-            }
-            Err(error) => Err(error),
-        };
-        let elapsed_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let mut report = SettleRequest { session: acquired.session.clone(), ..Default::default() };
-        report.restore_us = elapsed_us;
-        let outcome = match outcome {
-            Ok((pid, waiter)) => {
-                (report.running, report.init_pid) = (true, pid);
-                self.note_restored(pid, waiter);
-                Ok(())
-            }
-            Err(error) => {
-                let error = match error {
-                    error @ (TaskError::NotGranted { .. }
-                    | TaskError::NoMemory { .. }
-                    | TaskError::Cancelled(_)) => {
-                        self.undo(Path::new(&acquired.work_path)).await;
-                        error
-                    }
-                    error => self.restore_failed(Path::new(&acquired.work_path), &error).await,
-                };
-                self.unmount().await;
-                report.reason = chain(&error);
-                report.may_have_run = may_have_run;
-                Err(error)
-            }
-        };
-        daemon.settle(&report).await;
-        outcome
-    }
-
-    async fn acquire(
-        &self,
-        daemon: &Daemon,
-        origin: AcquireRequest,
-    ) -> Result<AcquireResponse, TaskError> {
-        let request = AcquireRequest {
-            bundle: self.bundle.display().to_string(),
-            rootfs_upper: upper_dir(self),
-            volumes: Spec::load(&self.bundle)?.volumes()?,
-            ..origin
-        };
-        let mut cancelled = self.cancelled.subscribe();
-        tokio::select! {
-            acquired = daemon.acquire(request) => {
-                let acquired = acquired?;
-                let paths = [&acquired.image_path, &acquired.work_path];
-                if !acquired.start_fresh && paths.iter().any(|path| !path.starts_with('/')) {
-                    let why = "the daemon names no directory to restore from".to_owned();
-                    return Err(TaskError::Invalid(why));
-                }
-                Ok(acquired)
-            }
-            _ = cancelled.wait_for(|cancelled| *cancelled) => {
-                Err(TaskError::Cancelled(self.name.to_string()))
-            }
-        }
-    }
-
-    async fn bind_late(&self) -> Result<(), TaskError> {
+    pub(crate) async fn bind_late(&self) -> Result<(), TaskError> {
         let mut spec = Spec::load(&self.bundle)?;
         if bind_volumes(&mut spec, &self.name).await? {
             spec.save()?;
@@ -312,99 +224,7 @@ impl Container {
         Ok(())
     }
 
-    async fn prepare(&self, acquired: &AcquireResponse) -> Result<Hold, TaskError> {
-        self.bind_late().await?;
-        rootfs::mount(&self.rootfs, &self.bundle).await?;
-        let hold = Hold::listen(&self.bundle).map_err(TaskError::io("socket for the hand-off"))?;
-        self.write_criu_config(Connections::Close, Some(&Hold::script())).await?;
-        std::fs::create_dir_all(&acquired.work_path)
-            .map_err(TaskError::io("CRIU's work directory"))?;
-        Ok(hold)
-    }
-
-    /// Restores, and lets the tasks run only with the daemon's grant.
-    async fn restore_held(
-        self: &Arc<Self>,
-        hold: &mut Hold,
-        daemon: &mut Daemon,
-        acquired: &AcquireResponse,
-    ) -> Result<(u32, Waiter), TaskError> {
-        let (image, work) = (Path::new(&acquired.image_path), Path::new(&acquired.work_path));
-        let since = self.shared.reaper.mark();
-        let restore = self.restore(image, work, since);
-        let mut restore = std::pin::pin!(restore);
-        let mut refusal = None;
-        let restored = tokio::select! {
-            restored = &mut restore => restored,
-            init = hold.held() => {
-                if let Err(error) = self.apply_supplement(image, init).await {
-                    hold.decide(false);
-                    let _ = restore.await;
-                    return Err(error);
-                }
-                refusal = match hold.with_limits(Raised::put_back) {
-                    // Before the claim: the source can still run it.
-                    Some(Err(error)) => Some(error.to_string()),
-                    Some(Ok(())) | None => {
-                        let claim = daemon.claim(&acquired.session).await;
-                        (!claim.may_run).then_some(claim.reason)
-                    }
-                };
-                // The point of no return: after this byte the container runs here.
-                hold.decide(refusal.is_none());
-                let restored = restore.await;
-                if let Some(Err(error)) = hold.with_limits(Raised::put_back_exactly) {
-                    tracing::error!("{} runs above its limit: {error}", self.name);
-                }
-                restored
-            }
-        };
-        let not_granted =
-            |reason| Err(TaskError::NotGranted { container: self.name.to_string(), reason });
-        match (restored, refusal) {
-            (_, Some(reason)) => not_granted(reason),
-            (Ok(_), None) if !hold.was_granted() => {
-                not_granted("CRIU did not hold the restored tasks".to_owned())
-            }
-            (Err(error), None) => Err(self.killed_for_memory(hold).unwrap_or(error)),
-            (restored, None) => restored,
-        }
-    }
-
-    /// The error of a restore during which the kernel OOM-killed a task.
-    fn killed_for_memory(&self, hold: &Hold) -> Option<TaskError> {
-        let limit = Spec::load(&self.bundle).ok().and_then(|spec| spec.memory_limit());
-        let reason = match (hold.with_limits(|limits| limits.oom_kills()), limit) {
-            // CRIU did not get so far as to have the limits lifted.
-            (None, Some(limit)) if limit < CRIU_BYTES => {
-                format!("CRIU needs more than the container's memory limit of {limit} bytes")
-            }
-            (None | Some(0), _) => return None,
-            (Some(_), _) => {
-                "the kernel killed a task of it for lack of memory; its own limits were \
-                             lifted, so a group above its own or this node has too little"
-                    .to_owned()
-            }
-        };
-        Some(TaskError::NoMemory { container: self.name.to_string(), reason })
-    }
-
-    /// Sets on the held tasks what CRIU's images lack. Errors: something that cannot be left out.
-    async fn apply_supplement(&self, images: &Path, init: u32) -> Result<(), TaskError> {
-        let images = images.to_owned();
-        let apply = move || Supplement::load(&images)?.apply(init);
-        let applied = tokio::task::spawn_blocking(apply).await;
-        let warnings = applied.map_err(|error| TaskError::io("supplement")(error.into()))??;
-        for warning in warnings.iter().take(WARNINGS_MAX) {
-            tracing::warn!("{}: {warning}", self.name);
-        }
-        if let Some(beyond) = warnings.len().checked_sub(WARNINGS_MAX).filter(|count| *count > 0) {
-            tracing::warn!("{}: and {beyond} more that CRIU's images lack", self.name);
-        }
-        Ok(())
-    }
-
-    async fn restore(
+    pub(crate) async fn restore(
         &self,
         image_path: &Path,
         work_path: &Path,
@@ -440,7 +260,7 @@ impl Container {
     }
 
     /// Clears up after a failed restore and tells CRIU's reason for it.
-    async fn restore_failed(&self, work_path: &Path, error: &TaskError) -> TaskError {
+    pub(crate) async fn restore_failed(&self, work_path: &Path, error: &TaskError) -> TaskError {
         let log = work_path.join("restore.log");
         let reason = match error {
             TaskError::Runc(_) => criu::reason(&log, &chain(error)),
@@ -452,7 +272,7 @@ impl Container {
     }
 
     /// Ends whatever a failed create or restore left: processes, mounts, runtime state, streams.
-    async fn undo(&self, work_path: &Path) {
+    pub(crate) async fn undo(&self, work_path: &Path) {
         // CRIU's mounts first: the runtime removes its state directory, and must not reach through
         // them.
         if let Err(error) = rootfs::unmount_leftovers(&self.runc.state_dir(), work_path) {
@@ -465,7 +285,7 @@ impl Container {
         self.init.rewire().abort(&self.shared.reaper).await;
     }
 
-    async fn unmount(&self) {
+    pub(crate) async fn unmount(&self) {
         if !self.rootfs.is_empty()
             && let Err(error) = rootfs::unmount(&self.bundle.join("rootfs"))
         {
@@ -477,16 +297,21 @@ impl Container {
     }
 
     /// Writes the CRIU configuration for the dump or restore that follows. A user's own file is
-    /// left to rule, except in a migration, where its lines come first.
+    /// left to rule, except in a migration's restore, where its lines come first.
     pub(crate) async fn write_criu_config(
         &self,
         connections: Connections,
-        action_script: Option<&str>,
+        purpose: Purpose<'_>,
     ) -> Result<(), TaskError> {
         let files_are_frozen = self.frozen_for_migration.load(Ordering::SeqCst)
             && !rootfs::mounts_below(&volumes::directory(&self.name))?.is_empty();
         let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let action_script = match purpose {
+            Purpose::Arrival { script } => Some(script),
+            Purpose::Checkpoint | Purpose::Departure => None,
+        };
         let config = criu::Config {
+            is_migration: purpose != Purpose::Checkpoint,
             settings: self.criu_settings.clone(),
             connections,
             action_script,

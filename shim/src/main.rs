@@ -9,8 +9,8 @@
 //! ```
 //!
 //! One server per container, or per pod. Read next: [`server`] for the process, [`container`] for
-//! what orders operations and events, [`launch`] for the ways into a running container, [`hold`]
-//! for the instant at which a migrated container may run, [`dump`] for the way out.
+//! what orders operations and events, [`launch`] for the ways into a running container, [`handoff`]
+//! and [`hold`] for the instant at which a migrated container may run, [`dump`] for the way out.
 
 mod bootstrap;
 mod cgroup;
@@ -23,10 +23,12 @@ mod error;
 mod exec;
 mod fifo;
 mod freeze;
+mod handoff;
 mod hold;
 mod idmap;
 mod info;
 mod launch;
+mod leftovers;
 mod limits;
 mod log;
 mod logs;

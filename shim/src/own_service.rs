@@ -56,7 +56,8 @@ impl Shim for OwnService {
         }
         let dump = async move {
             let begun = Instant::now();
-            container.dump(Path::new(&r.image_path), Path::new(&r.work_path)).await?;
+            let limit = (r.limit_ms > 0).then(|| Duration::from_millis(r.limit_ms));
+            container.dump(Path::new(&r.image_path), Path::new(&r.work_path), limit).await?;
             Ok(timing(begun.elapsed()))
         };
         finished("dump", dump).await

@@ -27,6 +27,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::bootstrap;
 use crate::container::{Shared, read_pid, timestamp};
 use crate::detached::Detached;
+use crate::handoff;
+use crate::leftovers;
 use crate::options;
 use crate::own_service::OwnService;
 use crate::publisher::Publisher;
@@ -114,9 +116,14 @@ pub(crate) async fn delete(flags: &Flags) -> Result<(), ServeError> {
         Ok(bytes) => Options::parse_from_bytes(&bytes)?,
         Err(_) => Options::new(),
     };
-    let runc = Runc::new(&options, &flags.namespace, &flags.id, &bundle, reaper);
+    let runc = Runc::new(&options, &flags.namespace, &flags.id, &bundle, Arc::clone(&reaper));
     let name = ContainerRef::new(&flags.namespace, &flags.id).ok();
-    let mounted = name.map(|name| volumes::directory(&name));
+    let mounted = name.as_ref().map(volumes::directory);
+    if let Some(name) = &name {
+        // First: what was restored and never ran must not run any more.
+        handoff::end_orphan(name, &reaper).await;
+        lift_locks(&bundle, name, &reaper).await;
+    }
     // Processes that write to a frozen file system cannot end.
     let thawed = mounted.as_deref().map_or(Ok(()), volumes::thaw);
     let undone = rootfs::unmount_leftovers(&runc.state_dir(), &bundle.join("work"));
@@ -149,6 +156,16 @@ pub(crate) async fn delete(flags: &Flags) -> Result<(), ServeError> {
     };
     let bytes = response.write_to_bytes()?;
     io::stdout().lock().write_all(&bytes).map_err(io_error("answer"))
+}
+
+/// Lifts packet locks in the network namespace that a container joined: its shim may have died
+/// during a dump.
+async fn lift_locks(bundle: &Path, name: &ContainerRef, reaper: &Arc<Reaper>) {
+    if let Ok(spec) = Spec::load(bundle)
+        && let Some(network) = spec.network()
+    {
+        leftovers::lift_locks(network, reaper, name).await;
+    }
 }
 
 /// File in a bundle with the decoded runtime options, for [`delete`].

@@ -110,6 +110,17 @@ impl Spec {
         })
     }
 
+    /// The network namespace that the container joins. `None`: it gets one of its own, or has the
+    /// node's.
+    pub(crate) fn network(&self) -> Option<&Path> {
+        let namespaces = self.root.pointer("/linux/namespaces").and_then(Value::as_array);
+        let is_network =
+            |namespace: &&Value| namespace.get("type").and_then(Value::as_str) == Some("network");
+        let network = namespaces.into_iter().flatten().find(is_network)?;
+        let path = network.get("path").and_then(Value::as_str)?;
+        (!path.is_empty()).then(|| Path::new(path))
+    }
+
     /// The container's limit on memory, in bytes.
     pub(crate) fn memory_limit(&self) -> Option<u64> {
         self.root.pointer("/linux/resources/memory/limit").and_then(Value::as_u64)

@@ -44,6 +44,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (supervisor, deaths) = Supervisor::new();
     migrate::release::recover(&node, &supervisor)?;
     let sessions = Arc::new(Sessions::new(node.clone()));
+    // Before anybody is answered: what is left of a restore must not run any more.
+    migrate::orphans::end_all(&sessions, Path::new(path::HOLDS)).await;
 
     let run_dir = &node.config.run_dir;
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make {}", run_dir.display()))?;

@@ -50,6 +50,7 @@ pub mod run;
 pub mod sim;
 pub mod steps;
 mod sys;
+pub mod witness;
 pub mod workload;
 
 pub use bed::{Bed, BedOptions};

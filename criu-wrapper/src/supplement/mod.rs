@@ -368,7 +368,7 @@ fn ns_id(directory: &Path) -> Result<Option<(u32, bool)>, SupplementError> {
 }
 
 /// Descriptors of a process that are sockets, each with the socket's inode.
-fn sockets_of(pid: u32) -> Result<Vec<(u32, u64)>, SupplementError> {
+pub(crate) fn sockets_of(pid: u32) -> Result<Vec<(u32, u64)>, SupplementError> {
     let path = PathBuf::from(format!("/proc/{pid}/fd"));
     let listed = match fs::read_dir(&path) {
         Err(error) if is_gone(&error) => return Ok(Vec::new()),

@@ -27,6 +27,7 @@ mod links;
 mod marks;
 pub mod obstacles;
 pub mod origin;
+pub mod orphans;
 pub mod plan;
 mod record;
 pub mod release;

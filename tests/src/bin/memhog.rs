@@ -9,12 +9,14 @@
 //! the time to `beats` on its volume. The longest gap between two beats is what a migration cost
 //! it.
 //!
+//! A *witness* outside gets each beat's count in a datagram, so that it can tell where it ran when.
+//!
 //! On TCP it answers lines: `stat` with counters, `verify` after looking at every page; both with
 //! one line of JSON, documented at [`godwit_tests::memhog::Stat`].
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -27,8 +29,8 @@ const PAGES_PER_MIB: usize = 256;
 const BEAT: Duration = Duration::from_millis(5);
 /// Pages that are verified before others get a turn.
 const VERIFY_PAGES: usize = 256;
-const USAGE: &str =
-    "usage: memhog --resident-mib N --dirty-mib-per-s M [--listen PORT] [--volume DIRECTORY]";
+const USAGE: &str = "usage: memhog --resident-mib N --dirty-mib-per-s M [--listen PORT] \
+                     [--volume DIRECTORY] [--witness ADDRESS:PORT]";
 
 #[derive(Default)]
 struct Arguments {
@@ -36,6 +38,7 @@ struct Arguments {
     dirty_mib_per_s: usize,
     listen: Option<u16>,
     volume: Option<PathBuf>,
+    witness: Option<SocketAddr>,
 }
 
 /// The memory and everything that is known about it.
@@ -61,7 +64,8 @@ fn main() -> Result<(), String> {
     let beats = arguments.volume.as_deref().map(open_beats).transpose();
     let beats = beats.map_err(|e| format!("open the file of beats: {e}"))?;
     println!("memhog: {} MiB ready", arguments.resident_mib);
-    beat(&hog, arguments.dirty_mib_per_s, beats).map_err(|e| format!("write a beat: {e}"))
+    beat(&hog, arguments.dirty_mib_per_s, beats, arguments.witness)
+        .map_err(|e| format!("write a beat: {e}"))
 }
 
 fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
@@ -74,6 +78,10 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "--dirty-mib-per-s" => arguments.dirty_mib_per_s = number()?,
             "--listen" => arguments.listen = Some(value.parse().map_err(|e| format!("port: {e}"))?),
             "--volume" => arguments.volume = Some(value.into()),
+            "--witness" => {
+                let witness = value.parse().map_err(|e| format!("{word} {value}: {e}"))?;
+                arguments.witness = Some(witness);
+            }
             _ => return Err(USAGE.into()),
         }
     }
@@ -85,7 +93,12 @@ fn open_beats(volume: &Path) -> io::Result<File> {
 }
 
 /// Beats for ever, at the rate that was asked for; what was missed in a freeze is not made up for.
-fn beat(hog: &Mutex<Hog>, mib_per_s: usize, mut file: Option<File>) -> io::Result<()> {
+fn beat(
+    hog: &Mutex<Hog>,
+    mib_per_s: usize,
+    mut file: Option<File>,
+    witness: Option<SocketAddr>,
+) -> io::Result<()> {
     let mut last = Instant::now();
     // Pages are whole, beats are short: the rest of a page is owed to the next beat.
     let mut owed_bytes = 0;
@@ -99,6 +112,11 @@ fn beat(hog: &Mutex<Hog>, mib_per_s: usize, mut file: Option<File>) -> io::Resul
         let pages = owed_bytes / PAGE_BYTES;
         owed_bytes %= PAGE_BYTES;
         let count = lock(hog).beat(pages, gap);
+        if let Some(witness) = witness {
+            // A socket of its own each time: its address differs between nodes.
+            let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+            let _ = socket.send_to(&count.to_le_bytes(), witness);
+        }
         if let Some(file) = &mut file {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             // One write each: a line is there as a whole or not at all.
