@@ -9,8 +9,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use godwit_protos::peer::{
-    self, Abort, Begin, Container as PeerContainer, FromSource, Round, RoundDone, ToSource,
-    from_source, to_source,
+    self, Abort, Begin, Container as PeerContainer, FromSource, Refusal, Round, RoundDone,
+    ToSource, from_source, to_source,
 };
 use godwit_protos::{ContainerRef, Subject};
 use tokio::sync::mpsc;
@@ -125,14 +125,19 @@ impl Line {
             Err(_) => Err(MigrationError::Silent { patience: SOURCE_WORK_MAX }),
             Ok(Err(status)) => Err(MigrationError::Broken(status.message().to_owned())),
             Ok(Ok(None)) => Err(MigrationError::Broken("the source hung up".to_owned())),
-            Ok(Ok(Some(FromSource { message: None }))) => {
-                Err(MigrationError::Protocol(UNKNOWN_MESSAGE))
-            }
-            Ok(Ok(Some(FromSource { message: Some(from_source::Message::Refusal(refusal)) }))) => {
-                Err(MigrationError::Refused { code: refusal.code, detail: refusal.detail })
-            }
-            Ok(Ok(Some(FromSource { message: Some(message) }))) => Ok(message),
+            Ok(Ok(Some(answer))) => understood(answer),
         }
+    }
+}
+
+/// What the source says. Errors: it refuses, or says what only a newer version knows.
+fn understood(answer: FromSource) -> Result<from_source::Message, MigrationError> {
+    match answer.message {
+        None => Err(MigrationError::Protocol(UNKNOWN_MESSAGE)),
+        Some(from_source::Message::Refusal(Refusal { code, detail })) => {
+            Err(MigrationError::Refused { code, detail })
+        }
+        Some(message) => Ok(message),
     }
 }
 
@@ -145,4 +150,19 @@ pub(super) fn named(container: &ContainerRef) -> PeerContainer {
 fn shape(told: peer::Shape) -> Shape {
     let peer::Shape { processes, threads, mappings } = told;
     Shape { processes: processes.into(), threads: threads.into(), mappings: mappings.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+
+    /// Method: the bytes of a message with field 31, which no version has yet.
+    #[test]
+    fn a_message_of_a_newer_version_says_what_to_install() {
+        let newer = FromSource::decode(&[0xfa, 0x01, 0x00][..]).unwrap();
+        let error = understood(newer).unwrap_err().to_string();
+        assert!(error.contains("that this version does not know"), "{error}");
+        assert!(error.contains("install the same version of Godwit on both nodes"), "{error}");
+    }
 }
