@@ -647,5 +647,6 @@ fn progress(event: peer::Progress) -> Progress {
     line.done_bytes = event.done_bytes;
     line.total_bytes = event.total_bytes;
     line.report_json = event.report_json;
+    line.undecided = event.undecided;
     line
 }

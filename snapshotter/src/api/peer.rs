@@ -28,6 +28,7 @@ use crate::error::chain;
 use crate::host::load;
 use crate::layers::make::Maker;
 use crate::migrate::destination::{Sessions, Settings};
+use crate::migrate::outcome::{self, Failure};
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
 use crate::node::Node;
 use crate::ownership::journal::JournalError;
@@ -45,9 +46,6 @@ const PIECE_BYTES_MAX: usize = 512 << 10;
 
 /// How long an image is held for a peer that goes on asking.
 const HELD_MAX: Duration = Duration::from_secs(3600);
-
-/// How long the news of a failure waits until what the migration made here is removed.
-const UNDONE_MAX: Duration = Duration::from_secs(60);
 
 /// Messages of one answer that wait for the network.
 const QUEUE: usize = 4;
@@ -384,22 +382,28 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
     let (node, sessions) = (node.clone(), sessions.clone());
     // On its own: a client that goes away does not stop a migration.
     tokio::spawn(async move {
-        let mut done = tokio::spawn({
+        tokio::spawn({
             let (node, migration) = (node.clone(), migration.clone());
             async move {
-                let failed = match &wanted {
+                let asked = match &wanted {
                     Wanted::Migrate(wanted) => {
-                        request::migrate(&sessions, &migration, wanted).await.map_err(|error| {
-                            let outlook = request::outlook(&node, &migration, wanted, &error);
-                            (error, outlook)
-                        })
+                        request::migrate(&sessions, &migration, wanted).await
                     }
-                    Wanted::Restore(wanted) => restore::restore(&sessions, &migration, wanted)
-                        .await
-                        .map_err(|error| (error, restore::OUTLOOK)),
+                    Wanted::Restore(wanted) => {
+                        restore::restore(&sessions, &migration, wanted).await
+                    }
                 };
-                if let Err((error, outlook)) = failed {
-                    node.events.failed(&migration, &error, outlook);
+                // The session knows better than its shim's client.
+                let failure = sessions.failure_of(&migration).await;
+                match (failure.or(asked.err().map(Failure::of)), &wanted) {
+                    (None, _) => {}
+                    (Some(failure), Wanted::Migrate(wanted)) => {
+                        let from = &wanted.from;
+                        outcome::tell(&node, &migration, from, &from.container, &failure).await;
+                    }
+                    (Some(failure), Wanted::Restore(_)) => {
+                        node.events.failed(&migration, &failure.error, restore::OUTLOOK, false);
+                    }
                 }
             }
         });
@@ -407,10 +411,6 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
             match events.recv().await {
                 Ok(event) if event.migration == migration => {
                     let last = matches!(event.step.as_str(), "done" | "failed");
-                    if event.step == "failed" {
-                        // It says that nothing is left here, and the client may try again at once.
-                        let _ = tokio::time::timeout(UNDONE_MAX, &mut done).await;
-                    }
                     let gone = send.send(Ok(event)).await.is_err();
                     if last || gone {
                         break;

@@ -23,6 +23,7 @@ use godwit_protos::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::outcome::Failure;
 use super::session::begin;
 use super::spec::Outline;
 use super::{MigrationError, arrival, marks};
@@ -36,6 +37,9 @@ use crate::peer::fetch::{PeerHealth, Peers};
 use crate::peer::link::MEASURED_BYTES_MIN;
 use crate::peer::{Connection, PeerError};
 use crate::policy::rounds::ROUNDS_MAX;
+
+/// How long a request waits for its session to be over: it thaws the source, and keeps what came.
+const SESSION_ENDS_MAX: Duration = Duration::from_secs(30);
 
 /// How long a migration waits for neighbours to answer a hello before it goes on without them.
 const NEIGHBOURS_WAIT: Duration = Duration::from_millis(50);
@@ -217,6 +221,7 @@ pub struct Sessions {
     live: Mutex<HashMap<ContainerRef, Arc<Session>>>,
     prepared: Mutex<HashMap<ContainerRef, Prepared>>,
     names: Mutex<HashMap<ContainerRef, String>>,
+    failures: Mutex<HashMap<String, Failure>>,
 }
 
 impl std::fmt::Debug for Sessions {
@@ -228,7 +233,8 @@ impl std::fmt::Debug for Sessions {
 impl Sessions {
     /// Those of `node`: none yet.
     pub fn new(node: Arc<Node>) -> Self {
-        Self { node, live: Mutex::default(), prepared: Mutex::default(), names: Mutex::default() }
+        let (live, prepared, names) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { node, live, prepared, names, failures: Mutex::default() }
     }
 
     fn live(&self) -> MutexGuard<'_, HashMap<ContainerRef, Arc<Session>>> {
@@ -265,6 +271,20 @@ impl Sessions {
     /// Takes that name back.
     pub(super) fn take_name(&self, container: &ContainerRef) -> Option<String> {
         self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(container)
+    }
+
+    /// Keeps why a session failed for the request that it belongs to.
+    pub(super) fn keep_failure(&self, session: &str, failure: Failure) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.insert(session.to_owned(), failure);
+    }
+
+    /// Waits until the session is over, at most [`SESSION_ENDS_MAX`], and takes why it failed, if it
+    /// did.
+    pub async fn failure_of(&self, session: &str) -> Option<Failure> {
+        let _ = tokio::time::timeout(SESSION_ENDS_MAX, self.ended(session)).await;
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.remove(session)
     }
 
     /// Drops an ended session, unless a newer one has taken its place.

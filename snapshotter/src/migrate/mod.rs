@@ -28,6 +28,7 @@ mod marks;
 pub mod obstacles;
 pub mod origin;
 pub mod orphans;
+pub mod outcome;
 pub mod plan;
 mod record;
 pub mod release;
@@ -348,10 +349,10 @@ impl MigrationError {
         }
     }
 
-    /// What a failure before the grant means for the container at its source.
-    pub fn outlook(&self) -> &'static str {
+    /// Whether nothing was asked of the source but what it has: no session of this migration began
+    /// there.
+    pub fn left_source_alone(&self) -> bool {
         match self {
-            // Nothing was asked of the source but what it has.
             Self::NoContainer(..)
             | Self::NotRunning { .. }
             | Self::NoShim(_)
@@ -361,17 +362,9 @@ impl MigrationError {
             | Self::MayRun { .. }
             | Self::NoImage(_)
             | Self::Leased(_)
-            | Self::Peer(_) => "nothing was moved",
-            Self::Refused { code, .. } if code == ENDED => {
-                "it does not run at its source any more, and nothing is left here"
-            }
-            Self::Refused { code, .. } if SOURCE_UNTOUCHED.contains(&code.as_str()) => {
-                "nothing was moved"
-            }
-            Self::Silent { .. } | Self::Broken(_) => {
-                "nothing is left here, and its source runs it on once it misses this node; `godwit status` there tells"
-            }
-            _ => "it runs on at its source, and nothing is left here",
+            | Self::Peer(_) => true,
+            Self::Refused { code, .. } => SOURCE_UNTOUCHED.contains(&code.as_str()),
+            _ => false,
         }
     }
 

@@ -359,19 +359,6 @@ async fn settle_if_it_runs(
     Ok(())
 }
 
-/// What a failed request means for the container.
-pub fn outlook(
-    node: &Node,
-    migration: &str,
-    request: &Request,
-    error: &MigrationError,
-) -> &'static str {
-    match has_come(node, &request.from.container, migration) {
-        Ok(false) => error.outlook(),
-        _ => "`godwit status` on both nodes tells who owns it",
-    }
-}
-
 /// Whether a container is in one of these states by this session.
 fn is_in(
     node: &Node,
@@ -385,7 +372,11 @@ fn is_in(
 }
 
 /// Whether a container was given to this node by this session.
-fn has_come(node: &Node, container: &ContainerRef, session: &str) -> Result<bool, MigrationError> {
+pub(super) fn has_come(
+    node: &Node,
+    container: &ContainerRef,
+    session: &str,
+) -> Result<bool, MigrationError> {
     is_in(node, container, session, |state| !matches!(state, Ownership::Claiming(..)))
 }
 

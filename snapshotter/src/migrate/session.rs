@@ -22,6 +22,7 @@ use super::destination::{
 };
 use super::layout::Layout;
 use super::line::{Beginning, Line, Subjects, named};
+use super::outcome::{self, Failure};
 use super::report::{Phases, Report, Shares};
 use super::subjects::Version;
 use super::{MigrationError, arrival, blocking, choice, origin, request};
@@ -54,9 +55,6 @@ const COUNT_INTERVAL: Duration = Duration::from_millis(500);
 /// How long who was asked in a lookup is still waited for once the answer is needed.
 const LOOKUP_WAIT: Duration = Duration::from_millis(50);
 
-/// What a failure after the grant means.
-const UNDECIDED: &str = "`godwit status` on both nodes tells who owns it";
-
 /// Lifetime of the lease on what a migration brought; renewed with each round.
 const LEASE: Duration = Duration::from_secs(3600);
 
@@ -77,24 +75,42 @@ pub(super) fn begin(sessions: Arc<Sessions>, asked: Acquire) -> Session {
     let session = Session { id: id.clone(), asked: asked.clone(), state, commands };
     tokio::spawn(async move {
         let container = asked.container.clone();
-        let mut work = Work { node: node.clone(), asked, id, publish, inbox, may_discard: true };
+        let mut work = Work {
+            node: node.clone(),
+            asked,
+            id,
+            publish,
+            inbox,
+            may_discard: true,
+            claimed: None,
+        };
         let outcome = match (work.lease().await, work.asked.cut) {
             (Err(error), _) => Err(error),
             (Ok(()), Some(cut)) => work.restore(&cut).await,
             (Ok(()), None) => work.run(prepared).await,
         };
+        let mut failed = None;
         match outcome {
             Ok(report) => node.events.done(&work.id, &report),
             Err(error) => {
                 let error = Arc::new(error);
                 tracing::warn!(%container, error = error.chain(), "migration failed");
-                let outlook = if work.may_discard { error.outlook() } else { UNDECIDED };
-                node.events.failed(&work.id, &error, outlook);
+                let failure = Failure { error: error.clone(), claimed: work.claimed };
+                if is_requested {
+                    // The request removes what it made before it tells.
+                    sessions.keep_failure(&work.id, failure);
+                } else {
+                    failed = Some(failure);
+                }
                 let _ = work.publish.send(State::Failed(error));
             }
         }
         if !is_requested {
             request::end_session(&node, &container, &work.id).await;
+        }
+        if let Some(failure) = failed {
+            let asked = &work.asked;
+            outcome::tell(&node, &work.id, &asked.from, &asked.container, &failure).await;
         }
         sessions.forget(&container, &work.id);
         // Dropping the publisher ends the session: the next acquire begins a new one.
@@ -120,6 +136,8 @@ pub(super) struct Work {
     inbox: mpsc::Receiver<Command>,
     /// False from the grant on: the tasks may have run, so what they run on stays.
     pub(super) may_discard: bool,
+    /// The epoch that this node claimed.
+    claimed: Option<Epoch>,
 }
 
 impl Work {
@@ -524,7 +542,7 @@ impl Work {
     }
 
     /// Journals that this node asks for the container, before it does.
-    pub(super) async fn journal_claim(&self, epoch: Epoch) -> Result<(), MigrationError> {
+    pub(super) async fn journal_claim(&mut self, epoch: Epoch) -> Result<(), MigrationError> {
         // Without it the entry ends only when containerd reports the deletion.
         let incarnation = incarnation(&self.node, &self.asked.container).await.ok();
         let (session, annotation) = (self.id.clone(), self.asked.annotation());
@@ -534,7 +552,9 @@ impl Work {
             entry.session = Some(session);
             entry.migrate_from = Some(annotation);
         });
-        Ok(journalled.map(drop)?)
+        journalled?;
+        self.claimed = Some(epoch);
+        Ok(())
     }
 
     /// Waits for the shim's word on how the restore ended, and passes it on to the source, if there

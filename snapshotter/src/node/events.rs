@@ -30,37 +30,38 @@ impl Events {
         self.sender.subscribe()
     }
 
-    fn send(&self, migration: &str, step: &str, text: String, report_json: String) {
-        tracing::info!(migration, step, text);
+    fn send(&self, event: Progress) {
+        tracing::info!(migration = event.migration, step = event.step, text = event.text);
         // There may be no watcher.
-        let _ = self.sender.send(Progress {
-            migration: migration.to_owned(),
-            step: step.to_owned(),
-            text,
-            report_json,
-            ..Progress::default()
-        });
+        let _ = self.sender.send(event);
     }
 
     /// A migration reached a step of the procedure.
     pub fn step(&self, migration: &str, step: &str, text: &str) {
-        self.send(migration, step, text.to_owned(), String::new());
+        self.send(progress(migration, step, text.to_owned()));
     }
 
     /// Bytes that a migration has received so far, from all nodes; for a display, not for the log.
     pub fn bytes(&self, migration: &str, done_bytes: u64) {
-        let (migration, step) = (migration.to_owned(), "progress".to_owned());
-        let _ = self.sender.send(Progress { migration, step, done_bytes, ..Progress::default() });
+        let event = progress(migration, "progress", String::new());
+        let _ = self.sender.send(Progress { done_bytes, ..event });
     }
 
     /// A migration is over, and this is what it cost.
     pub fn done(&self, migration: &str, report: &(impl Display + Serialize)) {
-        let json = serde_json::to_string(report).unwrap_or_default();
-        self.send(migration, "done", report.to_string(), json);
+        let report_json = serde_json::to_string(report).unwrap_or_default();
+        self.send(Progress { report_json, ..progress(migration, "done", report.to_string()) });
     }
 
-    /// A migration failed, and what that means for the container.
-    pub fn failed(&self, migration: &str, error: &dyn Error, outlook: &str) {
-        self.send(migration, "failed", format!("{}; {outlook}", chain(error)), String::new());
+    /// A migration failed, and what that means for the container; `undecided` if nobody can tell yet
+    /// where it runs.
+    pub fn failed(&self, migration: &str, error: &dyn Error, outcome: &str, undecided: bool) {
+        let text = format!("{}; {outcome}", chain(error));
+        self.send(Progress { undecided, ..progress(migration, "failed", text) });
     }
+}
+
+fn progress(migration: &str, step: &str, text: String) -> Progress {
+    let (migration, step) = (migration.to_owned(), step.to_owned());
+    Progress { migration, step, text, ..Progress::default() }
 }

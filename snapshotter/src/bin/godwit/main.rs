@@ -34,6 +34,14 @@ const PATIENCE: Duration = Duration::from_secs(3600);
 /// Exit code when damage was found, and is left.
 const DAMAGED: u8 = 3;
 
+/// Exit code when it is not known yet where a container runs.
+const UNDECIDED: u8 = 4;
+
+/// A migration whose outcome is not known yet.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Undecided(String);
+
 /// Damage was found and has been told.
 #[derive(Debug, thiserror::Error)]
 #[error("damage was found")]
@@ -53,6 +61,9 @@ async fn main() -> ExitCode {
                 return ExitCode::from(DAMAGED);
             }
             eprintln!("godwit: {}", words(&error));
+            if error.is::<Undecided>() {
+                return ExitCode::from(UNDECIDED);
+            }
             ExitCode::FAILURE
         }
     }
@@ -180,19 +191,34 @@ async fn follow(
     name: &str,
     out: &Out,
 ) -> anyhow::Result<()> {
-    let bar = out.bar();
+    let (bar, mut has_begun) = (out.bar(), false);
     loop {
         let event = tokio::select! {
-            event = events.recv() => event?,
+            event = events.recv() => event,
             _ = tokio::signal::ctrl_c() => {
                 bar.finish_and_clear();
-                bail!(
+                let text = format!(
                     "interrupted: the daemons go on with {name}; `godwit watch` on the destination shows the steps, \
                      and `godwit status` on both nodes who owns it"
                 );
+                return Err(Undecided(text).into());
             }
         };
-        let Some(event) = event else { break };
+        let event = match event {
+            Ok(Some(event)) => event,
+            // Whatever was refused was refused before the first event.
+            Err(error) if !has_begun => return Err(error.into()),
+            lost => {
+                bar.finish_and_clear();
+                let reason = lost.err().map(|error| format!(" ({error})")).unwrap_or_default();
+                let text = format!(
+                    "{name}: undecided: the daemon was lost{reason}, and may go on; `godwit status` on both nodes \
+                     tells who runs it"
+                );
+                return Err(Undecided(text).into());
+            }
+        };
+        has_begun = true;
         match event.step.as_str() {
             "progress" => bar.set_position(event.done_bytes),
             "done" => {
@@ -201,13 +227,17 @@ async fn follow(
             }
             "failed" => {
                 bar.finish_and_clear();
-                bail!("{name}: {}", event.text);
+                let text = format!("{name}: {}", event.text);
+                return Err(if event.undecided {
+                    Undecided(text).into()
+                } else {
+                    anyhow::anyhow!(text)
+                });
             }
             "warning" => bar.suspend(|| eprintln!("godwit: warning: {}", event.text)),
             step => bar.set_message(format!("{step}: {}", event.text)),
         }
     }
-    bail!("the daemon hung up; `godwit status` on both nodes tells who runs {name}")
 }
 
 async fn snapshot(
