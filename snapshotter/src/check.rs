@@ -185,6 +185,12 @@ impl Kept {
             let advice = format!("`godwit volume rm {digest}`, and import it again");
             losses.extend(walk.loss((Kind::Tree, digest), name, advice)?);
         }
+        findings.extend(self.snapshots.failure().map(|reason| {
+            format!(
+                "the database of containerd's snapshots failed: {reason}; the daemon ends and opens it again \
+                 once the disk takes writes"
+            )
+        }));
         findings.extend(self.damaged_packs());
         findings.extend(self.volumes.contradictions()?);
         findings.extend(self.volumes.leftovers().reasons());

@@ -25,22 +25,35 @@ use crate::mirror;
 use crate::node::Node;
 use crate::peer::{PING_INTERVAL, SILENCE_MAX};
 use crate::snapshots;
-use crate::supervise::{Death, Deaths, Supervisor};
+use crate::supervise::{Death, Deaths, Supervisor, on_thread};
+use godwit_disk::database;
 
 /// How long calls that are under way may take to end when the daemon stops; what is
 /// frozen waits for it.
 pub const STOP_MAX: Duration = Duration::from_secs(3);
 
+/// How often databases that failed are looked at.
+const HEAL_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Runs the daemon until a signal stops it.
 ///
 /// Errors: what cannot be opened or served.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    run_with(config, Path::new(path::FENCES), |_| {}).await
+}
+
+/// The same, with fences below `fences`, and with what `also` starts.
+async fn run_with(
+    config: Config,
+    fences: &Path,
+    also: impl FnOnce(&Supervisor),
+) -> anyhow::Result<()> {
     fs::create_dir_all(&config.state_dir)
         .with_context(|| format!("cannot make {}", config.state_dir.display()))?;
     let snapshots = snapshots::Snapshotter::open(&config.state_dir.join("snapshots"))
         .context("cannot open the snapshots")?;
     let snapshots = Arc::new(snapshots);
-    let node = Node::open(config, Path::new(godwit_protos::path::FENCES))?;
+    let node = Node::open(config, fences)?;
     let (supervisor, deaths) = Supervisor::new();
     migrate::release::recover(&node, &supervisor)?;
     let sessions = Arc::new(Sessions::new(node.clone()));
@@ -58,6 +71,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let following = migrate::follow::containerd(node.clone(), supervisor.clone());
     supervisor.serve("containerd", following);
     supervisor.serve("sweeps", node.clone().sweep_regularly());
+    supervisor.watch("databases", heal_databases(node.clone(), snapshots.clone()));
     supervisor.serve("captures", capture::run(sessions.clone(), supervisor.clone()));
     if let Some(address) = node.config.listen {
         let listener = TcpListener::bind(address)
@@ -71,6 +85,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             .with_context(|| format!("cannot serve the mirror on {address}"))?;
         supervisor.serve("mirror", mirror::serve(node.clone(), listener));
     }
+    also(&supervisor);
     tracing::info!(node = %node.config.node, "ready");
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);
     let publishing = supervisor.run("directory", node.clone().publish_until(stopped.clone()));
@@ -99,6 +114,35 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     match cause.await {
         Ok(Err(death)) => Err(death.into()),
         Ok(Ok(())) | Err(_) => Ok(()),
+    }
+}
+
+/// Opens databases again that failed, and returns when that takes a new process: why.
+///
+/// containerd may have been answered with changes to its snapshots that the disk has not, so their
+/// database is opened again as after a power cut, and only once the disk takes writes again: until
+/// then what is there can be mounted and listed.
+async fn heal_databases(node: Arc<Node>, snapshots: Arc<snapshots::Snapshotter>) -> String {
+    let mut told = None;
+    loop {
+        tokio::time::sleep(HEAL_INTERVAL).await;
+        let (node, snapshots) = (node.clone(), snapshots.clone());
+        let look = move || {
+            node.heal();
+            let failure = snapshots.failure()?;
+            let state = node.config.state_dir.join("snapshots");
+            Some((failure, database::probe(&state).map_err(|error| error.to_string())))
+        };
+        let Some(Some((failure, probed))) = on_thread(look).await else { continue };
+        let reason = format!("the database of containerd's snapshots failed: {failure}");
+        match probed {
+            Ok(()) => return format!("{reason}; it is opened again at the next start"),
+            Err(error) if told.as_ref() != Some(&error) => {
+                tracing::error!("{reason}; waiting for the disk: {error}");
+                told = Some(error);
+            }
+            Err(_) => {}
+        }
     }
 }
 
@@ -177,5 +221,39 @@ async fn serve_peers(sessions: Arc<Sessions>, listener: TcpListener) {
         .await;
     if let Err(error) = served {
         tracing::error!(error = chain(&error), "peers are no longer served");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Method: a daemon as any other, without a containerd, and with one task more.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_panic_of_a_background_task_ends_the_daemon_with_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("godwit.toml");
+        let at = dir.path().display();
+        let text = format!(
+            "node = \"edge-a\"\nstate_dir = \"{at}/state\"\nrun_dir = \"{at}/run\"\n\
+             containerd_socket = \"{at}/no-containerd.sock\"\n"
+        );
+        fs::write(&path, text).unwrap();
+        let config = Config::read(&path).unwrap();
+        let (begin, begun) = tokio::sync::oneshot::channel();
+        let fences = dir.path().join("fences");
+        let running = run_with(config, &fences, |supervisor| {
+            supervisor.run("lookups", async {
+                begun.await.unwrap();
+                panic!("slot 7 is empty");
+            });
+        });
+        tokio::pin!(running);
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut running).await;
+        assert!(early.is_err(), "it ended although all tasks live: {early:?}");
+        begin.send(()).unwrap();
+        let ended = tokio::time::timeout(3 * STOP_MAX, running).await.expect("it ends");
+        let reason = ended.expect_err("that is no success").to_string();
+        assert_eq!(reason, "background task \"lookups\" panicked: slot 7 is empty");
     }
 }

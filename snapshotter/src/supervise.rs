@@ -27,6 +27,12 @@ pub enum Death {
         /// Its name.
         task: &'static str,
     },
+    /// The daemon must start again.
+    #[error("{reason}")]
+    Gave {
+        /// Why.
+        reason: String,
+    },
 }
 
 /// Starts background tasks. Cheap to clone.
@@ -47,6 +53,17 @@ impl Supervisor {
     /// Starts a task that must run until the daemon ends.
     pub fn serve(&self, task: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         drop(self.start(task, work, true));
+    }
+
+    /// Starts a task that ends only when the daemon must start again, and says why.
+    pub fn watch(&self, task: &'static str, work: impl Future<Output = String> + Send + 'static) {
+        let deaths = self.0.clone();
+        let told = async move {
+            let reason = work.await;
+            // The daemon may be stopping already.
+            let _ = deaths.send(Death::Gave { reason });
+        };
+        drop(self.start(task, told, false));
     }
 
     /// Starts a task that ends when its work is done, and returns what waits for that.
@@ -130,6 +147,13 @@ mod tests {
         });
         let (task, message) = ("publishing", "no entry".to_owned());
         assert_eq!(deaths.next().await, Death::Panicked { task, message });
+    }
+
+    #[tokio::test]
+    async fn a_task_can_end_the_daemon_with_its_reason() {
+        let (supervisor, mut deaths) = Supervisor::new();
+        supervisor.watch("databases", async { "the disk failed".to_owned() });
+        assert_eq!(deaths.next().await.to_string(), "the disk failed");
     }
 
     #[tokio::test]

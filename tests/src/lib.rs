@@ -42,6 +42,7 @@ pub mod node;
 mod oci;
 pub mod pattern;
 pub mod place;
+pub mod preload;
 pub mod random;
 pub mod redis;
 pub mod registry;

@@ -11,35 +11,21 @@ use anyhow::{Context, Result};
 
 use crate::Node;
 use crate::command::{Invocation, wait_until};
-use crate::root::compile_library;
+use crate::preload::Preloaded;
 
 const SOURCE: &str = include_str!("../preload/step-preload.c");
-const LIBRARY: &str = "/usr/local/lib/godwit-step-preload.so";
-const DAEMON: &str = "/usr/local/bin/godwit-snapshotter";
 /// Where the number of the step stands, as the library knows it.
 const ARMED: &str = "/run/godwit-kill-before";
 const SOON: Duration = Duration::from_secs(10);
 
 /// A node whose daemon can be killed at a step, from its next start on. Dropping it makes the
 /// daemon as before.
-pub struct Steps<'a> {
-    node: &'a Node,
-}
+pub struct Steps<'a>(Preloaded<'a>);
 
 impl<'a> Steps<'a> {
     /// Prepares a node.
     pub fn install(node: &'a Node) -> Result<Self> {
-        let scratch = tempfile::tempdir()?;
-        let [source, object] = ["step.c", "step.so"].map(|name| scratch.path().join(name));
-        fs::write(&source, SOURCE)?;
-        compile_library(&source, &object)?;
-        fs::copy(&object, node.path(LIBRARY))?;
-        node.sh(&format!(
-            "mv {DAEMON} {DAEMON}.real
-             printf '#!/bin/sh\\nLD_PRELOAD={LIBRARY} exec {DAEMON}.real \"$@\"\\n' > {DAEMON}
-             chmod 755 {DAEMON}"
-        ))?;
-        Ok(Self { node })
+        Ok(Self(Preloaded::install(node, SOURCE)?))
     }
 
     /// Runs `command` while the daemon is killed just before step `number`, from 1. Returns whether
@@ -47,32 +33,20 @@ impl<'a> Steps<'a> {
     ///
     /// Errors: the command fails although the daemon goes on.
     pub fn killed_before(&self, number: usize, command: &Invocation) -> Result<bool> {
-        fs::write(self.node.path(ARMED), number.to_string())?;
+        fs::write(self.0.node().path(ARMED), number.to_string())?;
         let ended = command.run();
         // What it does after it has answered, it does soon.
         std::thread::sleep(Duration::from_millis(20));
-        fs::remove_file(self.node.path(ARMED))?;
+        fs::remove_file(self.0.node().path(ARMED))?;
         let ended = ended?;
         if !ended.succeeded() {
-            wait_until("the daemon is gone", SOON, || Ok(!self.is_alive()?))
+            wait_until("the daemon is gone", SOON, || Ok(!self.0.is_alive()?))
                 .with_context(|| ended.to_string())?;
         }
-        let was_killed = !self.is_alive()?;
+        let was_killed = !self.0.is_alive()?;
         if was_killed {
-            self.node.kill_daemon()?;
+            self.0.node().kill_daemon()?;
         }
         Ok(was_killed)
-    }
-
-    fn is_alive(&self) -> Result<bool> {
-        Ok(self.node.run(&["pgrep", "-f", &format!("^{DAEMON}.real")])?.succeeded())
-    }
-}
-
-impl Drop for Steps<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.node.sh(&format!("mv {DAEMON}.real {DAEMON}")) {
-            eprintln!("the daemon is not as it was: {error:#}");
-        }
     }
 }

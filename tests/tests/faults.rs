@@ -1,5 +1,7 @@
 //! Migrations that fail: a clear error, the container running at its source, nothing left anywhere.
 
+#[path = "faults/disk.rs"]
+mod disk;
 #[path = "faults/marks.rs"]
 mod marks;
 

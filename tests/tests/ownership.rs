@@ -9,8 +9,10 @@ use godwit_protos::peer::peer_client::PeerClient;
 use godwit_protos::peer::{self, Begin, Release, Stop, ToSource, from_source, to_source};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
+use godwit_tests::preload::Failing;
 use godwit_tests::workload::{self, Container};
 use godwit_tests::{Bed, BedOptions, Node, criu};
+use nix::errno::Errno;
 use serde_json::Value;
 
 /// The nodes that all tests share; torn down at exit.
@@ -150,19 +152,18 @@ fn state(at: &Node, name: &str) -> Result<Option<String>> {
     Ok(of_name.next().and_then(|one| one["state"].as_str()).map(str::to_owned))
 }
 
-/// Method: CRIU takes its time at the destination. Shortly before it is done, what the source sends
-/// does not arrive any more, so that the destination asks for the release and never hears of it;
-/// then all of its processes die.
-#[test]
-fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -> Result<()> {
-    let name = "claimed";
+/// Has a destination die after it asked for the release and before it was granted: CRIU takes its
+/// time there, and shortly before it is done, what the source sends does not arrive any more; then
+/// all of its processes die. What the source sends still does not arrive, and CRIU is slow until
+/// the returned value is dropped.
+fn dies_while_it_claims(name: &str) -> Result<criu::Changed<'static>> {
     let (from, to) = (source(), destination());
     idle(name).start(from)?;
     // It is called more than once; a silent connection counts as dead after 4 s at the earliest.
     let slow = criu::slow(to, 1)?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
     let (logged, logged_there) = (to.log_end("daemon"), from.log_end("daemon"));
-    let mut running = to.spawn(&words, "migrate-claimed")?;
+    let mut running = to.spawn(&words, &format!("migrate-{name}"))?;
     wait_until("the restore begins", SOON, || {
         Ok(to.log_since("daemon", logged).contains("restoring"))
     })?;
@@ -184,7 +185,14 @@ fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -
     ensure!(running.wait(SOON)? != 0, "it was migrated");
     std::thread::sleep(Duration::from_secs(2));
     ensure!(workload::task(from, name)?.as_deref() == Some("PAUSED"), "no node knows yet");
+    Ok(slow)
+}
 
+#[test]
+fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -> Result<()> {
+    let name = "claimed";
+    let (from, to) = (source(), destination());
+    let slow = dies_while_it_claims(name)?;
     to.sh("nft delete table inet deaf")?;
     drop(slow);
     to.start_daemon()?;
@@ -203,6 +211,34 @@ fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -
     workload::migrated(to, name, to, from, &[])?;
     ensure!(workload::task(from, name)?.as_deref() == Some("RUNNING"), "it does not run");
     remove(from, name)
+}
+
+/// Method: as above, and meanwhile the source's journal cannot be written any more.
+#[test]
+fn a_source_whose_journal_fails_runs_on_what_comes_back() -> Result<()> {
+    let name = "unjournalled";
+    let (from, to) = (source(), destination());
+    let failing = Failing::install(from)?;
+    from.stop_daemon()?;
+    from.start_daemon()?;
+    snapshotter_answers(from)?;
+    let slow = dies_while_it_claims(name)?;
+    failing.fail("/node.redb", Errno::ENOSPC)?;
+    to.sh("nft delete table inet deaf")?;
+    drop(slow);
+    to.start_daemon()?;
+    wait_until("the source runs it again", Duration::from_secs(60), || {
+        Ok(workload::task(from, name)?.as_deref() == Some("RUNNING"))
+    })?;
+    failing.mend()?;
+    wait_until("the journal says so", SOON, || Ok(state(from, name)?.as_deref() == Some("owner")))?;
+    let gone = || Ok(!to.ok(&["ctr", "containers", "ls", "-q"])?.contains(name));
+    wait_until("nothing is left of it", Duration::from_secs(120), gone)?;
+    remove(from, name)?;
+    from.stop_daemon()?;
+    drop(failing);
+    from.start_daemon()?;
+    snapshotter_answers(from)
 }
 
 /// Method: a client that is none of the nodes begins a session in the name of one, has the

@@ -340,17 +340,32 @@ impl Control for Service {
         _context: &TtrpcContext,
         _asked: Empty,
     ) -> ttrpc::Result<StatusResponse> {
-        let read = |node: &Node| {
-            Ok((node.store.usage()?, node.journal.containers()?, node.journal.leases()?))
-        };
-        let (usage, entries, leases) = self.blocking(read).await?;
+        let snapshots = self.snapshots.clone();
+        // The answer names what cannot be read: a failure is when people ask.
+        let read =
+            move |node: &Node| {
+                let usage = node.store.usage().map_err(|error| chain(&error));
+                let entries = node.journal.containers().map_err(|error| chain(&error));
+                let leases = node.journal.leases().map_err(|error| chain(&error));
+                let mut failures = node.failures();
+                failures.extend(snapshots.failure().map(|reason| {
+                    format!("the database of containerd's snapshots failed: {reason}")
+                }));
+                failures.extend(usage.as_ref().err().cloned());
+                failures.extend(entries.as_ref().err().cloned());
+                Ok((usage, entries.unwrap_or_default(), leases.unwrap_or_default(), failures))
+            };
+        let (usage, entries, leases, failures) = self.blocking(read).await?;
         let mut answer = StatusResponse::new();
+        answer.failures = failures;
         answer.node = self.node.config.node.clone();
         answer.version = env!("CARGO_PKG_VERSION").to_owned();
         answer.criu_version = self.node.criu_version.clone();
         answer.listen = self.node.config.listen.map_or_else(String::new, |at| at.to_string());
-        answer.store_bytes = usage.bytes;
-        answer.objects = usage.objects;
+        if let Ok(usage) = usage {
+            answer.store_bytes = usage.bytes;
+            answer.objects = usage.objects;
+        }
         answer.directory = self.node.directory.status();
         let containerd = &self.node.containerd;
         if let Ok(version) = containerd.version().await {

@@ -35,22 +35,31 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// How long a daemon that is stopping tries to thaw a container.
 const STOP_MAX: Duration = Duration::from_secs(5);
 
-/// Takes an offer back: 1. journal, 2. thaw, 3. journal that it is thawed. On open: what is ours
-/// and frozen is thawed.
-///
-/// The journal decides, not the caller: what is not `Offered` any more is left as it is. Where the
-/// journal cannot be written, the container is thawed first: it was not released, which no other
-/// than the caller can do, and on open the offer is taken back.
+/// Takes an offer back; see [`run_here`]. Before a release, which only the caller can make, no
+/// other node can run the container.
 ///
 /// Returns whether the container is known to have ended meanwhile, so that there is nothing to run
 /// on.
 pub(super) async fn take_offer_back(node: &Node, container: &ContainerRef, epoch: Epoch) -> bool {
+    run_here(node, container, &Event::Abort(epoch)).await
+}
+
+/// Runs a frozen container here again: 1. journal `event`, 2. thaw, 3. journal that it is thawed.
+/// On open: what is ours and frozen is thawed.
+///
+/// The journal decides, not the caller: what is in another state is left as it is. Where the
+/// journal cannot be written, the container is thawed first, and `event` journalled once it can be:
+/// the caller knows that no other node runs it, and that a daemon that starts meanwhile comes to
+/// the same event.
+///
+/// Returns as [`take_offer_back`].
+async fn run_here(node: &Node, container: &ContainerRef, event: &Event) -> bool {
     let mut pause = PAUSE_FIRST;
     loop {
-        match node.journal.apply(container, &Event::Abort(epoch), |_| {}) {
+        match node.journal.apply(container, event, |_| {}) {
             Ok(_) => return thaw(node, container).await,
             Err(error @ JournalError::OutOfPhase { .. }) => {
-                tracing::warn!(%container, %error, "the offer cannot be taken back");
+                tracing::warn!(%container, %error, "it stays as it is");
                 return false;
             }
             Err(error) => {
@@ -98,16 +107,11 @@ pub(super) async fn withdraw_release(
     }
 }
 
-/// Runs a released container here again, in the same steps: the destination has journalled that it
-/// never ran it.
+/// Runs a released container here again; see [`run_here`]. The destination has journalled that it
+/// never ran it and never will.
 pub(super) async fn take_back(node: &Node, container: &ContainerRef, epoch: Epoch) {
     tracing::warn!(%container, epoch = epoch.0, "the destination never ran it; thawing");
-    match node.journal.apply(container, &Event::Returned(epoch), |_| {}) {
-        Ok(_) => {
-            thaw(node, container).await;
-        }
-        Err(error) => tracing::error!(%container, %error, "cannot journal the return"),
-    }
+    run_here(node, container, &Event::Returned(epoch)).await;
 }
 
 /// Ends the lease of a container that was leaving.

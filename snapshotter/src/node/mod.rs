@@ -144,6 +144,25 @@ impl Node {
         }))
     }
 
+    /// Databases that failed and could not be opened again yet, each with the reason.
+    pub fn failures(&self) -> Vec<String> {
+        let parts =
+            [("index of the store", self.store.failure()), ("journal", self.journal.failure())];
+        let failed = parts.into_iter().filter_map(|(what, reason)| Some((what, reason?)));
+        failed.map(|(what, reason)| format!("the {what} failed: {reason}")).collect()
+    }
+
+    /// Opens databases again that failed, as their next use would.
+    pub fn heal(&self) {
+        let done = [
+            self.store.heal().map_err(|error| crate::error::chain(&error)),
+            self.journal.heal().map_err(|error| crate::error::chain(&error)),
+        ];
+        for error in done.into_iter().filter_map(Result::err) {
+            tracing::debug!(error, "a database cannot be opened again yet");
+        }
+    }
+
     /// An identifier that is new on this node, and in practice anywhere.
     pub fn new_id(&self) -> String {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();

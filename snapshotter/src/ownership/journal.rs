@@ -1,7 +1,9 @@
 //! What must survive the daemon: who owns a container, and which volumes are here.
 //!
 //! One embedded database, `node.redb`. Every change is one transaction, durable (fsynced by redb)
-//! before the function returns: the caller acts only afterwards.
+//! before the function returns: the caller acts only afterwards. After a failure the next change
+//! opens the database again, since redb rejects all writes until it is reopened
+//! ([`godwit_disk::database::Healing`]).
 //!
 //! Releasing is two steps on disk: 1. write the fence that shims read, 2. journal `Released`. So an
 //! error means that nothing was released. Whatever else happens, a return among it, is the other
@@ -13,15 +15,14 @@ use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use godwit_disk::database;
+use godwit_disk::database::Healing;
 use godwit_disk::step::reach;
 use godwit_disk::trees::{self, RemoveError};
 use godwit_protos::{ContainerRef, FileSystem, VolumeId};
-use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{ReadTransaction, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use super::absence::Incarnation;
@@ -166,19 +167,10 @@ pub enum JournalError {
     },
 }
 
-/// The database, which is opened again after it failed: redb takes no change any more once it could
-/// not write one.
-#[derive(Debug)]
-struct Reopened {
-    /// `None` while it could not be opened again.
-    open: RwLock<Option<Database>>,
-    has_failed: AtomicBool,
-}
-
 /// The journal of one node. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Journal {
-    database: Arc<Reopened>,
+    database: Arc<Healing>,
     path: PathBuf,
     fences: PathBuf,
 }
@@ -203,9 +195,7 @@ impl Journal {
                 return Err(JournalError::Missing { path: path.to_owned(), beside });
             }
         }
-        let database = database::open(path, Database::builder(), |_| Ok(())).map_err(failed)?;
-        let database =
-            Reopened { open: RwLock::new(Some(database)), has_failed: AtomicBool::new(false) };
+        let database = Healing::open(path, redb::Builder::new).map_err(failed)?;
         let (path, fences) = (path.to_owned(), fences.to_owned());
         let journal = Self { database: Arc::new(database), path, fences };
         journal.write(|_| Ok(()))?;
@@ -222,54 +212,33 @@ impl Journal {
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<T, JournalError>,
     ) -> Result<T, JournalError> {
-        self.reopen()?;
         let done = self.write_once(change);
-        if matches!(done, Err(JournalError::Database { .. })) {
-            self.database.has_failed.store(true, Ordering::SeqCst);
+        if let Err(JournalError::Database { source, .. }) = &done {
+            self.database.fail(source);
         }
         done
     }
 
-    /// Opens the database again if it has failed. Errors: it cannot be opened; the next change
-    /// tries again.
-    fn reopen(&self) -> Result<(), JournalError> {
-        if !self.database.has_failed.load(Ordering::SeqCst) {
-            return Ok(());
-        }
-        let mut open = self.database.open.write().unwrap_or_else(PoisonError::into_inner);
-        *open = None;
-        // A journal that is not there, because a disk is gone, must not be made again.
-        let found =
-            fs::metadata(&self.path).map_err(|error| self.failed(redb::Error::Io(error)))?;
-        if found.len() == 0 {
-            return Err(self.failed(redb::Error::Io(io::ErrorKind::UnexpectedEof.into())));
-        }
-        let opened = database::open(&self.path, Database::builder(), |_| Ok(()));
-        *open = Some(opened.map_err(|error| self.failed(error))?);
-        self.database.has_failed.store(false, Ordering::SeqCst);
-        tracing::warn!(path = %self.path.display(), "the journal was opened again after an error");
-        Ok(())
+    /// Why nothing can be journalled, if the journal failed and could not be opened again yet.
+    pub fn failure(&self) -> Option<String> {
+        self.database.failure()
     }
 
-    fn with_database<T>(
-        &self,
-        work: impl FnOnce(&Database) -> Result<T, redb::Error>,
-    ) -> Result<T, JournalError> {
-        let open = self.database.open.read().unwrap_or_else(PoisonError::into_inner);
-        let closed = || redb::Error::Io(io::Error::other("it could not be opened again yet"));
-        let done = open.as_ref().ok_or_else(closed).and_then(work);
-        done.map_err(|error| self.failed(error))
+    /// Opens the journal again if it has failed, as the next change would. Errors: it cannot be
+    /// opened.
+    pub fn heal(&self) -> Result<(), JournalError> {
+        self.database.heal().map_err(|error| self.failed(error))
     }
 
     pub(super) fn begin_read(&self) -> Result<ReadTransaction, JournalError> {
-        self.with_database(|database| Ok(database.begin_read()?))
+        self.database.begin_read().map_err(|error| self.failed(error))
     }
 
     fn write_once<T>(
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<T, JournalError>,
     ) -> Result<T, JournalError> {
-        let transaction = self.with_database(|database| Ok(database.begin_write()?))?;
+        let transaction = self.database.begin_write().map_err(|error| self.failed(error))?;
         transaction.open_table(CONTAINERS).map_err(|error| self.failed(error))?;
         transaction.open_table(VOLUMES).map_err(|error| self.failed(error))?;
         transaction.open_table(TOMBSTONES).map_err(|error| self.failed(error))?;
@@ -804,7 +773,7 @@ mod tests {
         let journal = open(dir.path());
         let offer = Event::Offer("edge-b/default/cache".into(), Epoch(0));
         journal.apply(&container(), &offer, |_| {}).unwrap();
-        let fail = || journal.database.has_failed.store(true, Ordering::SeqCst);
+        let fail = || journal.database.fail("the disk is full");
         fail();
         journal.apply(&container(), &Event::Abort(Epoch(1)), |_| {}).unwrap();
         let (path, away) = (dir.path().join("node.redb"), dir.path().join("away"));

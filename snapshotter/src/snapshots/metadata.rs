@@ -28,7 +28,7 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use super::{Info, Kind, OpenError, SPARES, SnapshotError, Usage};
-use godwit_disk::database::{self, Flushes, Room};
+use godwit_disk::database::{self, Deferred, Flushes};
 
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
@@ -69,9 +69,7 @@ pub(super) struct Chain {
 
 #[derive(Debug)]
 pub(super) struct Metadata {
-    db: Database,
-    flushes: Flushes,
-    room: Room,
+    db: Deferred,
     /// Changes that are under way or wait for their turn.
     changes: AtomicUsize,
 }
@@ -124,12 +122,12 @@ impl Metadata {
         // deleted on open.
         let spares = trees.join(SPARES);
         let opened = database::open_deferring(path, trees, spares, Database::builder(), Self::fill);
-        let (db, flushes, room) = opened.map_err(|error| Self::damaged(path, error))?;
-        let found = Self::format(&db).map_err(|error| Self::damaged(path, error))?;
+        let db = opened.map_err(|error| Self::damaged(path, error))?;
+        let found = Self::format(&db.database).map_err(|error| Self::damaged(path, error))?;
         if found != FORMAT {
             return Err(OpenError::Format { path: path.to_owned(), found, known: FORMAT });
         }
-        Ok(Self { db, flushes, room, changes: AtomicUsize::new(0) })
+        Ok(Self { db, changes: AtomicUsize::new(0) })
     }
 
     fn damaged(path: &Path, source: redb::Error) -> OpenError {
@@ -152,24 +150,30 @@ impl Metadata {
 
     /// Makes sure that a snapshot can be added. Errors: the disk's, before it could do harm.
     pub(super) fn ensure_room(&self) -> std::io::Result<()> {
-        self.room.ensure()
+        self.db.room.ensure()
+    }
+
+    /// Why nothing can be changed until the database is opened again, which takes a new process:
+    /// containerd may have been answered with changes that are lost.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.db.failed()
     }
 
     /// Waits for the change before, if there is one.
     pub(super) fn begin(&self) -> Result<Change<'_>, SnapshotError> {
         let counted = Counted::new(&self.changes);
-        let txn = self.db.begin_write().map_err(failed)?;
-        Ok(Change { txn, flushes: &self.flushes, has_tree: Cell::new(false), _counted: counted })
+        let txn = self.db.database.begin_write().map_err(failed)?;
+        Ok(Change { txn, flushes: &self.db.flushes, has_tree: Cell::new(false), _counted: counted })
     }
 
     /// Whether a change would wait for another one, or for the disk to have the last.
     pub(super) fn is_busy(&self) -> bool {
-        self.changes.load(Ordering::Relaxed) > 0 || self.flushes.is_due()
+        self.changes.load(Ordering::Relaxed) > 0 || self.db.flushes.is_due()
     }
 
     /// Errors: [`SnapshotError::NotFound`].
     pub(super) fn get(&self, key: &str) -> Result<Row, SnapshotError> {
-        let txn = self.db.begin_read().map_err(failed)?;
+        let txn = self.db.database.begin_read().map_err(failed)?;
         let table = txn.open_table(SNAPSHOTS).map_err(failed)?;
         let found = table.get(key).map_err(failed)?;
         decode(key, found.ok_or_else(|| SnapshotError::NotFound(key.to_owned()))?.value())
@@ -177,13 +181,13 @@ impl Metadata {
 
     /// Errors: [`SnapshotError::NotFound`].
     pub(super) fn chain(&self, key: &str) -> Result<Chain, SnapshotError> {
-        let txn = self.db.begin_read().map_err(failed)?;
+        let txn = self.db.database.begin_read().map_err(failed)?;
         chain_in(&txn.open_table(SNAPSHOTS).map_err(failed)?, key)
     }
 
     /// Every snapshot with its name, as of one moment, in the order of names.
     pub(super) fn all(&self) -> Result<Vec<(String, Row)>, SnapshotError> {
-        let txn = self.db.begin_read().map_err(failed)?;
+        let txn = self.db.database.begin_read().map_err(failed)?;
         let table = txn.open_table(SNAPSHOTS).map_err(failed)?;
         let mut all = Vec::new();
         for entry in table.iter().map_err(failed)? {

@@ -172,6 +172,11 @@ impl Snapshotter {
         Ok(snapshots)
     }
 
+    /// Why no snapshot can be added, removed or changed until the daemon starts again.
+    pub fn failure(&self) -> Option<String> {
+        self.metadata.failure()
+    }
+
     /// Makes a writable snapshot of `parent`, or of nothing, and says what to mount.
     ///
     /// Errors: [`SnapshotError::AlreadyExists`], [`SnapshotError::ParentMissing`],

@@ -420,7 +420,7 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
         "listen": status.listen, "store_bytes": status.store_bytes, "objects": status.objects,
         "directory": status.directory, "containerd_version": status.containerd_version,
         "snapshotter_is_registered": status.snapshotter_is_registered, "leftovers": status.leftovers,
-        "leases": status.leases, "ownership": ownership});
+        "failures": status.failures, "leases": status.leases, "ownership": ownership});
     if out.json {
         return out.object(&object, "");
     }
@@ -435,8 +435,9 @@ async fn status(client: &ControlClient, out: &Out) -> anyhow::Result<()> {
         format!("directory: {}", status.directory),
     ];
     let leftovers = status.leftovers.iter().map(|leftover| format!("left over: {leftover}"));
+    let failures = status.failures.iter().map(|failure| format!("FAILED: {failure}"));
     let leases = status.leases.iter().map(|lease| format!("in progress: {lease}"));
-    let lines: Vec<_> = lines.into_iter().chain(leftovers).chain(leases).collect();
+    let lines: Vec<_> = lines.into_iter().chain(failures).chain(leftovers).chain(leases).collect();
     out.object(&object, &lines.join("\n"))?;
     out.table(&ownership, &["container", "state", "epoch", "peer"])
 }

@@ -12,7 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use redb::StorageBackend;
 
-/// What a database is on: `inner`, whose flushes may be left to a thread of its own.
+/// What a database is on: `inner`, whose flushes may be left to a thread of its own. redb finds no
+/// locks: its user has one of its own.
 #[derive(Debug)]
 pub(super) struct Deferring<B> {
     inner: Arc<B>,
@@ -47,6 +48,11 @@ impl Flushes {
     /// Has what comes first put on disk before the next flush.
     pub fn also_first(&self) {
         self.state().is_first_due = true;
+    }
+
+    /// Why a flush that was left to the thread failed, if one has: the next change is refused.
+    pub fn failure(&self) -> Option<io::ErrorKind> {
+        self.state().failed
     }
 
     /// Whether the last change is on its way to the disk yet, so that a further one would wait.

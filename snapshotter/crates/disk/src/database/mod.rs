@@ -1,10 +1,12 @@
 //! Embedded databases (redb, one file each) that are there whole or not at all.
 
 mod deferred;
+mod gate;
+mod healing;
 mod room;
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use redb::{Builder, Database};
@@ -12,8 +14,14 @@ use redb::{Builder, Database};
 use crate::step::reach;
 use deferred::Deferring;
 pub use deferred::Flushes;
+pub use gate::Failure;
+use gate::Gate;
+pub use healing::Healing;
 pub use room::Room;
 use room::Roomy;
+
+/// What a disk must take before a database that failed on it is opened again, in bytes.
+pub const PROBE_BYTES: usize = 1 << 20;
 
 /// Opens the database at `path`, or makes one in which there is what `fill` puts there.
 ///
@@ -26,14 +34,22 @@ use room::Roomy;
 /// Caller: looks first where a missing database must not be taken for a new one. Errors:
 /// redb's, and the system's; also for an empty file, which redb would take for a new database. What
 /// is there is left as it is.
-pub fn open(
+fn open(
     path: &Path,
     mut builder: Builder,
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
-) -> Result<Database, redb::Error> {
+) -> Result<Opened, redb::Error> {
     builder.set_check_integrity_on_open(true);
-    Room::of(made(path, &builder, fill)?).try_to_keep();
-    Ok(builder.open(path)?)
+    let (file, room) = Roomy::new(made(path, &builder, fill)?)?;
+    let (file, failure) = Gate::new(file);
+    Ok(Opened { database: builder.create_with_backend(file)?, room, failure })
+}
+
+/// A database that is open, room for its file, and whether it has failed.
+struct Opened {
+    database: Database,
+    room: Room,
+    failure: Failure,
 }
 
 /// The same for a database whose commits need not wait for the disk; what they name in `directory`
@@ -45,7 +61,7 @@ pub fn open_deferring(
     source: PathBuf,
     mut builder: Builder,
     fill: impl FnOnce(&Database) -> Result<(), redb::Error>,
-) -> Result<(Database, Flushes, Room), redb::Error> {
+) -> Result<Deferred, redb::Error> {
     builder.set_check_integrity_on_open(true);
     let (file, room) = Roomy::new(made(path, &builder, fill)?)?;
     let directory = File::open(directory)?;
@@ -59,7 +75,41 @@ pub fn open_deferring(
     // A process that was killed may not have come to it.
     first()?;
     let (file, flushes) = Deferring::new(file, first)?;
-    Ok((builder.create_with_backend(file)?, flushes, room))
+    let (file, failure) = Gate::new(file);
+    Ok(Deferred { database: builder.create_with_backend(file)?, flushes, room, failure })
+}
+
+/// A database whose commits need not wait for the disk.
+#[derive(Debug)]
+pub struct Deferred {
+    /// The database.
+    pub database: Database,
+    /// Which of its flushes are left to a thread.
+    pub flushes: Flushes,
+    /// Room for its file.
+    pub room: Room,
+    /// Whether it has failed. Then nothing can be changed until the process ends.
+    pub failure: Failure,
+}
+
+impl Deferred {
+    /// Why nothing can be changed any more.
+    pub fn failed(&self) -> Option<String> {
+        let flush =
+            || self.flushes.failure().map(|kind| format!("a change was not written: {kind}"));
+        self.failure.reason().or_else(flush)
+    }
+}
+
+/// Whether the disk of `directory` takes a file of [`PROBE_BYTES`] to its end. Errors: why not.
+pub fn probe(directory: &Path) -> io::Result<()> {
+    let path = directory.join(".probe");
+    let written = File::create(&path).and_then(|mut file| {
+        file.write_all(&vec![0xa5; PROBE_BYTES])?;
+        file.sync_all()
+    });
+    let removed = fs::remove_file(&path);
+    written.and(removed)
 }
 
 /// The file of the database at `path`, which is made if there is none.
@@ -122,7 +172,7 @@ mod tests {
             let path = dir.path().join("one.redb");
             stop_before(step, || open(&path, Database::builder(), fill));
             assert_eq!(path.exists(), step == "create 3");
-            let database = open(&path, Database::builder(), fill).unwrap();
+            let database = open(&path, Database::builder(), fill).unwrap().database;
             assert_eq!(rows(&database).unwrap(), ROWS, "{step}");
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "{step}");
         }
@@ -135,7 +185,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("one.redb");
         fs::write(path.with_extension("redb.new"), [0; 4096]).unwrap();
-        assert_eq!(rows(&open(&path, Database::builder(), fill).unwrap()).unwrap(), ROWS);
+        assert_eq!(rows(&open(&path, Database::builder(), fill).unwrap().database).unwrap(), ROWS);
     }
 
     /// Method: cut anywhere, empty, overwritten at its beginning, and one bit of a row.
@@ -160,6 +210,6 @@ mod tests {
             assert!(fs::read(&path).unwrap() == damaged, "{} bytes were changed", damaged.len());
         }
         fs::write(&path, good).unwrap();
-        assert_eq!(rows(&open(&path, Database::builder(), fill).unwrap()).unwrap(), ROWS);
+        assert_eq!(rows(&open(&path, Database::builder(), fill).unwrap().database).unwrap(), ROWS);
     }
 }

@@ -53,6 +53,10 @@ pub enum StoreError {
     /// What was written under the lease may have been swept: begin again under a new lease.
     #[error("lease {0:?} has expired")]
     LeaseExpired(String),
+    /// The index failed and was reopened meanwhile, so that what was read before is out of date:
+    /// begin again.
+    #[error("the store's index failed and was reopened meanwhile")]
+    Reopened,
     /// No snapshot with this id is recorded.
     #[error("{0} is not recorded")]
     UnknownSnapshot(SnapshotId),
@@ -149,6 +153,7 @@ macro_rules! from_redb {
     )*};
 }
 from_redb!(
+    redb::Error,
     redb::StorageError,
     redb::TableError,
     redb::TransactionError,

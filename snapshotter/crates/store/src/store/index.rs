@@ -14,16 +14,24 @@
 //! *durable* commit takes everything before it along, so it comes after an fsync of the packs, and
 //! while it holds the database's only write transaction: no flush can slip in between whose bytes
 //! have not been synced.
+//!
+//! A failed index is reopened as of its last durable commit ([`Healing`]), also when packs could
+//! not be synced: it may then name bytes that the disk has not. Objects that were flushed since are
+//! gone. So leases end with it ([`super::lease`]), and a caller that goes on from what it read
+//! before compares [`Index::generation`].
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use godwit_protos::Digest;
-use redb::{Database, Durability, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{Durability, ReadableTable as _, TableDefinition};
 
 use super::encoding::Encoding;
 use super::error::{OpenError, StoreError};
 use super::pack::{self, Packs};
-use godwit_disk::{database, step};
+use godwit_disk::database::Healing;
+use godwit_disk::step;
 
 pub(super) type ObjectsTable = redb::ReadOnlyTable<&'static [u8; 32], &'static [u8; 17]>;
 
@@ -92,7 +100,13 @@ impl Location {
 }
 
 pub(super) struct Index {
-    db: Database,
+    db: Healing,
+}
+
+fn builder() -> redb::Builder {
+    let mut builder = redb::Builder::new();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
 }
 
 impl Index {
@@ -102,10 +116,7 @@ impl Index {
             redb::Error::DatabaseAlreadyOpen => OpenError::InUse(path.to_owned()),
             other => OpenError::Index { path: path.to_owned(), source: Box::new(other) },
         };
-        let mut builder = redb::Builder::new();
-        builder.set_cache_size(CACHE_BYTES);
-        let db = database::open(path, builder, |_| Ok(())).map_err(wrong)?;
-        let index = Self { db };
+        let index = Self { db: Healing::open(path, builder).map_err(wrong)? };
         let found = index.ensure_tables()?;
         if found != pack::VERSION {
             return Err(OpenError::Version { path: path.to_owned(), found });
@@ -145,8 +156,77 @@ impl Index {
         Ok(write)
     }
 
+    /// As [`Self::begin_write`], by a caller that goes on from what it read in `generation`.
+    /// Errors: [`StoreError::Reopened`].
+    pub(super) fn begin_write_of(
+        &self,
+        generation: u64,
+    ) -> Result<redb::WriteTransaction, StoreError> {
+        let write = self.begin_write()?;
+        if self.generation() != generation {
+            return Err(StoreError::Reopened);
+        }
+        Ok(write)
+    }
+
     pub(super) fn begin_read(&self) -> Result<redb::ReadTransaction, StoreError> {
         Ok(self.db.begin_read()?)
+    }
+
+    /// Opens it again if it has failed.
+    pub(super) fn heal(&self) -> Result<(), StoreError> {
+        Ok(self.db.heal()?)
+    }
+
+    /// Has it reopened as of its last durable commit, before it is used again.
+    pub(super) fn fail(&self, reason: impl std::fmt::Display) {
+        self.db.fail(reason);
+    }
+
+    /// Why it takes no change.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.db.failure()
+    }
+
+    /// How often it was reopened.
+    pub(super) fn generation(&self) -> u64 {
+        self.db.generation()
+    }
+
+    /// The same number, to be followed.
+    pub(super) fn generations(&self) -> Arc<AtomicU64> {
+        self.db.generations()
+    }
+
+    /// Makes sure that the file can grow. Errors: the disk is full, or failed.
+    pub(super) fn ensure_room(&self) -> std::io::Result<()> {
+        self.db.ensure_room()
+    }
+
+    /// Syncs the packs. If that fails, nothing that the index has said of them since its last
+    /// durable commit can be relied on.
+    pub(super) fn sync_packs(&self, packs: &Packs) -> Result<(), StoreError> {
+        let synced = packs.sync(self.generation());
+        if let Err(error) = &synced {
+            self.fail(error);
+        }
+        synced
+    }
+
+    /// Makes the changes of `write`, and everything made visible before, durable. See the module's
+    /// comment for the order.
+    pub(super) fn commit_durable(
+        &self,
+        mut write: redb::WriteTransaction,
+        packs: &Packs,
+    ) -> Result<(), StoreError> {
+        step::reach("before the packs are synced");
+        self.sync_packs(packs)?;
+        step::reach("before the index is committed");
+        write.set_durability(Durability::Immediate)?;
+        write.commit()?;
+        step::reach("after the index is committed");
+        Ok(())
     }
 
     pub(super) fn objects(&self) -> Result<ObjectsTable, StoreError> {
@@ -158,21 +238,6 @@ impl Index {
 pub(super) fn commit_visible(mut write: redb::WriteTransaction) -> Result<(), StoreError> {
     write.set_durability(Durability::None)?;
     Ok(write.commit()?)
-}
-
-/// Makes the changes of `write`, and everything made visible before, durable. See the module's
-/// comment for the order.
-pub(super) fn commit_durable(
-    mut write: redb::WriteTransaction,
-    packs: &Packs,
-) -> Result<(), StoreError> {
-    step::reach("before the packs are synced");
-    packs.sync()?;
-    step::reach("before the index is committed");
-    write.set_durability(Durability::Immediate)?;
-    write.commit()?;
-    step::reach("after the index is committed");
-    Ok(())
 }
 
 /// Tells the table of packs that the index names a record that lies at `at`.

@@ -8,8 +8,12 @@
 //! The rule that everything rests on: a sweep removes objects only under [`Leases::exclusive`],
 //! that is, when no lease is live now and none was taken since it began to mark. So a lease that
 //! has been live without a gap since an object was seen or written proves that it is still there.
+//!
+//! All leases end when the index is reopened after a failure: what was written under them, and was
+//! not yet durable, is gone ([`super::index`]).
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +22,8 @@ use super::StoreError;
 #[derive(Default)]
 pub(super) struct Leases {
     state: Mutex<State>,
+    /// How often the index was reopened.
+    reopened: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
@@ -31,6 +37,8 @@ pub(super) struct State {
 struct Live {
     name: String,
     expires: Instant,
+    /// How often the index had been reopened when it was taken.
+    reopened: u64,
 }
 
 /// What a lease and the writers under it share.
@@ -66,9 +74,18 @@ impl Drop for Lease {
 }
 
 impl Leases {
+    /// Leases that end when `reopened`, a count of the index, grows.
+    pub(super) fn new(reopened: Arc<AtomicU64>) -> Self {
+        Self { state: Mutex::default(), reopened }
+    }
+
+    /// Without those that have ended.
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing in here panics between two writes that belong together.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (now, reopened) = (Instant::now(), self.reopened.load(Ordering::SeqCst));
+        state.live.retain(|_, live| live.expires > now && live.reopened == reopened);
+        state
     }
 
     pub(super) fn take(self: &Arc<Self>, name: &str, ttl: Duration) -> Lease {
@@ -76,7 +93,8 @@ impl Leases {
         let id = state.next_id;
         state.next_id += 1;
         state.generation += 1;
-        state.live.insert(id, Live { name: name.to_owned(), expires: after(ttl) });
+        let reopened = self.reopened.load(Ordering::SeqCst);
+        state.live.insert(id, Live { name: name.to_owned(), expires: after(ttl), reopened });
         let token = Arc::new(Token { id, name: name.to_owned(), ttl });
         Lease { token, leases: Arc::clone(self) }
     }
@@ -84,7 +102,6 @@ impl Leases {
     /// Also how a writer proves that its lease has been live all along.
     pub(super) fn renew(&self, token: &Token) -> Result<(), StoreError> {
         let mut state = self.lock();
-        state.forget_expired();
         let Some(live) = state.live.get_mut(&token.id) else {
             return Err(StoreError::LeaseExpired(token.name.clone()));
         };
@@ -94,9 +111,8 @@ impl Leases {
 
     /// Names of the live leases, sorted.
     pub(super) fn names(&self) -> Vec<String> {
-        let mut state = self.lock();
-        state.forget_expired();
-        let mut names: Vec<String> = state.live.values().map(|live| live.name.clone()).collect();
+        let mut names: Vec<String> =
+            self.lock().live.values().map(|live| live.name.clone()).collect();
         names.sort();
         names
     }
@@ -113,16 +129,8 @@ impl Leases {
     /// Keeps leases from being taken while the guard lives; `None` if one is live, or something has
     /// happened since `generation`.
     pub(super) fn exclusive(&self, generation: u64) -> Option<MutexGuard<'_, State>> {
-        let mut state = self.lock();
-        state.forget_expired();
+        let state = self.lock();
         (state.live.is_empty() && state.generation == generation).then_some(state)
-    }
-}
-
-impl State {
-    fn forget_expired(&mut self) {
-        let now = Instant::now();
-        self.live.retain(|_, live| live.expires > now);
     }
 }
 

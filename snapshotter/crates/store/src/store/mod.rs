@@ -14,6 +14,9 @@
 //! 2. fsync the packs that were appended to, and their directory if a pack is new;
 //! 3. commit the index with an fsync.
 //!
+//! A failure in 2 or 3, as on a full disk, takes the index back to the last step 3, and ends all
+//! leases ([`index`]).
+//!
 //! On open: the index is as of the last step 3. Packs that it does not name are deleted, and what
 //! follows the last byte that it knows in a pack is cut off: both belong to flushes that were not
 //! synced. So after a crash an object may be gone, but never half there. A pack that is missing or
@@ -87,8 +90,8 @@ const LOOKUPS_MAX: u32 = 8;
 pub struct Options {
     /// Length at which a pack is closed, in bytes: at least 16 MiB, or what tests like.
     pub pack_bytes_max: u32,
-    /// Room that writing leaves on the disk, in bytes. The index must not hit the end of the disk:
-    /// it would have to be reopened.
+    /// Room that writing leaves on the disk, in bytes. An index that hits the end of the disk is
+    /// reopened, which ends all leases.
     pub reserve_bytes: u64,
 }
 
@@ -174,6 +177,7 @@ impl Store {
             return Err(OpenError::IndexMissing(dir.to_owned()));
         }
         let index = Index::open(&index_path)?;
+        let leases = Arc::new(Leases::new(index.generations()));
         let known = known_packs(&index)?;
         let newest = files.iter().chain(known.keys()).max().copied().unwrap_or(0);
         let packs = Packs::new(packs_dir, options.pack_bytes_max, newest.saturating_add(1));
@@ -187,7 +191,7 @@ impl Store {
             options,
             index,
             packs,
-            leases: Arc::default(),
+            leases,
             damage,
             leftovers,
             removals: AtomicU64::new(0),
@@ -343,12 +347,26 @@ impl Store {
     ///
     /// `name` is for messages. Waits while a sweep removes objects.
     pub fn lease(&self, name: &str, ttl: Duration) -> Lease {
+        // Else the first use of the store would reopen its index, which ends leases.
+        if let Err(error) = self.inner.index.heal() {
+            tracing::warn!(%error, "the store's index cannot be reopened yet");
+        }
         self.inner.leases.take(name, ttl)
     }
 
     /// A writer of objects that `lease` protects until a snapshot does.
     pub fn writer(&self, lease: &Lease) -> Writer {
         Writer::new(Arc::clone(&self.inner), Arc::clone(&lease.token))
+    }
+
+    /// Why nothing can be stored, if the index failed and could not be reopened yet.
+    pub fn failure(&self) -> Option<String> {
+        self.inner.index.failure()
+    }
+
+    /// Reopens the index if it has failed, as the next use would. Errors: it cannot be reopened.
+    pub fn heal(&self) -> Result<(), StoreError> {
+        self.inner.index.heal()
     }
 
     /// Makes everything that was flushed before the call durable.
@@ -445,7 +463,7 @@ fn quarantine_lost(index: &Index, packs: &Packs, damage: &mut [Damage]) -> Resul
         }
         // Its number stays known, so that it is reported again and never given to another pack.
     }
-    index::commit_durable(write, packs)
+    index.commit_durable(write, packs)
 }
 
 impl Inner {
@@ -507,7 +525,7 @@ impl Inner {
     }
 
     fn sync(&self) -> Result<(), StoreError> {
-        index::commit_durable(self.index.begin_write()?, &self.packs)
+        self.index.commit_durable(self.index.begin_write()?, &self.packs)
     }
 
     /// Errors: [`StoreError::Full`] if writing `bytes` would use up the reserve.
@@ -518,14 +536,15 @@ impl Inner {
         if available < self.options.reserve_bytes.saturating_add(bytes as u64) {
             return Err(StoreError::Full { path: self.dir.clone() });
         }
-        Ok(())
+        let failed = |error| StoreError::io("keep room for", &self.dir.join(INDEX_FILE), error);
+        self.index.ensure_room().map_err(failed)
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         // redb makes its last commit durable when it closes, so the packs must be on the disk
-        // before.
+        // before; if they cannot be, that commit is given up.
         if let Err(error) = self.sync() {
             tracing::warn!(%error, dir = %self.dir.display(), "store closed without a sync");
         }

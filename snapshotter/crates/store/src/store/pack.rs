@@ -105,9 +105,22 @@ struct Appender {
     /// Packs with bytes that are perhaps not on the disk yet.
     dirty: BTreeMap<u32, Arc<File>>,
     is_dir_dirty: bool,
-    /// After a failed fsync the kernel may count lost pages as clean: a second fsync proves
-    /// nothing.
-    has_sync_failed: bool,
+    /// The index's generation in which an fsync failed. The kernel may count lost pages as clean
+    /// then: a second fsync proves nothing.
+    sync_failed_in: Option<u64>,
+}
+
+impl Appender {
+    /// Goes on in a new pack once the index has forgotten what a failed fsync may have lost. The
+    /// rest of the old one is dead.
+    fn recover(&mut self, generation: u64) {
+        if self.sync_failed_in.is_some_and(|failed| failed < generation) {
+            self.active = None;
+            self.dirty.clear();
+            self.is_dir_dirty = true;
+            self.sync_failed_in = None;
+        }
+    }
 }
 
 struct Active {
@@ -134,7 +147,7 @@ impl Packs {
             next_number,
             dirty: BTreeMap::new(),
             is_dir_dirty: false,
-            has_sync_failed: false,
+            sync_failed_in: None,
         };
         Self { dir, bytes_max, appender: Mutex::new(appender), readers: Mutex::default() }
     }
@@ -203,9 +216,17 @@ impl Packs {
     ///
     /// The bytes are readable but not durable; they are nothing until the index names them. Cold
     /// ones are not kept in memory.
-    pub(super) fn append(&self, records: &[u8], are_cold: bool) -> Result<(u32, u32), StoreError> {
+    ///
+    /// `generation` is the index's.
+    pub(super) fn append(
+        &self,
+        records: &[u8],
+        are_cold: bool,
+        generation: u64,
+    ) -> Result<(u32, u32), StoreError> {
         let len = u32::try_from(records.len()).expect("callers append a few MiB at most");
         let mut appender = self.lock();
+        appender.recover(generation);
         let has_room = |active: &Active| active.end.saturating_add(len) <= self.bytes_max;
         if !appender.active.as_ref().is_some_and(has_room) {
             self.begin_pack(&mut appender)?;
@@ -267,12 +288,14 @@ impl Packs {
     /// Waits until all bytes appended before the call are on the disk, and the packs' names with
     /// them.
     ///
-    /// Errors: after one failure every later call fails, since the kernel forgets what it has lost.
-    pub(super) fn sync(&self) -> Result<(), StoreError> {
+    /// Errors: after one failure every later call fails, since the kernel forgets what it has lost,
+    /// until the index of a later `generation` has forgotten those bytes too.
+    pub(super) fn sync(&self, generation: u64) -> Result<(), StoreError> {
         let (dirty, is_dir_dirty) = {
             let mut appender = self.lock();
-            if appender.has_sync_failed {
-                let source = io::Error::other("an earlier fsync has failed; restart to recover");
+            appender.recover(generation);
+            if appender.sync_failed_in.is_some() {
+                let source = io::Error::other("an earlier fsync has failed");
                 return Err(StoreError::io("sync", &self.dir, source));
             }
             (std::mem::take(&mut appender.dirty), std::mem::take(&mut appender.is_dir_dirty))
@@ -286,9 +309,15 @@ impl Packs {
         };
         let synced = sync_all();
         if synced.is_err() {
-            self.lock().has_sync_failed = true;
+            self.lock().sync_failed_in = Some(generation);
         }
         synced
+    }
+
+    /// As after an fsync that failed in the index's generation 0.
+    #[cfg(test)]
+    pub(super) fn break_sync(&self) {
+        self.lock().sync_failed_in = Some(0);
     }
 
     fn sync_dir(&self) -> Result<(), StoreError> {

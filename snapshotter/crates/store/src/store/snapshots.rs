@@ -124,7 +124,7 @@ impl Store {
             write.open_table(index::REMOVED)?.remove(snapshot.subject.to_string().as_str())?;
             SnapshotId(id)
         };
-        index::commit_durable(write, &self.inner.packs)?;
+        self.inner.index.commit_durable(write, &self.inner.packs)?;
         self.inner.snapshots_changed.send_replace(());
         Ok(id)
     }
@@ -186,7 +186,7 @@ impl Store {
             // That a subject was removed matters as long as it has snapshots.
             write.open_table(index::REMOVED)?.retain(|subject, _| left.contains(subject))?;
         }
-        index::commit_durable(write, &self.inner.packs)?;
+        self.inner.index.commit_durable(write, &self.inner.packs)?;
         self.inner.snapshots_changed.send_replace(());
         Ok(())
     }
@@ -202,7 +202,7 @@ impl Store {
             let bytes = Snapshot { is_pinned, ..snapshot }.to_bytes();
             table.insert(id.0, bytes.as_slice())?;
         }
-        index::commit_durable(write, &self.inner.packs)
+        self.inner.index.commit_durable(write, &self.inner.packs)
     }
 
     /// Notes, durably, that the container or volume of a subject was removed now; recording a
@@ -219,7 +219,7 @@ impl Store {
                 table.insert(text.as_str(), now_unix_ms)?;
             }
         }
-        index::commit_durable(write, &self.inner.packs)
+        self.inner.index.commit_durable(write, &self.inner.packs)
     }
 
     /// Subjects whose containers or volumes were removed, and when, in milliseconds since 1970.

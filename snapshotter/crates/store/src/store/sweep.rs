@@ -124,6 +124,8 @@ struct Census {
     ends: BTreeMap<u32, u32>,
     /// Packs below this number are complete, and no writer has anything pending in them.
     closed_below: u32,
+    /// How often the index had been reopened.
+    reopened: u64,
 }
 
 impl Census {
@@ -170,7 +172,8 @@ impl Store {
         compaction: Compaction,
     ) -> Result<SweepReport, SweepError<E>> {
         let inner = &*self.inner;
-        let generation = inner.leases.generation();
+        inner.index.heal()?;
+        let (generation, reopened) = (inner.leases.generation(), inner.index.generation());
         let leased = inner.leases.names();
         if !leased.is_empty() {
             return Err(SweepError::Leased(leased));
@@ -182,7 +185,7 @@ impl Store {
             let Some(_guard) = inner.leases.exclusive(generation) else {
                 return Err(SweepError::Disturbed);
             };
-            inner.remove_unmarked(&marks, compaction)?
+            inner.remove_unmarked(&marks, compaction, reopened)?
         };
         inner.give_space_back(&mut census)?;
         Ok(census.report)
@@ -258,9 +261,15 @@ impl Store {
 
 impl Inner {
     /// Step 3. Called with leases excluded.
-    fn remove_unmarked(&self, marks: &Marks, compaction: Compaction) -> Result<Census, StoreError> {
-        let write = self.index.begin_write()?;
+    fn remove_unmarked(
+        &self,
+        marks: &Marks,
+        compaction: Compaction,
+        reopened: u64,
+    ) -> Result<Census, StoreError> {
+        let write = self.index.begin_write_of(reopened)?;
         let mut census = retain_marked(&write, marks, compaction)?;
+        census.reopened = reopened;
         {
             let mut packs = write.open_table(index::PACKS)?;
             for entry in packs.iter()? {
@@ -279,7 +288,7 @@ impl Inner {
             }
         }
         step::reach("before the unmarked are removed");
-        index::commit_durable(write, &self.packs)?;
+        self.index.commit_durable(write, &self.packs)?;
         self.removals.fetch_add(1, Ordering::Release);
         Ok(census)
     }
@@ -298,12 +307,12 @@ impl Inner {
         let mut moves = self.records_in(&sparse)?;
         for (pack, end) in sparse {
             let mut moves = moves.remove(&pack).unwrap_or_default();
-            if !self.copy(&mut moves)? {
+            if !self.copy(&mut moves, census.reopened)? {
                 census.report.packs_unreadable += 1;
                 continue;
             }
             step::reach("before the copies are committed");
-            self.commit_moves(pack, &moves)?;
+            self.commit_moves(pack, &moves, census.reopened)?;
             step::reach("before the old pack is unlinked");
             self.packs.remove(pack)?;
             let copied: u64 = moves.iter().map(|one| one.to.record_len() as u64).sum();
@@ -334,7 +343,7 @@ impl Inner {
     }
 
     /// Step 5: appends copies and notes where they are. `false` if a record cannot be read.
-    fn copy(&self, moves: &mut [Move]) -> Result<bool, StoreError> {
+    fn copy(&self, moves: &mut [Move], reopened: u64) -> Result<bool, StoreError> {
         let mut rest = moves;
         while !rest.is_empty() {
             let mut records = Vec::new();
@@ -351,7 +360,7 @@ impl Inner {
                 count += 1;
             }
             self.ensure_room(records.len())?;
-            let (pack, begin) = self.packs.append(&records, true)?;
+            let (pack, begin) = self.packs.append(&records, true, reopened)?;
             let (copied, others) = rest.split_at_mut(count);
             for Move { to, .. } in copied {
                 (to.pack, to.offset) = (pack, begin + to.offset);
@@ -362,8 +371,8 @@ impl Inner {
     }
 
     /// Step 6.
-    fn commit_moves(&self, old: u32, moves: &[Move]) -> Result<(), StoreError> {
-        let write = self.index.begin_write()?;
+    fn commit_moves(&self, old: u32, moves: &[Move], reopened: u64) -> Result<(), StoreError> {
+        let write = self.index.begin_write_of(reopened)?;
         {
             let mut objects = write.open_table(index::OBJECTS)?;
             let mut packs = write.open_table(index::PACKS)?;
@@ -377,7 +386,7 @@ impl Inner {
             }
             packs.remove(old)?;
         }
-        index::commit_durable(write, &self.packs)
+        self.index.commit_durable(write, &self.packs)
     }
 }
 
@@ -389,7 +398,7 @@ fn retain_marked(
     compaction: Compaction,
 ) -> Result<Census, StoreError> {
     let (report, live, ends) = (SweepReport::default(), BTreeMap::new(), BTreeMap::new());
-    let mut census = Census { compaction, report, live, ends, closed_below: 0 };
+    let mut census = Census { compaction, report, live, ends, closed_below: 0, reopened: 0 };
     let Census { report, live, .. } = &mut census;
     let mut unreadable = None;
     write.open_table(index::OBJECTS)?.retain(|digest, entry| {

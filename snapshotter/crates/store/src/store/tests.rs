@@ -236,6 +236,104 @@ fn a_full_disk_is_told_apart_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_failed_index_is_reopened_as_of_the_last_sync_and_ends_all_leases() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let synced = put_all(&store, &[page(1)]);
+    store.sync().unwrap();
+    let lease = store.lease("before", HOUR);
+    let mut writer = store.writer(&lease);
+    let lost = writer.put(&page(2)).unwrap();
+    writer.flush().unwrap();
+    assert!(store.contains(&lost).unwrap());
+    store.inner.index.fail("the disk is full");
+    assert_eq!(store.failure().as_deref(), Some("the disk is full"));
+    // It may refer to what is lost.
+    writer.put(&page(3)).unwrap();
+    assert!(matches!(writer.flush(), Err(StoreError::LeaseExpired(name)) if name == "before"));
+    assert!(lease.renew().is_err());
+    assert_eq!(store.failure(), None);
+    assert_eq!(store.missing(&[synced[0], lost]).unwrap(), [lost]);
+    let again = put_all(&store, &[page(1), page(2), page(4)]);
+    store.sync().unwrap();
+    drop((writer, lease, store));
+    let store = open(dir.path());
+    assert!(store.damage().is_empty() && all_whole(&store, &again));
+}
+
+#[test]
+fn a_lease_that_is_taken_after_a_failure_lasts() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    store.inner.index.fail("the disk is full");
+    let lease = store.lease("after", HOUR);
+    let mut writer = store.writer(&lease);
+    writer.put(&page(1)).unwrap();
+    writer.flush().unwrap();
+    lease.renew().unwrap();
+}
+
+/// Method: bytes that were flushed and not synced are overwritten, as by a kernel that dropped the
+/// pages that it could not write.
+#[test]
+fn after_a_failed_sync_of_a_pack_nothing_names_its_unsynced_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let synced = put_all(&store, &[page(1)]);
+    store.sync().unwrap();
+    let pack = dir.path().join("packs/1.pack");
+    let end = usize::try_from(std::fs::metadata(&pack).unwrap().len()).unwrap();
+    let unsynced = put_all(&store, &[page(2), page(3)]);
+    store.inner.packs.break_sync();
+    assert!(matches!(store.sync(), Err(StoreError::Io { doing: "sync", .. })));
+    let mut bytes = std::fs::read(&pack).unwrap();
+    bytes[end..].fill(0);
+    std::fs::write(&pack, bytes).unwrap();
+    assert_eq!(store.missing(&unsynced).unwrap(), unsynced);
+    let again = put_all(&store, &[page(2), page(3)]);
+    store.sync().unwrap();
+    assert!(all_whole(&store, &synced) && all_whole(&store, &again));
+    drop(store);
+    let store = open(dir.path());
+    assert!(store.damage().is_empty() && all_whole(&store, &synced) && all_whole(&store, &again));
+}
+
+/// Method: as above, and the store is closed instead of used.
+#[test]
+fn a_store_that_closes_without_a_sync_names_no_unsynced_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let unsynced = put_all(&store, &[page(1)]);
+    store.inner.packs.break_sync();
+    drop(store);
+    assert_eq!(open(dir.path()).missing(&unsynced).unwrap(), unsynced);
+}
+
+#[test]
+fn a_sweep_removes_nothing_after_the_index_was_reopened() {
+    for step in ["before the copies are committed", "before the unmarked are removed"] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        put_all(&store, &(0..60).map(page).collect::<Vec<_>>());
+        let (_, kept) = record(&store, (0..60).step_by(3));
+        store.sync().unwrap();
+        let failing = store.clone();
+        let hook = move |reached: &'static str| {
+            if reached == step {
+                failing.inner.index.fail("the disk is full");
+            }
+        };
+        assert!(step::with_hook(hook, || sweep(&store)).is_err(), "{step}");
+        assert!(all_whole(&store, &kept), "{step}");
+        sweep(&store).unwrap();
+        assert!(all_whole(&store, &kept), "{step}");
+        drop(store);
+        let store = open(dir.path());
+        assert!(store.damage().is_empty() && all_whole(&store, &kept), "{step}");
+    }
+}
+
+#[test]
 fn writers_at_once_do_not_disturb_each_other() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());

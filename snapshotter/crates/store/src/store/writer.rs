@@ -29,8 +29,8 @@ pub struct Writer {
     unspilled: Vec<(Digest, Location)>,
     /// Objects in a pack or in `records` that the index does not name yet.
     pending: HashMap<Digest, Option<Location>>,
-    /// The index as of some moment, and the count of removals then.
-    known: Option<(ObjectsTable, u64)>,
+    /// The index as of some moment, with the count of removals and of reopenings then.
+    known: Option<(ObjectsTable, (u64, u64))>,
     is_cold: bool,
 }
 
@@ -134,6 +134,8 @@ impl Writer {
         // The last record of each pack, which says how far the index knows it.
         let mut last: HashMap<u32, Location> = HashMap::new();
         let write = self.store.index.begin_write()?;
+        // If the index was reopened meanwhile, what these objects refer to may be gone.
+        self.store.leases.renew(&self.token)?;
         {
             let mut objects = write.open_table(index::OBJECTS)?;
             for (digest, at) in located {
@@ -159,13 +161,13 @@ impl Writer {
         if self.pending.contains_key(digest) {
             return Ok(true);
         }
-        let removals = self.store.removals.load(Ordering::Acquire);
+        let counts = (self.store.removals.load(Ordering::Acquire), self.store.index.generation());
         let objects = match self.known.take() {
-            Some((objects, as_of)) if as_of == removals => objects,
+            Some((objects, as_of)) if as_of == counts => objects,
             _ => self.store.index.objects()?,
         };
         let has = objects.get(digest.as_bytes())?.is_some();
-        self.known = Some((objects, removals));
+        self.known = Some((objects, counts));
         Ok(has)
     }
 
@@ -206,7 +208,10 @@ impl Writer {
             return Ok(());
         }
         self.store.ensure_room(self.records.len())?;
-        let (pack, begin) = self.store.packs.append(&self.records, self.is_cold)?;
+        let (pack, begin) = {
+            let generation = self.store.index.generation();
+            self.store.packs.append(&self.records, self.is_cold, generation)?
+        };
         for (digest, at) in self.unspilled.drain(..) {
             let at = Location { pack, offset: begin + at.offset, ..at };
             self.pending.insert(digest, Some(at));
