@@ -4,6 +4,8 @@
 mod disk;
 #[path = "faults/marks.rs"]
 mod marks;
+#[path = "faults/two_volumes.rs"]
+mod two_volumes;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::LazyLock;

@@ -21,9 +21,9 @@ use std::sync::mpsc::Receiver;
 use godwit_protos::peer::ObjectBatch;
 use godwit_protos::{ContainerRef, Digest, FileSystem, Subject, VolumeId};
 
-use super::MigrationError;
 use super::layer::Layer;
 use super::session::Parsed;
+use super::{MigrationError, blocking};
 use crate::content::encoding::Codec;
 use crate::content::image::write_image;
 use crate::content::materialize::materialize;
@@ -85,6 +85,22 @@ impl Layout {
             installed: Vec::new(),
             here: node.volumes.clone(),
         })
+    }
+
+    /// Works on it on a thread for blocking work. What was done is noted also when that fails, so
+    /// that [`Self::discard`] removes it.
+    pub async fn work_on(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<(), MigrationError> + Send + 'static,
+    ) -> Result<(), MigrationError> {
+        let mut at = self.clone();
+        let (at, done) = blocking(move || {
+            let done = work(&mut at);
+            Ok((at, done))
+        })
+        .await?;
+        *self = at;
+        done
     }
 
     /// CRIU's image directory.

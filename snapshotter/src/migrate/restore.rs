@@ -259,8 +259,8 @@ impl Work {
         layout: &mut Layout,
     ) -> Result<Instant, MigrationError> {
         layout.clear_layer()?;
-        let (mut at, volumes) = (layout.clone(), self.node.volumes.clone());
-        *layout = blocking(move || at.finish(&manifests, &volumes).map(|()| at)).await?;
+        let volumes = self.node.volumes.clone();
+        layout.work_on(move |layout| layout.finish(&manifests, &volumes)).await?;
         self.node.events.step(&self.id, "hand-off", "restoring");
         let _ = self.publish.send(State::Ready(Acquired::Restore {
             session: self.id.clone(),

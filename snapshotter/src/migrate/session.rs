@@ -433,11 +433,9 @@ impl Work {
             }
             // Patching trees each round keeps what is left for after the stop small; memory is
             // staged once, below.
-            let (mut at, trees) = (layout.clone(), manifests);
-            *layout = blocking(move || at.stage(&trees).map(|()| at)).await?;
+            layout.work_on(move |layout| layout.stage(&manifests)).await?;
         }
-        let mut at = layout.clone();
-        *layout = blocking(move || at.stage_memory().map(|()| at)).await?;
+        layout.work_on(Layout::stage_memory).await?;
         Ok(number)
     }
 
@@ -495,9 +493,8 @@ impl Work {
         keeping.await.map_err(|_cause| MigrationError::Interrupted)??;
         let stopped = stopped.ok_or(MigrationError::Interrupted)?;
         let manifests = self.parse_manifests(&stopped.manifests)?;
-        let mut at = layout.clone();
         let volumes = self.node.volumes.clone();
-        *layout = blocking(move || at.finish(&manifests, &volumes).map(|()| at)).await?;
+        layout.work_on(move |layout| layout.finish(&manifests, &volumes)).await?;
         Ok(stopped)
     }
 

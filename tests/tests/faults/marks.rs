@@ -19,7 +19,7 @@ const SLEEP: [&str; 3] = ["sh", "-c", "while :; do usleep 100000; done"];
 const SLOW_MBIT: u32 = 8;
 
 /// `godwit migrate` in the background over a slow link, once it has reached this step.
-fn slow_migration(name: &str, step: &str) -> Result<Background> {
+pub(super) fn slow_migration(name: &str, step: &str) -> Result<Background> {
     let mut watching = destination().spawn(&["godwit", "watch"], &format!("watch-{name}"))?;
     source().set_rate(Some(SLOW_MBIT))?;
     let words = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
