@@ -326,13 +326,10 @@ impl Control for Service {
         answer: ServerStreamSender<Progress>,
     ) -> ttrpc::Result<()> {
         let mut events = self.node.events.subscribe();
-        loop {
-            match events.recv().await {
-                Ok(event) => answer.send(&progress(event)).await?,
-                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                Err(tokio::sync::broadcast::error::RecvError::Closed) => return Ok(()),
-            }
+        while let Some(event) = events.next().await {
+            answer.send(&progress(event)).await?;
         }
+        Ok(())
     }
 
     async fn status(

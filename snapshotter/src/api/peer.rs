@@ -30,7 +30,7 @@ use crate::layers::make::Maker;
 use crate::migrate::destination::{Sessions, Settings};
 use crate::migrate::outcome::{self, Failure};
 use crate::migrate::{MigrationError, describe::describe, plan, request, restore, source};
-use crate::node::Node;
+use crate::node::{Node, is_outcome};
 use crate::ownership::journal::JournalError;
 use crate::ownership::{Epoch, Ownership};
 use crate::peer::{
@@ -364,6 +364,9 @@ fn settings(asked: &MigrateRequest) -> Result<Settings, String> {
     Ok(settings)
 }
 
+/// What is known of a container when the work for it was cut short.
+const UNKNOWN: &str = "`godwit status` at both nodes says which of them has it";
+
 /// What brings a container to this node.
 #[derive(Clone, Debug)]
 pub enum Wanted {
@@ -382,7 +385,7 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
     let (node, sessions) = (node.clone(), sessions.clone());
     // On its own: a client that goes away does not stop a migration.
     tokio::spawn(async move {
-        tokio::spawn({
+        let work = tokio::spawn({
             let (node, migration) = (node.clone(), migration.clone());
             async move {
                 let asked = match &wanted {
@@ -407,17 +410,23 @@ pub fn follow(sessions: &Arc<Sessions>, wanted: Wanted) -> Pinned<Progress> {
                 }
             }
         });
-        loop {
-            match events.recv().await {
-                Ok(event) if event.migration == migration => {
-                    let last = matches!(event.step.as_str(), "done" | "failed");
-                    let gone = send.send(Ok(event)).await.is_err();
-                    if last || gone {
-                        break;
-                    }
+        // A client that waits must hear of a panic, too.
+        tokio::spawn({
+            let (node, migration) = (node.clone(), migration.clone());
+            async move {
+                if work.await.is_err() {
+                    node.events.failed(&migration, &MigrationError::Interrupted, UNKNOWN, true);
                 }
-                Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
+            }
+        });
+        while let Some(event) = events.next().await {
+            if event.migration != migration {
+                continue;
+            }
+            let is_last = is_outcome(&event);
+            let is_gone = send.send(Ok(event)).await.is_err();
+            if is_last || is_gone {
+                break;
             }
         }
     });

@@ -31,7 +31,7 @@ use crate::store::{Compaction, Options, SnapshotId, Store, StoreError, SweepRepo
 use crate::supervise::on_thread;
 use crate::volumes::fetch::Fetcher;
 use crate::volumes::{VolumeError, Volumes};
-pub use events::Events;
+pub use events::{Events, is_outcome};
 use godwit_disk::leftovers::Leftovers;
 use godwit_disk::trees::{self, RemoveError};
 pub use observed::Observed;
