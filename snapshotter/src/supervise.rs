@@ -108,6 +108,19 @@ impl Deaths {
     }
 }
 
+/// Work on another thread was cut short: by a panic, or since the daemon stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+/// Runs work that waits for disk or processor on another thread. Errors: its own, or
+/// [`Interrupted`].
+pub async fn blocking<T: Send + 'static, E: From<Interrupted> + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, E> {
+    tokio::task::spawn_blocking(work).await.map_err(|_cause| Interrupted)?
+}
+
 /// Runs blocking work on another thread. A panic there is one here; `None` when the runtime is
 /// shutting down.
 pub async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {

@@ -22,12 +22,13 @@ use tokio::sync::{Mutex, Semaphore, mpsc};
 use tonic::Status;
 
 use super::guard::Guard;
-use super::{LAYER_BYTES_MAX, LEASE, LayerError, QUEUE, blocking, keep};
+use super::{LAYER_BYTES_MAX, LEASE, LayerError, QUEUE, keep};
 use crate::containerd::{ClientError, FoundLayer};
 use crate::content::{layer, on};
 use crate::node::Node;
 use crate::peer::{Connection, blobs};
 use crate::retention::has_room;
+use crate::supervise::blocking;
 
 /// Neighbours that are asked to make the same layer.
 const MAKERS_MAX: usize = 3;
@@ -192,7 +193,7 @@ impl Maker {
         let (reader, pump) = piped(bytes);
         let lease = node.store.lease("layer", LEASE);
         let store = node.store.clone();
-        let work = blocking(move || {
+        let work = blocking(move || -> Result<_, LayerError> {
             let mut writer = store.writer(&lease);
             let mut stream = Hashed { inner: plain(reader)?, hash: Sha256::new(), done };
             let (root, size_bytes) = layer::put(&mut stream, Path::new("layer"), &mut writer)?;

@@ -48,6 +48,7 @@ use crate::peer::fetch::{FetchError, fetch_from};
 use crate::retention::{free_bytes, has_room, record};
 use crate::snapshots::{self, SnapshotError, Snapshotter};
 use crate::store::{Lease, Snapshot, Store, StoreError};
+use crate::supervise::{Interrupted, blocking};
 use arriving::{Arriving, Coming, bytes_of};
 use guard::guard;
 use offers::{Neighbours, Offer, Way};
@@ -116,6 +117,12 @@ pub enum LayerError {
     /// The daemon is stopping.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl From<Interrupted> for LayerError {
+    fn from(_: Interrupted) -> Self {
+        Self::Interrupted
+    }
 }
 
 impl LayerError {
@@ -471,7 +478,8 @@ impl Inner {
         (root, offered): (Digest, u64),
     ) -> Result<Descriptor, LayerError> {
         let of = objects.clone();
-        let found = blocking(move || Ok(of.decode::<Layer>(&root)?.bytes)).await?;
+        let found =
+            blocking(move || of.decode::<Layer>(&root).map_err(LayerError::from)).await?.bytes;
         // One chunk, named again and again, would fill the disk and cost the sender nothing.
         if found != offered {
             return Err(LayerError::Length { found, offered });
@@ -551,12 +559,6 @@ impl Inner {
         let store = self.node.store.clone();
         blocking(move || Ok(work(&store)?)).await
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, LayerError> + Send + 'static,
-) -> Result<T, LayerError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_cancelled| LayerError::Interrupted)?
 }
 
 /// Records that this node has the layer whole, as the object `root`.

@@ -54,6 +54,7 @@ use crate::ownership::leases::LeaseError;
 use crate::peer::PeerError;
 use crate::peer::fetch::FetchError;
 use crate::store::{SnapshotId, StoreError};
+use crate::supervise::{self, Interrupted};
 use crate::volumes::VolumeError;
 use crate::volumes::fetch::BringError;
 
@@ -305,6 +306,12 @@ pub enum MigrationError {
     Containerd(#[from] ClientError),
 }
 
+impl From<Interrupted> for MigrationError {
+    fn from(_: Interrupted) -> Self {
+        Self::Interrupted
+    }
+}
+
 impl From<BringError> for MigrationError {
     fn from(error: BringError) -> Self {
         match error {
@@ -401,9 +408,9 @@ impl MigrationError {
     }
 }
 
-/// Runs work that waits for disk or processor on a thread of its own.
+/// [`supervise::blocking`] for this module's work.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, MigrationError> + Send + 'static,
 ) -> Result<T, MigrationError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_cause| MigrationError::Interrupted)?
+    supervise::blocking(work).await
 }

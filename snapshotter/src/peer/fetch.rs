@@ -34,6 +34,7 @@ use crate::content::encoding::Codec;
 use crate::content::object::{self, Kind};
 use crate::content::{ContentError, Source as _};
 use crate::store::{Lease, Store};
+use crate::supervise::{Interrupted, blocking};
 
 /// Requests on their way to one peer at once: the next is asked for while one arrives.
 const REQUESTS_PER_PEER: usize = 2;
@@ -88,6 +89,12 @@ pub enum FetchError {
     /// The task that keeps objects ended early.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl From<Interrupted> for FetchError {
+    fn from(_: Interrupted) -> Self {
+        Self::Interrupted
+    }
 }
 
 impl From<crate::store::StoreError> for FetchError {
@@ -213,7 +220,7 @@ pub async fn fetch_within(
             seen.insert((*kind, *digest)) && !(depth == Depth::Lists && kind.is_leaf())
         });
         let here = store.clone();
-        let (asked, missing) = blocking(move || {
+        let (asked, missing) = blocking(move || -> Result<_, FetchError> {
             let missing = missing(&here, &level)?;
             Ok((level, missing))
         })
@@ -278,12 +285,6 @@ pub async fn fetch_from(
     let (roots, depth) = ([root], Depth::Content);
     let brought = fetch_within(store, lease, &peers, &roots, depth, patience).await?;
     Ok(brought.into_iter().next().unwrap_or_default())
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, FetchError> + Send + 'static,
-) -> Result<T, FetchError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_cancelled| FetchError::Interrupted)?
 }
 
 /// The queue of one level, shared by all workers.
@@ -378,7 +379,8 @@ async fn fetch_level(
             },
             _ = sync.tick() => {
                 let store = store.clone();
-                blocking(move || Ok(store.sync()?)).await?;
+                let synced = blocking(move || store.sync().map_err(FetchError::from));
+                synced.await?;
             }
         }
     }

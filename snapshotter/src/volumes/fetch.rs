@@ -21,6 +21,7 @@ use crate::peer::fetch::{FetchError, Patience, fetch_from};
 use crate::peer::link::LinkStats;
 use crate::peer::neighbours::{HELLO_MAX, connect};
 use crate::store::Store;
+use crate::supervise::{Interrupted, blocking};
 
 /// How long what arrives is protected until it is laid out.
 const BRING_MAX: Duration = Duration::from_secs(3600);
@@ -37,6 +38,12 @@ pub enum BringError {
     /// The daemon is stopping.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl From<Interrupted> for BringError {
+    fn from(_: Interrupted) -> Self {
+        Self::Interrupted
+    }
 }
 
 /// What of a node takes part in fetching content.
@@ -71,8 +78,7 @@ impl Fetcher<'_> {
         let (root, patience) = ((Kind::Tree, digest), Patience::USUAL.source);
         fetch_from(self.store, self.links, holders, root, &lease, patience).await?;
         let volumes = self.volumes.clone();
-        let laid_out = tokio::task::spawn_blocking(move || volumes.lay_out(&digest).map(drop));
-        Ok(laid_out.await.map_err(|_cause| BringError::Interrupted)??)
+        blocking(move || Ok(volumes.lay_out(&digest).map(drop)?)).await
     }
 
     /// Neighbours that say they have it, the fastest last.
