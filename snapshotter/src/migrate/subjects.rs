@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use godwit_protos::peer::Manifest;
 use godwit_protos::{ContainerRef, Digest, FileSystem, Subject};
@@ -206,7 +206,23 @@ impl Subjects {
     }
 
     /// Captures the trees that are `wanted`. May block.
+    ///
+    /// Errors: what was captured may not have been stored, so the next capture reads all again.
     pub fn capture_trees(
+        &mut self,
+        lease: &Lease,
+        wanted: &dyn Fn(&Subject) -> bool,
+    ) -> Result<(), MigrationError> {
+        let begun = Instant::now();
+        let captured = self.try_capture_trees(lease, wanted);
+        if captured.is_err() {
+            self.forget_trees();
+        }
+        tracing::debug!(elapsed = ?begun.elapsed(), "trees read");
+        captured
+    }
+
+    fn try_capture_trees(
         &mut self,
         lease: &Lease,
         wanted: &dyn Fn(&Subject) -> bool,
@@ -219,6 +235,12 @@ impl Subjects {
             });
         }
         Ok(writer.flush()?)
+    }
+
+    fn forget_trees(&mut self) {
+        for tree in &mut self.trees {
+            (tree.unchanged, tree.last) = (Unchanged::default(), None);
+        }
     }
 
     /// Begins to read the memory from the dump into `images`, an empty directory, while CRIU writes
@@ -243,9 +265,7 @@ impl Subjects {
         let known: HashSet<_> = self.store.all_snapshots()?.into_iter().map(|(id, _)| id).collect();
         if !last.iter().all(|id| known.contains(id)) {
             (self.memory_last, self.files_last) = (None, None);
-            for tree in &mut self.trees {
-                (tree.unchanged, tree.last) = (Unchanged::default(), None);
-            }
+            self.forget_trees();
         }
         Ok(())
     }

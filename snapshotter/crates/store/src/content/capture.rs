@@ -11,10 +11,11 @@
 //! 1. its change time lies more than a clock tick in the past,
 //! 2. the kernel counts no writer of it ([`godwit_disk::sys::may_have_writer`]),
 //! 3. the file is read, and
-//! 4. its size and times are then what they were before step 1.
+//! 4. its size and times are then what they were in step 1.
 //!
 //! A later capture takes content and attributes of a recorded file as they were, without opening
-//! it, while device, inode, size and times are equal.
+//! it, while device, inode, size and times are equal. It compares them with one `stat` for each
+//! file, on all processors, before it reads anything ([`super::known`]).
 //!
 //! This cannot miss a write. The file systems for which it is done (ext4, XFS, btrfs) set the
 //! change time when a write begins, before they store any of its bytes; of a shared mapping, when a
@@ -28,8 +29,12 @@
 //! open through an overlay.
 //!
 //! Nor can it miss a change of attributes: owner, mode, extended attributes, flags and project set
-//! the change time too, as do renaming and removing a name, and the attributes are read after step
-//! 1.
+//! the change time too, as do renaming and removing a name, and the attributes are those of step 1
+//! or are read after it.
+//!
+//! Everything else is recorded by step 1 alone. The target of a symbolic link and the number of a
+//! device never change. The names in a directory change only by making, renaming and removing
+//! entries, which sets the directory's times before it can be listed again.
 //!
 //! The price: a file that is open for writing is read in every capture, also while the container is
 //! frozen.
@@ -37,24 +42,28 @@
 //! When the clock is set back, a new change time may equal an old one. Then nothing recorded before
 //! is used.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use godwit_protos::Digest;
-use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
-use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::fcntl::{OFlag, openat, readlinkat};
+use nix::sys::stat::{FileStat, Mode, fstat};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Whence, lseek};
 use serde_bytes::ByteBuf;
 
+pub use super::known::Unchanged;
+use super::known::{
+    DIRECTORY, Found, Inode, Listing, Look, Mark, Marks, Other, Remembered, Sums, inode_of, look,
+};
 use super::object::{Attributes, Content, Directory, Entry, Node, Piece, Tree};
 use super::{ContentError, Sink, chunks, on};
 use godwit_disk::inode::{self, Flags};
@@ -62,10 +71,6 @@ use godwit_disk::sys::may_have_writer;
 
 /// Directories below each other that are followed.
 pub const DEPTH_MAX: usize = 200;
-
-/// A change time younger than this may hide a second change: file systems read a clock that
-/// advances every 10 ms or more often. Twice that, so that [`CLOCK_SET_MIN`] is covered too.
-const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 /// The clock counts as set when it moved by more than this against the time since boot.
 const CLOCK_SET_MIN: i128 = 5_000_000;
@@ -78,47 +83,6 @@ const OVERLAY_LOCAL: [&[u8]; 5] = [
     b"trusted.overlay.upper",
     b"trusted.overlay.uuid",
 ];
-
-/// What a capture knows from the one before, so that it need not read what did not change.
-#[derive(Debug, Default)]
-pub struct Unchanged {
-    files: HashMap<(u64, u64), Seen>,
-    /// [`clock_offset`] when the oldest of them was recorded.
-    clock: i128,
-}
-
-#[derive(Debug, Clone)]
-struct Seen {
-    marks: Marks,
-    content: Content,
-    attributes: Attributes,
-}
-
-/// What changes when a file does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Marks {
-    size: i64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl Marks {
-    fn of(stat: &FileStat) -> Self {
-        Self {
-            size: stat.st_size,
-            modified: (stat.st_mtime, stat.st_mtime_nsec),
-            changed: (stat.st_ctime, stat.st_ctime_nsec),
-        }
-    }
-
-    /// Whether a change that begins now is sure to get another change time.
-    fn are_past(&self) -> bool {
-        let seconds = u64::try_from(self.changed.0).unwrap_or(0);
-        let changed = Duration::new(seconds, u32::try_from(self.changed.1).unwrap_or(0));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        changed + CLOCK_TICK < now
-    }
-}
 
 /// What was read of a file.
 struct FileRead {
@@ -147,23 +111,24 @@ pub fn capture(
     sink: &mut dyn Sink,
     unchanged: &mut Unchanged,
 ) -> Result<Captured, ContentError> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let directory =
-        nix::fcntl::open(root, flags, Mode::empty()).map_err(on("open directory", root))?;
+        nix::fcntl::open(root, DIRECTORY, Mode::empty()).map_err(on("open directory", root))?;
     let stat = fstat(&directory).map_err(on("stat", root))?;
     let clock = clock_offset();
     if was_set(unchanged.clock, clock) {
-        *unchanged = Unchanged { files: HashMap::new(), clock };
+        *unchanged = Unchanged { directories: HashMap::new(), clock };
+    }
+    let known = std::mem::take(&mut unchanged.directories);
+    if !known.is_empty() {
+        look(directory.try_clone().map_err(on("open", root))?, &known);
     }
     let mut reader = Reader {
         sink,
-        known: std::mem::take(&mut unchanged.files),
-        seen: HashMap::new(),
+        known,
+        remembered: HashMap::new(),
         linked: HashMap::new(),
         trusts_times: keeps_times(&directory, root)?,
-        bytes: 0,
-        flags: 0,
-        has_projects: false,
+        sums: Sums::default(),
         path: root.to_owned(),
         names: Vec::new(),
     };
@@ -172,12 +137,17 @@ pub fn capture(
         let (path, flags) = (root.to_owned(), inode::names(flags.bits & inode::FIXED.bits()));
         return Err(ContentError::FixedRoot { path, flags });
     }
-    let attributes = reader.attributes(&directory, c".", &stat, flags)?;
-    let root = reader.directory(directory)?;
-    let (bytes, seen) = (reader.bytes, std::mem::take(&mut reader.seen));
-    let (flags, has_projects) = (reader.flags, reader.has_projects);
+    let attributes = reader.attributes(&directory, b".", &stat, flags)?;
+    let (inode, opened) = (inode_of(&stat), OnceCell::from(directory));
+    let root = reader.directory(&At { above: None, name: b".", inode, opened })?;
+    let Sums { bytes, mut flags, mut has_projects } = reader.sums;
+    flags |= attributes.flags;
+    has_projects |= attributes.project != 0;
+    let remembered = std::mem::take(&mut reader.remembered);
     let tree = super::put_object(sink, &Tree { attributes, root, bytes, flags, has_projects })?;
-    unchanged.files = if was_set(clock, clock_offset()) { HashMap::new() } else { seen };
+    if !was_set(clock, clock_offset()) {
+        unchanged.directories = remembered;
+    }
     Ok(Captured { tree, bytes })
 }
 
@@ -203,17 +173,51 @@ fn keeps_times(directory: &OwnedFd, path: &Path) -> Result<bool, ContentError> {
         .contains(&kind))
 }
 
+/// A directory of the tree. It is opened when it is needed.
+struct At<'a> {
+    above: Option<&'a At<'a>>,
+    name: &'a [u8],
+    inode: Inode,
+    opened: OnceCell<OwnedFd>,
+}
+
+impl<'a> At<'a> {
+    fn below(above: &'a Self, name: &'a [u8], inode: Inode) -> Self {
+        Self { above: Some(above), name, inode, opened: OnceCell::new() }
+    }
+
+    /// Errors: `ENOENT` also if another directory has its name now.
+    fn open(&self) -> Result<&OwnedFd, Errno> {
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened);
+        }
+        let above = self.above.ok_or(Errno::ENOENT)?.open()?;
+        let opened = openat(above, OsStr::from_bytes(self.name), DIRECTORY, Mode::empty())?;
+        if inode_of(&fstat(&opened)?) != self.inode {
+            return Err(Errno::ENOENT);
+        }
+        Ok(self.opened.get_or_init(|| opened))
+    }
+}
+
+/// Whether the container removed what was to be read after we had listed it.
+fn is_gone(error: &ContentError) -> bool {
+    let gone = [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP];
+    matches!(error, ContentError::File { source, .. }
+        if gone.iter().any(|errno| source.raw_os_error() == Some(*errno as i32)))
+}
+
 struct Reader<'a> {
     sink: &'a mut dyn Sink,
-    known: HashMap<(u64, u64), Seen>,
-    seen: HashMap<(u64, u64), Seen>,
+    /// The capture before, and what a look has found of it.
+    known: HashMap<Inode, Remembered>,
+    /// This capture, for the next.
+    remembered: HashMap<Inode, Remembered>,
     /// Of everything with several names, the path of the first and what links note of it.
-    linked: HashMap<(u64, u64), (Vec<ByteBuf>, Option<Digest>)>,
+    linked: HashMap<Inode, (Vec<ByteBuf>, Option<Digest>)>,
     trusts_times: bool,
-    bytes: u64,
-    /// Flags that were found, and whether a project ID was.
-    flags: u32,
-    has_projects: bool,
+    /// Of the directories that were read.
+    sums: Sums,
     /// Where we are, for messages.
     path: PathBuf,
     /// Where we are, as components below the root.
@@ -221,96 +225,194 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn directory(&mut self, directory: OwnedFd) -> Result<Digest, ContentError> {
+    /// Does something with the entry `name` of the directory where we are.
+    fn within<T>(&mut self, name: &[u8], read: impl FnOnce(&mut Self) -> T) -> T {
+        self.path.push(OsStr::from_bytes(name));
+        self.names.push(ByteBuf::from(name));
+        let done = read(self);
+        self.path.pop();
+        self.names.pop();
+        done
+    }
+
+    fn directory(&mut self, at: &At<'_>) -> Result<Digest, ContentError> {
         if self.names.len() >= DEPTH_MAX {
             return Err(ContentError::TooDeep(self.path.clone()));
         }
-        let mut names = Vec::<CString>::new();
-        let listing = directory.try_clone().map_err(on("open", &self.path))?;
-        for entry in Dir::from_fd(listing).map_err(on("list", &self.path))?.iter() {
-            let entry = entry.map_err(on("list", &self.path))?;
-            if ![c".", c".."].contains(&entry.file_name()) {
-                names.push(entry.file_name().to_owned());
+        let mut before = self.known.remove(&at.inode);
+        let looked = before.as_mut().and_then(|before| before.look.take());
+        match (before, looked) {
+            (Some(before), Some(Look::Same)) => self.same(at, before),
+            (before, Some(Look::Listed(listing))) => self.listed(at, before, listing),
+            (before, _) => {
+                let directory = at.open().map_err(on("open directory", &self.path))?;
+                let listing = Listing::read(directory, &self.path, before.as_ref())?;
+                self.listed(at, before, listing)
             }
         }
-        names.sort_unstable();
-        let mut entries = Vec::with_capacity(names.len());
-        for name in names {
-            let component = OsStr::from_bytes(name.to_bytes());
-            self.path.push(component);
-            self.names.push(ByteBuf::from(name.to_bytes()));
-            let entry = self.entry(&directory, &name);
-            self.path.pop();
-            self.names.pop();
-            match entry {
-                Ok(entry) => entries.push(entry),
-                // The container removed it after we had listed it.
-                Err(ContentError::File { source, .. })
-                    if [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP]
-                        .iter()
-                        .any(|errno| source.raw_os_error() == Some(*errno as i32)) => {}
+    }
+
+    /// A directory with the entries that it had: only what is below its directories may differ.
+    fn same(&mut self, at: &At<'_>, mut before: Remembered) -> Result<Digest, ContentError> {
+        let (mut is_changed, mut gone) = (false, Vec::new());
+        for index in 0..before.directories.len() {
+            let place = before.directories[index];
+            let (name, inode) = (before.entries[place].name.clone(), before.marks[place].inode);
+            match self.within(&name, |here| here.directory(&At::below(at, &name, inode))) {
+                Ok(digest) => {
+                    let node = Node::Directory(digest);
+                    is_changed |= before.entries[place].node != node;
+                    before.entries[place].node = node;
+                }
+                Err(error) if is_gone(&error) => gone.push(place),
                 Err(error) => return Err(error),
             }
         }
-        self.put_entries(entries)
+        if !is_changed && gone.is_empty() {
+            let digest = before.digest;
+            self.sums.add(before.sums);
+            self.remembered.insert(at.inode, before);
+            return Ok(digest);
+        }
+        let listed = before.listed.filter(|_| gone.is_empty());
+        let all = before.entries.into_iter().zip(before.marks).enumerate();
+        let (entries, marks) =
+            all.filter(|(place, _)| !gone.contains(place)).map(|(_, entry)| entry).unzip();
+        self.put(at.inode, listed, entries, marks)
+    }
+
+    fn listed(
+        &mut self,
+        at: &At<'_>,
+        before: Option<Remembered>,
+        listing: Listing,
+    ) -> Result<Digest, ContentError> {
+        let mut entries = Vec::with_capacity(listing.found.len());
+        let mut marks = Vec::with_capacity(listing.found.len());
+        let mut old = before
+            .into_iter()
+            .flat_map(|before| before.entries.into_iter().zip(before.marks))
+            .enumerate();
+        for found in listing.found {
+            let read = match found {
+                Found::Same(place) => {
+                    #[expect(clippy::expect_used, reason = "our own invariant")]
+                    let (_, (entry, mark)) =
+                        old.find(|(at, _)| *at == place).expect("places ascend like names");
+                    self.same_entry(at, entry, mark)
+                }
+                Found::Other(other) => self.within(&other.name, |here| here.entry(at, &other)),
+            };
+            match read {
+                Ok((entry, mark)) => {
+                    entries.push(entry);
+                    marks.push(mark);
+                }
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.put(at.inode, listing.listed, entries, marks)
+    }
+
+    fn put(
+        &mut self,
+        inode: Inode,
+        listed: Option<Marks>,
+        entries: Vec<Entry>,
+        marks: Vec<Mark>,
+    ) -> Result<Digest, ContentError> {
+        let (digest, entries) = self.put_entries(entries)?;
+        let directory = Remembered::new(digest, listed, entries, marks);
+        self.sums.add(directory.sums);
+        if self.trusts_times {
+            self.remembered.insert(inode, directory);
+        }
+        Ok(digest)
     }
 
     /// Large directories are cut where a name's hash says so, so that an insertion moves no other
-    /// cut.
-    fn put_entries(&mut self, entries: Vec<Entry>) -> Result<Digest, ContentError> {
+    /// cut. Returns the entries too.
+    fn put_entries(&mut self, entries: Vec<Entry>) -> Result<(Digest, Vec<Entry>), ContentError> {
+        let mut put = |entries| {
+            let directory = Directory::Entries(entries);
+            let digest = super::put_object(self.sink, &directory)?;
+            let Directory::Entries(entries) = directory else { return Ok((digest, Vec::new())) };
+            Ok((digest, entries))
+        };
         if entries.len() <= chunks::LIST_MAX / 2 {
-            return super::put_object(self.sink, &Directory::Entries(entries));
+            return put(entries);
         }
         let cut = |entry: &Entry| Digest::of(&entry.name).as_bytes()[0] == 0;
-        let mut parts = Vec::new();
+        let (mut parts, mut all) = (Vec::new(), Vec::with_capacity(entries.len()));
         for part in chunks::cut_where(entries, cut) {
-            parts.push(super::put_object(self.sink, &Directory::Entries(part))?);
+            let (digest, entries) = put(part)?;
+            parts.push(digest);
+            all.extend(entries);
         }
-        super::put_object(self.sink, &Directory::Parts(parts))
+        Ok((super::put_object(self.sink, &Directory::Parts(parts))?, all))
     }
 
-    fn entry(&mut self, parent: &OwnedFd, name: &CStr) -> Result<Entry, ContentError> {
+    /// An entry that is recorded and has not changed.
+    fn same_entry(
+        &mut self,
+        at: &At<'_>,
+        entry: Entry,
+        mark: Mark,
+    ) -> Result<(Entry, Mark), ContentError> {
+        let Entry { name, attributes, mut node } = entry;
+        if mark.is_linked {
+            if let Some(link) = self.link(&name, mark.inode) {
+                return Ok(link);
+            }
+            let path = self.names.iter().chain([&name]).cloned().collect();
+            self.linked.insert(mark.inode, (path, node.identity()));
+        } else if matches!(node, Node::Directory(_)) {
+            let below = At::below(at, &name, mark.inode);
+            node = Node::Directory(self.within(&name, |here| here.directory(&below))?);
+        }
+        Ok((Entry { name, attributes, node }, mark))
+    }
+
+    /// Another name of what was read already.
+    fn link(&self, name: &[u8], inode: Inode) -> Option<(Entry, Mark)> {
+        let (first, identity) = self.linked.get(&inode)?;
+        let node = Node::HardLink(first.clone(), *identity);
+        let entry = Entry { name: ByteBuf::from(name), attributes: None, node };
+        Some((entry, Mark { inode, recorded: None, is_linked: true }))
+    }
+
+    fn entry(&mut self, at: &At<'_>, other: &Other) -> Result<(Entry, Mark), ContentError> {
         use nix::libc::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK};
         let path = self.path.clone();
-        let stat =
-            fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(on("stat", &path))?;
+        let Other { name, stat, is_past } = other;
         let device = (
             u32::try_from(nix::sys::stat::major(stat.st_rdev)).unwrap_or(u32::MAX),
             u32::try_from(nix::sys::stat::minor(stat.st_rdev)).unwrap_or(u32::MAX),
         );
-        let entry_name = ByteBuf::from(name.to_bytes());
-        let (kind, inode) = (stat.st_mode & S_IFMT, (stat.st_dev, stat.st_ino));
+        let (kind, inode) = (stat.st_mode & S_IFMT, inode_of(stat));
         let is_linked = kind != S_IFDIR && stat.st_nlink > 1;
-        if is_linked && let Some((first, identity)) = self.linked.get(&inode) {
-            let node = Node::HardLink(first.clone(), *identity);
-            return Ok(Entry { name: entry_name, attributes: None, node });
+        if is_linked && let Some(link) = self.link(name, inode) {
+            return Ok(link);
         }
-        if kind == S_IFREG
-            && let Some((attributes, node)) = self.recorded(inode, &stat)
-        {
-            if is_linked {
-                self.linked.insert(inode, (self.names.clone(), node.identity()));
-            }
-            return Ok(Entry { name: entry_name, attributes: Some(attributes), node });
-        }
-        let (mut flags, mut to_record) = (Flags::default(), None);
+        let parent = at.open().map_err(on("open the directory of", &path))?;
+        let mut flags = Flags::default();
+        let mut recorded = (self.trusts_times && *is_past).then_some(Marks::of(stat));
         let node = match kind {
             S_IFREG => {
-                let FileRead { bytes, content, flags: found, recorded } =
-                    self.file(parent, name, &stat)?;
-                flags = found;
-                to_record = recorded.map(|marks| (marks, content.clone()));
-                Node::File(bytes, content)
+                let read = self.file(parent, other)?;
+                (flags, recorded) = (read.flags, read.recorded);
+                Node::File(read.bytes, read.content)
             }
             S_IFDIR => {
-                let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
-                let directory = openat(parent, name, how | OFlag::O_CLOEXEC, Mode::empty())
-                    .map_err(on("open directory", &path))?;
-                flags = self.flags(&directory)?;
-                Node::Directory(self.directory(directory)?)
+                let below = At::below(at, name, inode);
+                let directory = below.open().map_err(on("open directory", &path))?;
+                flags = self.flags(directory)?;
+                Node::Directory(self.directory(&below)?)
             }
             S_IFLNK => {
-                let target = readlinkat(parent, name).map_err(on("read link", &path))?;
+                let target =
+                    readlinkat(parent, OsStr::from_bytes(name)).map_err(on("read link", &path))?;
                 Node::Symlink(ByteBuf::from(target.as_bytes()))
             }
             S_IFCHR => Node::CharDevice(device.0, device.1),
@@ -322,37 +424,22 @@ impl Reader<'_> {
         if is_linked {
             self.linked.insert(inode, (self.names.clone(), node.identity()));
         }
-        let attributes = self.attributes(parent, name, &stat, flags)?;
-        if let Some((marks, content)) = to_record {
-            self.seen.insert(inode, Seen { marks, content, attributes: attributes.clone() });
-        }
-        Ok(Entry { name: entry_name, attributes: Some(attributes), node })
-    }
-
-    /// Attributes and content of a file that was recorded and has not changed.
-    fn recorded(&mut self, inode: (u64, u64), stat: &FileStat) -> Option<(Attributes, Node)> {
-        let marks = Marks::of(stat);
-        let seen = self.known.remove(&inode).filter(|seen| seen.marks == marks)?;
-        let (attributes, content) = (seen.attributes.clone(), seen.content.clone());
-        self.seen.insert(inode, seen);
-        self.flags |= attributes.flags;
-        self.has_projects |= attributes.project != 0;
-        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
-        self.bytes += bytes;
-        Some((attributes, Node::File(bytes, content)))
+        let attributes = Some(self.attributes(parent, name, stat, flags)?);
+        let entry = Entry { name: ByteBuf::from(&name[..]), attributes, node };
+        Ok((entry, Mark { inode, recorded, is_linked }))
     }
 
     fn attributes(
         &self,
         parent: &OwnedFd,
-        name: &CStr,
+        name: &[u8],
         stat: &FileStat,
         flags: Flags,
     ) -> Result<Attributes, ContentError> {
         // Through the descriptor, since links and devices cannot be opened; the last name is not
         // followed.
         let at = PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()))
-            .join(OsStr::from_bytes(name.to_bytes()));
+            .join(OsStr::from_bytes(name));
         let mut xattrs = Vec::new();
         for key in xattr::list(&at).map_err(on("list attributes of", &self.path))? {
             if OVERLAY_LOCAL.contains(&key.as_bytes()) {
@@ -378,40 +465,29 @@ impl Reader<'_> {
 
     /// Flags and project of an open file or directory. Errors: [`ContentError::Flag`] for one that
     /// cannot move.
-    fn flags(&mut self, opened: &impl AsFd) -> Result<Flags, ContentError> {
+    fn flags(&self, opened: &impl AsFd) -> Result<Flags, ContentError> {
         let found = inode::read(opened).map_err(on("read the flags of", &self.path))?;
-        let found = found.map_err(|flag| ContentError::Flag { path: self.path.clone(), flag })?;
-        self.flags |= found.bits;
-        self.has_projects |= found.project != 0;
-        Ok(found)
+        found.map_err(|flag| ContentError::Flag { path: self.path.clone(), flag })
     }
 
-    /// `listed` is what the name was when it was looked at: a container may have put a device in
-    /// its place, which is not read.
-    fn file(
-        &mut self,
-        parent: &OwnedFd,
-        name: &CStr,
-        listed: &FileStat,
-    ) -> Result<FileRead, ContentError> {
+    /// The name may be something else than when it was looked at: a container may have put a device
+    /// in its place, which is not read.
+    fn file(&mut self, parent: &OwnedFd, listed: &Other) -> Result<FileRead, ContentError> {
         let path = self.path.clone();
+        let Other { name, stat: listed, is_past } = listed;
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let file = openat(parent, name, flags, Mode::empty()).map_err(on("open", &path))?;
+        let file = openat(parent, OsStr::from_bytes(name), flags, Mode::empty())
+            .map_err(on("open", &path))?;
         let stat = fstat(&file).map_err(on("stat", &path))?;
-        let inode = (stat.st_dev, stat.st_ino);
-        if inode != (listed.st_dev, listed.st_ino) || stat.st_mode != listed.st_mode {
+        if inode_of(&stat) != inode_of(listed) || stat.st_mode != listed.st_mode {
             return Err(on("read", &path)(Errno::ENOENT));
         }
-        let (file, marks) = (File::from(file), Marks::of(&stat));
-        // The order of these steps is the proof in the module's comment.
-        let is_still = self.trusts_times
-            && Marks::of(listed) == marks
-            && marks.are_past()
-            && !may_have_writer(&file);
+        let (file, marks) = (File::from(file), Marks::of(listed));
+        // The order of these steps is the proof in the module's comment; the first was the look.
+        let is_still = self.trusts_times && *is_past && !may_have_writer(&file);
         let flags = self.flags(&file)?;
         let pieces = self.pieces(&file, &path)?;
         let bytes = pieces.iter().map(|piece| piece.bytes).sum();
-        self.bytes += bytes;
         let content = chunks::put_pieces(self.sink, pieces)?;
         let is_still = is_still && Marks::of(&fstat(&file).map_err(on("stat", &path))?) == marks;
         Ok(FileRead { bytes, content, flags, recorded: is_still.then_some(marks) })
@@ -454,16 +530,19 @@ mod tests {
     use std::fs;
     use std::thread;
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::content::Source as _;
     use crate::content::fake::Objects;
+    use crate::content::known::CLOCK_TICK;
 
     /// A directory on a file system whose times are trusted, with the file "a" that has been still
     /// for a while.
     fn still() -> tempfile::TempDir {
         let from = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         fs::write(from.path().join("a"), b"one").unwrap();
-        thread::sleep(3 * CLOCK_TICK);
+        wait_for_another_tick();
         from
     }
 
@@ -508,9 +587,154 @@ mod tests {
         assert!(!reads(from.path(), &mut unchanged));
     }
 
-    fn entry(from: &Path, unchanged: &mut Unchanged) -> Entry {
+    /// Digest of the tree, and what had to be stored.
+    fn take(from: &Path, unchanged: &mut Unchanged) -> (Digest, Objects) {
         let mut objects = Objects::default();
-        let tree = capture(from, &mut objects, unchanged).unwrap().tree;
+        let captured = capture(from, &mut objects, unchanged).unwrap();
+        (captured.tree, objects)
+    }
+
+    fn wait_for_another_tick() {
+        thread::sleep(3 * CLOCK_TICK);
+    }
+
+    #[test]
+    fn what_has_not_changed_is_not_stored_again_and_a_change_costs_its_path() {
+        let (from, mut unchanged) = (still(), Unchanged::default());
+        for directory in ["few", "many/deep"] {
+            fs::create_dir_all(from.path().join(directory)).unwrap();
+        }
+        for n in 0..700 {
+            fs::write(from.path().join(format!("many/{n}")), n.to_string()).unwrap();
+        }
+        std::os::unix::fs::symlink("there", from.path().join("few/link")).unwrap();
+        wait_for_another_tick();
+        let (first, all) = take(from.path(), &mut unchanged);
+        let (second, again) = take(from.path(), &mut unchanged);
+        assert_eq!(second, first);
+        assert_eq!(again.0.keys().collect::<Vec<_>>(), [&first], "only the tree's own object");
+        assert!(all.0.len() > 700);
+
+        // The same length, and the directory's own times stay as they are.
+        fs::write(from.path().join("many/500"), "xyz").unwrap();
+        let (third, changed) = take(from.path(), &mut unchanged);
+        assert_ne!(third, first);
+        assert_eq!(third, take(from.path(), &mut Unchanged::default()).0);
+        assert!(changed.0.contains_key(&Digest::of(b"xyz")));
+        assert!(!changed.0.contains_key(&Digest::of(b"499")), "its neighbour was read");
+        wait_for_another_tick();
+        assert_eq!(take(from.path(), &mut unchanged).0, third);
+        let (_, again) = take(from.path(), &mut unchanged);
+        assert_eq!(again.0.len(), 1, "all is recorded again");
+    }
+
+    /// Below `unchanged` directories nothing is looked up by name, so each of these must be found
+    /// by what it does to the marks.
+    #[test]
+    fn changes_of_names_below_recorded_directories_are_seen() {
+        let changes: [fn(&Path); 7] = [
+            |root| fs::rename(root.join("d/e"), root.join("d/f")).unwrap(),
+            |root| fs::rename(root.join("d/x"), root.join("x")).unwrap(),
+            |root| fs::remove_dir_all(root.join("d/e")).unwrap(),
+            |root| fs::write(root.join("d/e/new"), "new").unwrap(),
+            // The first name of a linked file comes to stand behind the other.
+            |root| fs::rename(root.join("d"), root.join("z")).unwrap(),
+            |root| fs::remove_file(root.join("d/linked")).unwrap(),
+            |root| {
+                let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+                fs::set_permissions(root.join("d/e"), mode).unwrap();
+            },
+        ];
+        for (case, change) in changes.into_iter().enumerate() {
+            let (from, mut unchanged) = (still(), Unchanged::default());
+            let root = from.path();
+            fs::create_dir_all(root.join("d/e")).unwrap();
+            for name in ["d/x", "d/e/y", "d/linked"] {
+                fs::write(root.join(name), name).unwrap();
+            }
+            fs::hard_link(root.join("d/linked"), root.join("other")).unwrap();
+            wait_for_another_tick();
+            let first = take(root, &mut unchanged).0;
+            assert_eq!(take(root, &mut unchanged).0, first, "case {case}");
+            change(root);
+            let second = take(root, &mut unchanged).0;
+            assert_ne!(second, first, "case {case}");
+            assert_eq!(second, take(root, &mut Unchanged::default()).0, "case {case}");
+            assert_eq!(second, take(root, &mut unchanged).0, "case {case}");
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Change {
+        Write(u8, u8),
+        Remove(u8),
+        Rename(u8, u8),
+        Link(u8, u8),
+        Symlink(u8, u8),
+        Directory(u8),
+        Mode(u8, u8),
+        Note(u8, u8),
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let (at, any) = (0..7u8, any::<u8>());
+        prop_oneof![
+            (at.clone(), any).prop_map(|(a, b)| Change::Write(a, b)),
+            at.clone().prop_map(Change::Remove),
+            (at.clone(), at.clone()).prop_map(|(a, b)| Change::Rename(a, b)),
+            (at.clone(), at.clone()).prop_map(|(a, b)| Change::Link(a, b)),
+            (at.clone(), any).prop_map(|(a, b)| Change::Symlink(a, b)),
+            at.clone().prop_map(Change::Directory),
+            (at.clone(), any).prop_map(|(a, b)| Change::Mode(a, b)),
+            (at, any).prop_map(|(a, b)| Change::Note(a, b)),
+        ]
+    }
+
+    /// Makes a change if it is possible.
+    fn apply(root: &Path, change: &Change) {
+        use std::os::unix::fs::{PermissionsExt as _, symlink};
+        let at = |n: u8| root.join(["a", "b", "d", "d/x", "d/e", "d/e/y", "z"][usize::from(n)]);
+        let _ = match change {
+            Change::Write(file, byte) => fs::write(at(*file), [*byte; 5]),
+            Change::Remove(file) => {
+                fs::remove_file(at(*file)).or_else(|_| fs::remove_dir_all(at(*file)))
+            }
+            Change::Rename(from, to) => fs::rename(at(*from), at(*to)),
+            Change::Link(from, to) => fs::hard_link(at(*from), at(*to)),
+            Change::Symlink(file, byte) => symlink(byte.to_string(), at(*file)),
+            Change::Directory(name) => fs::create_dir(at(*name)),
+            Change::Mode(file, mode) => {
+                let mode = fs::Permissions::from_mode(0o700 | u32::from(mode % 64));
+                fs::set_permissions(at(*file), mode)
+            }
+            Change::Note(file, note) => xattr::set(at(*file), "user.note", &[*note]),
+        };
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+        /// Method: any changes between captures that remember each other; each is as one that
+        /// remembers nothing. Half of the rounds begin before what changed can be recorded.
+        #[test]
+        fn remembering_changes_nothing(
+            rounds in proptest::collection::vec(
+                (proptest::collection::vec(change(), 0..6), any::<bool>()), 1..6)
+        ) {
+            let (from, mut unchanged) = (still(), Unchanged::default());
+            for (changes, waits) in rounds {
+                changes.iter().for_each(|change| apply(from.path(), change));
+                if waits {
+                    wait_for_another_tick();
+                }
+                let (tree, _) = take(from.path(), &mut unchanged);
+                prop_assert_eq!(tree, take(from.path(), &mut Unchanged::default()).0);
+            }
+        }
+    }
+
+    /// The first entry. `objects` has what earlier captures stored.
+    fn entry(from: &Path, unchanged: &mut Unchanged, objects: &mut Objects) -> Entry {
+        let tree = capture(from, objects, unchanged).unwrap().tree;
         let root = objects.decode::<Tree>(&tree).unwrap().root;
         objects.entries(&root).unwrap().remove(0)
     }
@@ -519,16 +743,17 @@ mod tests {
     fn a_recorded_file_is_not_opened_and_is_the_same() {
         use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
         let (from, mut unchanged) = (still(), Unchanged::default());
+        let mut objects = Objects::default();
         let file = from.path().join("a");
         xattr::set(&file, "user.note", b"kept").unwrap();
         thread::sleep(3 * CLOCK_TICK);
-        let first = entry(from.path(), &mut unchanged);
+        let first = entry(from.path(), &mut unchanged, &mut objects);
         let opened = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
         opened.add_watch(&file, AddWatchFlags::IN_OPEN).unwrap();
-        assert_eq!(entry(from.path(), &mut unchanged), first);
+        assert_eq!(entry(from.path(), &mut unchanged, &mut objects), first);
         assert!(matches!(opened.read_events(), Err(Errno::EAGAIN)), "it was opened");
         assert_eq!(first.attributes.unwrap().xattrs.len(), 1);
-        let unknown = entry(from.path(), &mut Unchanged::default());
+        let unknown = entry(from.path(), &mut Unchanged::default(), &mut objects);
         assert_eq!(unknown.node, first.node);
     }
 
@@ -557,11 +782,16 @@ mod tests {
         ];
         for (case, change) in changes.into_iter().enumerate() {
             let (from, mut unchanged) = (still(), Unchanged::default());
-            let first = entry(from.path(), &mut unchanged);
+            let mut objects = Objects::default();
+            let first = entry(from.path(), &mut unchanged, &mut objects);
             change(&from.path().join("a"));
-            let second = entry(from.path(), &mut unchanged);
+            let second = entry(from.path(), &mut unchanged, &mut objects);
             assert_ne!(second, first, "case {case}");
-            assert_eq!(second, entry(from.path(), &mut Unchanged::default()), "case {case}");
+            assert_eq!(
+                second,
+                entry(from.path(), &mut Unchanged::default(), &mut objects),
+                "case {case}"
+            );
         }
     }
 }

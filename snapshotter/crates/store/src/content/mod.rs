@@ -21,6 +21,7 @@ pub mod chunks;
 pub mod difference;
 pub mod encoding;
 pub mod image;
+mod known;
 pub mod layer;
 pub mod materialize;
 pub mod memory;
