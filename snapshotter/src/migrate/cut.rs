@@ -42,9 +42,10 @@ pub type Shared = Arc<Mutex<Subjects>>;
 
 /// A dump that CRIU has written.
 pub(super) struct Dumped {
-    /// How long the freeze and step 2 took.
+    /// How long the freeze took, step 2, and of that CRIU's dump.
     pub(super) freeze: Duration,
     pub(super) dump: Duration,
+    pub(super) criu: Duration,
     /// What reads the memory; the pages are hashed as far as that was possible beside CRIU.
     reader: DumpReader,
 }
@@ -85,6 +86,7 @@ pub(super) async fn freeze_and_dump(
     let reading = tokio::task::spawn_blocking(move || lock(&of).capture_trees(&held, &|_| true));
     let limit = node.config.freeze_max().saturating_sub(frozen.elapsed());
     let dumped = described.shim.dump(container.id(), &images, &work, limit).await;
+    let criu = begun.elapsed();
     let trees = reading.await.map_err(|_cause| MigrationError::Interrupted)?;
     dumped?;
     trees?;
@@ -97,7 +99,7 @@ pub(super) async fn freeze_and_dump(
         })
         .await?;
     }
-    Ok(Dumped { freeze, dump: begun.elapsed(), reader })
+    Ok(Dumped { freeze, dump: begun.elapsed(), criu, reader })
 }
 
 /// Step 3. Returns all subjects as of the cut.

@@ -330,7 +330,9 @@ impl Work {
         let restore = millis(running - ready);
         let memory = stopped.manifests.iter().find(|told| told.subject.starts_with("memory|"));
         let predicted = criu_seconds(&shape, memory.map_or(0, |told| told.size_bytes));
-        self.node.links.frozen(&self.asked.from.node, (dump + restore) / 1e3, predicted);
+        // What reading file trees takes beyond it says nothing of CRIU's pace.
+        let criu = if stopped.criu_us > 0 { source_ms(stopped.criu_us) } else { dump };
+        self.node.links.frozen(&self.asked.from.node, (criu + restore) / 1e3, predicted);
         prepared.connections.remember(&self.node);
         Ok(Report {
             migration: self.id.clone(),

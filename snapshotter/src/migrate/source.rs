@@ -360,6 +360,7 @@ impl Session {
         let node = self.node.clone();
         let _urgent = node.freeze_gate.take();
         let (freeze_us, dump_us) = (micros(cut.freeze), micros(cut.dump));
+        let criu_us = micros(cut.criu);
         let versions = cut::read_dump(subjects, cut).await?;
         let manifests = self.manifests(&versions)?;
         let base = |version: &Version| {
@@ -371,7 +372,8 @@ impl Session {
         let pairs = pairs.map(|version| (version.kind, version.root, base(version))).collect();
         self.send_difference(pairs).await?;
         let difference_us = micros(begun.elapsed());
-        let stopped = Stopped { epoch: epoch.0, manifests, freeze_us, dump_us, difference_us };
+        let epoch = epoch.0;
+        let stopped = Stopped { epoch, manifests, freeze_us, dump_us, difference_us, criu_us };
         self.send(from_source::Message::Stopped(stopped)).await
     }
 
