@@ -106,6 +106,7 @@ lint: prerequisites $(TYPOS) ## check formatting, lints, spelling, words, links 
 	$(CARGO_TEST) --test text
 
 bench: require-root build ## measure migrations between test nodes
+	@tests/prerequisites.sh rsync
 	$(TARGET_DIR)/release/bench $(ARGS)
 
 bench-peers: require-root build ## measure what neighbours cost that are of no use

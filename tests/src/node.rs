@@ -200,6 +200,12 @@ impl Node {
         root.join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
+    /// A path below `/var/lib/godwit`, where the host has it unless a disk is mounted there: for
+    /// programs that do not work across mount namespaces.
+    pub fn state_path(&self, below: &str) -> PathBuf {
+        self.directory.join("godwit").join(below)
+    }
+
     /// Path on the host of a log of this node: `init`, `containerd`, `daemon`, or what was spawned.
     pub fn log_path(&self, name: &str) -> PathBuf {
         self.directory.join(format!("{name}.log"))

@@ -2,8 +2,12 @@
 //!
 //! A probe with many mappings, threads, processes or files is planned and moved to another node.
 //! There the same container is then dumped by plain `runc checkpoint` and restored by `runc
-//! restore`, on the same disk. Plain downtime is the time of these two commands: plain CRIU moves
-//! neither images nor volumes, so nothing is added for that.
+//! restore`, on the same disk.
+//!
+//! Plain CRIU moves neither its images nor volumes. Nothing is added for the images. A volume must
+//! be copied twice by hand: while the container runs, and what has changed since between dump and
+//! restore. So the ratio is given twice: to the two commands alone, and to them
+//! with that second copy, made by rsync to another directory of the same disk.
 
 use std::fs;
 use std::str::FromStr;
@@ -13,7 +17,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::workload::{self, Container};
-use godwit_tests::{Bed, BedOptions, Node};
+use godwit_tests::{Bed, BedOptions, Invocation, Node};
 use serde_json::{Value, json};
 
 use super::{LINK_MBIT, median};
@@ -30,6 +34,9 @@ const STATES: &str = "/run/containerd/runc/default";
 
 /// Where the plain dump lies, on the same disk as Godwit's.
 const PLAIN: &str = "/var/lib/godwit/plain";
+
+/// What Godwit keeps of files too.
+const RSYNC: &[&str] = &["rsync", "-aHAX", "--delete"];
 
 /// Flags that Godwit's dumps and restores have too.
 const FLAGS: &str = "--tcp-established --file-locks";
@@ -90,11 +97,17 @@ fn summary(shape: &Shape, measured: &[Value]) -> Value {
         "count": shape.count,
         "downtime_ms": field("downtime_ms"),
         "plain_ms": field("plain_ms"),
-        "ratio": median(measured, |one| Some(one["downtime_ms"].as_f64()? / one["plain_ms"].as_f64()?)),
+        "ratio": ratio(measured, "downtime_ms", "plain_ms"),
+        "plain_copy_ms": field("plain_copy_ms"),
+        "ratio_with_copy": ratio(measured, "downtime_ms", "plain_with_copy_ms"),
         "predicted_ms": field("predicted_ms"),
-        "predicted_ratio":
-            median(measured, |one| Some(one["predicted_ms"].as_f64()? / one["downtime_ms"].as_f64()?)),
+        "predicted_ratio": ratio(measured, "predicted_ms", "downtime_ms"),
     })
+}
+
+/// The median of each run's own ratio.
+fn ratio(measured: &[Value], field: &'static str, to: &'static str) -> Option<f64> {
+    median(measured, |one| Some(one[field].as_f64()? / one[to].as_f64()?))
 }
 
 fn measure_one(bed: &Bed, shape: &Shape, name: &str) -> Result<Value> {
@@ -117,11 +130,12 @@ fn measure_one(bed: &Bed, shape: &Shape, name: &str) -> Result<Value> {
     goes_on(destination, restored, shape)?;
 
     let plain = plain(destination, name, shape);
-    destination.sh(&format!(
-        "runc --root {PLAIN}/state delete -f plain 2> /dev/null || :; rm -rf {PLAIN}; \
-         ctr tasks rm -f {name}; ctr containers rm {name}"
-    ))?;
-    let (dump, restore) = plain?;
+    let clean = format!(
+        "runc --root {PLAIN}/state delete -f plain 2> /dev/null || :; \
+         ctr tasks rm -f {name}; ctr containers rm {name}; cd {PLAIN}; rm -rf bundle state images *.log"
+    );
+    destination.sh(&clean)?;
+    let Plain { dump, copy, restore } = plain?;
     Ok(json!({
         "downtime_ms": report["downtime_ms"],
         "phases_ms": report["phases_ms"],
@@ -129,13 +143,23 @@ fn measure_one(bed: &Bed, shape: &Shape, name: &str) -> Result<Value> {
         "plain_ms": dump + restore,
         "plain_dump_ms": dump,
         "plain_restore_ms": restore,
+        "plain_copy_ms": copy,
+        "plain_with_copy_ms": dump + copy.unwrap_or(0.0) + restore,
     }))
 }
 
-/// Dumps the container and restores it under another id. Returns the time of each.
-fn plain(node: &Node, name: &str, shape: &Shape) -> Result<(f64, f64)> {
+/// How long each step takes, in milliseconds.
+struct Plain {
+    dump: f64,
+    /// Of what has changed in the volume, if there is one.
+    copy: Option<f64>,
+    restore: f64,
+}
+
+/// Dumps the container and restores it under another id.
+fn plain(node: &Node, name: &str, shape: &Shape) -> Result<Plain> {
     let (bundle, images) = (format!("{BUNDLES}/{name}"), format!("{PLAIN}/images"));
-    node.sh(&format!("mkdir -p {PLAIN}/bundle {PLAIN}/state {images}"))?;
+    node.sh(&format!("mkdir -p {PLAIN}/bundle {PLAIN}/state {PLAIN}/volume-{name} {images}"))?;
     let text = fs::read(node.path(format!("{bundle}/config.json")))?;
     let mut config: Value = serde_json::from_slice(&text)?;
     config["root"]["path"] = format!("{bundle}/rootfs").into();
@@ -145,12 +169,19 @@ fn plain(node: &Node, name: &str, shape: &Shape) -> Result<(f64, f64)> {
     }
     config.as_object_mut().context("a specification")?.remove("annotations");
     fs::write(node.path(format!("{PLAIN}/bundle/config.json")), config.to_string())?;
+    let has_volume = shape.kind == "files";
+    if has_volume {
+        // As often as Godwit does by then.
+        copy_volume(node, name)?;
+        copy_volume(node, name)?;
+    }
     let dump = timed(
         node,
         &format!(
             "runc --root {STATES} checkpoint {FLAGS} --image-path {images} --work-path {PLAIN} {name}"
         ),
     )?;
+    let copy = has_volume.then(|| copy_volume(node, name)).transpose()?;
     let restore = timed(
         node,
         &format!(
@@ -162,7 +193,20 @@ fn plain(node: &Node, name: &str, shape: &Shape) -> Result<(f64, f64)> {
     let state: Value = serde_json::from_str(&state)?;
     let init = state["pid"].as_u64().context("no process")?;
     goes_on(node, u32::try_from(init)?, shape)?;
-    Ok((dump, restore))
+    Ok(Plain { dump, copy, restore })
+}
+
+/// Brings a copy of the volume up to date, which stays until the node is removed. Returns how long
+/// that took, in milliseconds.
+fn copy_volume(node: &Node, name: &str) -> Result<f64> {
+    let from = node.state_path(&format!("volumes/{name}/data"));
+    let to = node.state_path(&format!("plain/volume-{name}"));
+    // With a slash it is the content that is copied.
+    let ends = [from, to].map(|path| format!("{}/", path.display()));
+    let words: Vec<&str> = RSYNC.iter().copied().chain(ends.iter().map(String::as_str)).collect();
+    let begun = Instant::now();
+    Invocation::new(&words).timeout(SHAPE_TIME_MAX).ok()?;
+    Ok(begun.elapsed().as_secs_f64() * 1e3)
 }
 
 /// How long a command takes inside the node, in milliseconds.
