@@ -146,7 +146,11 @@ impl Watched {
             .with_context(|| left().unwrap_or_default())
     }
 
+    /// Also checks that no dump is left, which is as large as the memory.
     fn remove(&self) -> Result<()> {
+        wait_until("the dump is removed", SOON, || {
+            Ok(source().sh("ls /var/lib/godwit/dump 2>/dev/null || true")?.is_empty())
+        })?;
         source().ok(&["ctr", "tasks", "rm", "-f", self.name])?;
         source().ok(&["ctr", "containers", "rm", self.name])?;
         source().ok(&["godwit", "volume", "rm", self.name]).map(drop)

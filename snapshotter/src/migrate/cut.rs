@@ -12,7 +12,7 @@
 //! ([`super::release::take_offer_back`]).
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -53,6 +53,40 @@ pub(super) struct Dumped {
 /// Waits for the thread that captures.
 pub fn lock(subjects: &Mutex<Subjects>) -> MutexGuard<'_, Subjects> {
     subjects.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a session dumps into. Removed with its last owner, however the session ends.
+#[derive(Debug)]
+pub(super) struct DumpDirectory(PathBuf);
+
+impl DumpDirectory {
+    /// Of the session of this name, which is never used again. Made by the dump.
+    pub(super) fn of(node: &Node, session: &str) -> Self {
+        Self(node.config.state_dir.join("dump").join(session))
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for DumpDirectory {
+    fn drop(&mut self) {
+        let path = std::mem::take(&mut self.0);
+        // It may be as large as the container's memory.
+        let remove = move || match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let path = path.display();
+                tracing::warn!(%path, %error, "a dump stays until the daemon starts again");
+            }
+            _ => {}
+        };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
+            Err(_) => remove(),
+        }
+    }
 }
 
 /// Steps 1 and 2. CRIU's images are in `directory/images` then.
@@ -171,7 +205,7 @@ async fn take_here(
     let findings = described.survey(node).await?;
     findings.check()?;
     let description = described.response(node, findings).encode_to_vec();
-    let directory = node.config.state_dir.join("dump").join(node.new_id());
+    let directory = DumpDirectory::of(node, &node.new_id());
     let to_itself = format!("{}/{container}", node.config.node);
     let offer = Event::Offer(to_itself, Epoch::default());
     let incarnation = incarnation(node, container).await?;
@@ -181,7 +215,7 @@ async fn take_here(
     });
     let epoch = offered?;
     let shared = (&subjects, &lease);
-    let frozen = freeze_and_dump(node, &described, shared, &directory).await;
+    let frozen = freeze_and_dump(node, &described, shared, directory.path()).await;
     take_offer_back(node, container, epoch).await;
     drop(named);
     let versions = match frozen {
@@ -190,7 +224,7 @@ async fn take_here(
     };
     let (node, container) = (node.clone(), container.clone());
     blocking(move || {
-        let _ = fs::remove_dir_all(&directory);
+        drop(directory);
         let mut versions = versions?;
         let mut parts: Vec<Part> = versions.iter().map(part).collect();
         parts.sort_unstable_by(|one, next| one.subject.cmp(&next.subject));

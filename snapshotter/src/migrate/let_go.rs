@@ -7,13 +7,13 @@
 //! open: as the journal says "released" until step 5, the destination is asked again, and it begins
 //! again.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use godwit_protos::{ContainerRef, VolumeId};
 
 use super::MigrationError;
+use super::cut::DumpDirectory;
 use super::deletion::incarnation;
 use super::release::end_lease;
 use super::shim::Shim;
@@ -39,7 +39,7 @@ pub(super) struct Remembered {
     pub(super) remove_source: bool,
     pub(super) volumes: Vec<VolumeId>,
     pub(super) versions: Vec<Version>,
-    pub(super) directory: Option<PathBuf>,
+    pub(super) directory: Option<Arc<DumpDirectory>>,
     pub(super) lease: Option<Arc<Lease>>,
 }
 
@@ -106,10 +106,7 @@ impl Remembered {
             }
         }
         end_lease(node, container);
-        if let Some(directory) = self.directory {
-            let _ = tokio::fs::remove_dir_all(directory).await;
-        }
-        drop(self.lease);
+        drop((self.directory, self.lease));
     }
 
     /// Ends the tasks, and removes the container if it is to be. Errors: something is left; calling

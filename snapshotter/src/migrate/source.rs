@@ -14,7 +14,6 @@
 //! journalled word that its tasks never ran; if the stream breaks then, [`super::release`] asks the
 //! destination until it answers.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -28,7 +27,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::StreamExt as _;
 use tonic::{Status, Streaming};
 
-use super::cut::{self, Shared, lock};
+use super::cut::{self, DumpDirectory, Shared, lock};
 use super::deletion::incarnation;
 use super::describe::{Described, describe};
 use super::let_go::Remembered;
@@ -143,7 +142,7 @@ struct Session {
     remove_source: bool,
     described: Described,
     subjects: Shared,
-    directory: PathBuf,
+    directory: Arc<DumpDirectory>,
     lease: Arc<Lease>,
     outbound: Outbound,
     /// A connection back to the destination, so that nothing is frozen that could not be settled.
@@ -176,7 +175,7 @@ impl Session {
         let session = node.new_id();
         lease(&node, &session, &described, &begin.destination).await?;
         let subjects = Subjects::of(&node, &described, !begin.without_writable_layer);
-        let directory = node.config.state_dir.join("dump").join(session);
+        let directory = Arc::new(DumpDirectory::of(&node, &session));
         let lease = Arc::new(node.store.lease("migration", IDLE_MAX));
         let (here, destination) = (node.clone(), begin.destination.clone());
         let back =
@@ -354,7 +353,8 @@ impl Session {
 
         let before = lock(&self.subjects).versions();
         let subjects = (&self.subjects, &self.lease);
-        let cut = cut::freeze_and_dump(&self.node, &self.described, subjects, &self.directory);
+        let cut =
+            cut::freeze_and_dump(&self.node, &self.described, subjects, self.directory.path());
         let cut = cut.await?;
         let begun = Instant::now();
         let node = self.node.clone();
@@ -419,7 +419,6 @@ impl Session {
         let mut has_ended = false;
         if let Some(epoch) = self.offered.take() {
             has_ended = take_offer_back(&self.node, &self.container, epoch).await;
-            let _ = tokio::fs::remove_dir_all(&self.directory).await;
         }
         end_lease(&self.node, &self.container);
         has_ended
