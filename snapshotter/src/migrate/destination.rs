@@ -279,8 +279,8 @@ impl Sessions {
         failures.insert(session.to_owned(), failure);
     }
 
-    /// Waits until the session is over, at most [`SESSION_ENDS_MAX`], and takes why it failed, if it
-    /// did.
+    /// Waits until the session is over, at most [`SESSION_ENDS_MAX`], and takes why it failed, if
+    /// it did.
     pub async fn failure_of(&self, session: &str) -> Option<Failure> {
         let _ = tokio::time::timeout(SESSION_ENDS_MAX, self.ended(session)).await;
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,7 +2,7 @@
 //! suggests.
 //!
 //! A source thaws by itself, but only when it has learnt of the failure, and it may have released
-//! meanwhile; a container may have ended, or moved to somebody else. So the source is asked, and
+//! meanwhile; a container may have ended, or moved to another node. So the source is asked, and
 //! where it does not answer, the outcome is undecided.
 
 use std::fmt;

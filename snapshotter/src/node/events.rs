@@ -133,8 +133,8 @@ impl Events {
         self.send(Progress { report_json, ..progress(migration, "done", report.to_string()) });
     }
 
-    /// A migration failed, and what that means for the container; `undecided` if nobody can tell yet
-    /// where it runs.
+    /// A migration failed, and what that means for its container; `undecided` while it is not
+    /// known where that runs.
     pub fn failed(&self, migration: &str, error: &dyn Error, outcome: &str, undecided: bool) {
         let text = format!("{}; {outcome}", chain(error));
         self.send(Progress { undecided, ..progress(migration, "failed", text) });

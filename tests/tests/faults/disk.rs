@@ -75,7 +75,7 @@ fn a_journal_that_cannot_be_written_keeps_nothing_frozen() -> Result<()> {
     let failing = Failing::install(source())?;
     source().stop_daemon()?;
     source().start_daemon()?;
-    let address = start_memhog(name, 24, 8)?;
+    let address = start_memhog(name, 52, 8)?;
     let mut migration = frozen(name, source())?;
     failing.fail("/node.redb", Errno::ENOSPC)?;
     destination().cut_link()?;
