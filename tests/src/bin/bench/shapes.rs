@@ -36,7 +36,7 @@ const STATES: &str = "/run/containerd/runc/default";
 const PLAIN: &str = "/var/lib/godwit/plain";
 
 /// What Godwit keeps of files too.
-const RSYNC: &[&str] = &["rsync", "-aHAX", "--delete"];
+const RSYNC: &[&str] = &["rsync", "--archive", "--hard-links", "--acls", "--xattrs", "--delete"];
 
 /// Flags that Godwit's dumps and restores have too.
 const FLAGS: &str = "--tcp-established --file-locks";
