@@ -325,9 +325,6 @@ impl From<BringError> for MigrationError {
 /// Codes of a refusal by a source that has no such container, or does not run it.
 const SOURCE_UNTOUCHED: &[&str] = &["no-container", "not-running", "wrong-runtime", "busy"];
 
-/// Code of a refusal by a source whose container has ended.
-const ENDED: &str = "ended";
-
 /// What a failure asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
@@ -394,7 +391,7 @@ impl MigrationError {
             Self::Obstacles(_) => "obstacles",
             Self::NoSnapshot(_) | Self::OtherImage { .. } => "image",
             Self::Shim { .. } => "criu",
-            Self::Ended { .. } => ENDED,
+            Self::Ended { .. } => "ended",
             Self::Volume(_) => "volume",
             Self::Spec(_) | Self::Label(_) | Self::Name(_) | Self::Digest(_) => "invalid",
             error if error.is_disk_full() => "disk-full",

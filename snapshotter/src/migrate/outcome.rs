@@ -57,7 +57,7 @@ pub enum Outcome {
     /// The source says that it does not run there, and why, and that this node has nothing to do
     /// with it.
     Ended(String),
-    /// This node was granted it.
+    /// This node was granted it, or cannot read its journal.
     Came,
     /// The source does not say: its name, and what it said last.
     Unknown(String, String),
@@ -65,7 +65,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// What became of the container that came `from` another node and is called `here`. Waits for
-    /// the source, at most [`ASK_MAX`].
+    /// the source, at most twice [`ASK_MAX`].
     pub async fn of(
         node: &Node,
         migration: &str,
@@ -82,7 +82,9 @@ impl Outcome {
         let deadline = Instant::now() + ASK_MAX;
         loop {
             let late = failure.claimed.is_none() || Instant::now() > deadline;
-            match ask_source(node, from, here, failure.claimed).await {
+            let asked = ask_source(node, from, here, failure.claimed);
+            let answer = tokio::time::timeout(ASK_MAX, asked).await;
+            match answer.unwrap_or(Err(MigrationError::Silent { patience: ASK_MAX })) {
                 Ok(Said::Runs) => return Self::RunsOn,
                 Ok(Said::Gone(reason)) => return Self::Ended(reason),
                 // What was frozen may be about to thaw.
@@ -112,7 +114,8 @@ impl fmt::Display for Outcome {
             Self::Ended(reason) => write!(f, "it does not run at its source: {reason}"),
             Self::Came => write!(
                 f,
-                "undecided: it was granted to this node; `godwit status` on both nodes tells who owns it"
+                "undecided: this node was granted it, or cannot read its journal; `godwit status` on both \
+                 nodes tells who owns it"
             ),
             Self::Unknown(source, reason) => write!(
                 f,
