@@ -263,12 +263,30 @@ impl Node {
         Ok(fs::write(self.path("/etc/godwit/godwit.toml"), text)?)
     }
 
-    /// Starts the daemon and waits for its sockets.
+    /// Starts the daemon and waits for its sockets, and until a containerd that runs has found it:
+    /// after a failed connection containerd fails all calls for up to 3 s without a new attempt.
     pub fn start_daemon(&self) -> Result<()> {
         let sockets = [SNAPSHOTTER_SOCKET, CONTROL_SOCKET];
         let command = deploy::daemon_command()?;
         let words: Vec<&str> = command.split_whitespace().collect();
-        self.start(&self.daemon, "daemon", &words, &sockets)
+        self.start(&self.daemon, "daemon", &words, &sockets)?;
+        if !self.containerd_runs()? {
+            return Ok(());
+        }
+        let listing = ["ctr", "--timeout", "2s", "snapshots", "--snapshotter", "godwit", "ls"];
+        wait_until(&format!("{}: containerd finds the daemon", self.name), SERVICE_TIMEOUT, || {
+            if let Some(code) = lock(&self.daemon).as_mut().context("no daemon")?.ended()? {
+                bail!("{}: the daemon ended, code {code}", self.name);
+            }
+            Ok(self.run(&listing)?.succeeded())
+        })
+    }
+
+    fn containerd_runs(&self) -> Result<bool> {
+        Ok(match lock(&self.containerd).as_mut() {
+            Some(service) => service.ended()?.is_none(),
+            None => false,
+        })
     }
 
     /// Kills containerd as a crash would; its shims and containers go on.
