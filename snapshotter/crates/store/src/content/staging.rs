@@ -23,6 +23,7 @@ use criu_wrapper::pagemap::{
     Form, PAGEMAP_BYTES_MAX, PRESENT, PagemapFile, PagemapWriter, PagesPatch, Run, link_parent,
 };
 use godwit_protos::Digest;
+use rayon::prelude::*;
 
 use super::alias::Aliases;
 use super::materialize::materialize;
@@ -72,9 +73,12 @@ fn base_pages_id(index: usize) -> u32 {
 }
 
 /// Writes every page of `memory` into the empty directory `base`, in the form of a parent image.
-pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result<(), ContentError> {
+pub fn stage_base<S>(source: &S, memory: &Digest, base: &Path) -> Result<(), ContentError>
+where
+    S: Source + Sync,
+{
     let memory: Memory = source.decode(memory)?;
-    for (index, map) in memory.maps.iter().enumerate() {
+    memory.maps.par_iter().enumerate().try_for_each(|(index, map)| {
         let aliases = memory.aliases(index);
         let pages_id = base_pages_id(index);
         let mut writer = PagemapWriter::create(base, &map.name, pages_id, Form::Narrow)?;
@@ -83,8 +87,8 @@ pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result
             writer.present(page * PAGE_BYTES as u64, PRESENT, &bytes)?;
         }
         writer.finish()?;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Writes the images of `memory` into the empty directory `images`, with the help of what
@@ -94,7 +98,7 @@ pub fn stage_base<S: Source>(source: &S, memory: &Digest, base: &Path) -> Result
 ///
 /// Errors: [`ContentError`], also when a page that CRIU's page map announces is not part of
 /// `memory`.
-pub fn stage_images<S: Source>(
+pub fn stage_images<S: Source + Sync>(
     source: &S,
     memory: &Digest,
     base: Option<&Digest>,
@@ -109,8 +113,8 @@ pub fn stage_images<S: Source>(
     check_images(source, &tree, &memory)?;
     materialize(source, &tree, None, images)?;
     let mended = mend_images(images)?;
-    let mut needs_parent = false;
-    for (index, map) in memory.maps.iter().enumerate() {
+    // Each map has files of its own.
+    let stage = |(index, map): (usize, &Map)| -> Result<bool, ContentError> {
         let path = images.join(format!("{}.img", map.name));
         let bytes = fs::read(&path).map_err(on("read", &path))?;
         let mut dumped = PagemapFile::parse(&map.name, &bytes)?;
@@ -127,12 +131,15 @@ pub fn stage_images<S: Source>(
             base.forget(&map.name)?;
         } else if let Some(parent) = before.filter(|_| !is_whole) {
             staged.write(&parent.pages)?;
-            needs_parent = true;
+            return Ok(true);
         } else {
             staged.write(&[])?;
             base.forget(&map.name)?;
         }
-    }
+        Ok(false)
+    };
+    let maps = memory.maps.par_iter().enumerate();
+    let needs_parent = maps.map(stage).try_reduce(|| false, |one, other| Ok(one || other))?;
     if let Some(name) = base_directory.file_name().filter(|_| needs_parent) {
         // Relative, since CRIU follows it by the directory's descriptor from within the container's
         // root.
