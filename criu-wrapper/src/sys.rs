@@ -166,6 +166,22 @@ pub(crate) fn interface_name(socket: impl AsFd, index: u32) -> Result<String, Er
     Ok(String::from_utf8_lossy(name).into_owned())
 }
 
+/// Number of the interface that a packet socket is bound to; 0 stands for all.
+#[expect(unsafe_code, reason = "nix takes no address that is shorter than its structure")]
+pub(crate) fn packet_interface(socket: impl AsFd) -> Result<u32, Errno> {
+    // SAFETY: all of its fields are numbers.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let size = size_of::<libc::sockaddr_ll>();
+    let mut length = libc::socklen_t::try_from(size).map_err(|_large| Errno::EINVAL)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes no more than `length` bytes into `address`.
+    Errno::result(unsafe { libc::getsockname(fd, (&raw mut address).cast(), &raw mut length) })?;
+    if i32::from(address.sll_family) != libc::AF_PACKET {
+        return Err(Errno::EAFNOSUPPORT);
+    }
+    Ok(address.sll_ifindex.cast_unsigned())
+}
+
 /// First IPv4 address of the interface `name`, asked of an IPv4 socket. Errors: it has none.
 #[expect(unsafe_code, reason = "nix asks in the namespace of the calling thread only")]
 pub(crate) fn interface_address(socket: impl AsFd, name: &str) -> Result<[u8; 4], Errno> {

@@ -66,6 +66,17 @@ pub fn source_address(socket: impl AsFd) -> Option<Ipv4Addr> {
     options::source_address(socket.as_fd()).map(Ipv4Addr::from)
 }
 
+/// Name of the interface `index` in the network namespace of `socket`; `None` if there is none.
+pub fn interface_name(socket: impl AsFd, index: u32) -> Option<String> {
+    sys::interface_name(socket, index).ok()
+}
+
+/// Number of the interface that a packet socket is bound to; `None` for other sockets and for one
+/// that is bound to none.
+pub fn packet_interface(socket: impl AsFd) -> Option<u32> {
+    sys::packet_interface(socket).ok().filter(|index| *index != 0)
+}
+
 impl InterfaceUse {
     /// Whether the network namespace of `socket`, an IPv4 socket, has such an interface.
     pub fn is_met(&self, socket: impl AsFd) -> bool {

@@ -39,7 +39,7 @@ use nix::sched::CpuSet;
 use prost::Message as _;
 
 use crate::sys;
-pub use interfaces::{InterfaceUse, Survey, source_address};
+pub use interfaces::{InterfaceUse, Survey, interface_name, packet_interface, source_address};
 use multicast::{Groups, Membership};
 use names::SocketName;
 use options::Profile;

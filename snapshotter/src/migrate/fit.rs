@@ -5,13 +5,15 @@
 //! creates by annotation is not looked at: its mounts and its network are the client's business,
 //! and CRIU reports what they lack.
 
+use std::fmt;
 use std::fs::{self, File};
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use criu_wrapper::supplement;
 use godwit_protos::peer::{BindMount, DescribeResponse, InterfaceUse};
+use nix::net::if_::if_nametoindex;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -40,15 +42,14 @@ pub(super) async fn obstacles(
     let binds = described.binds.clone();
     let interfaces = described.interfaces.iter().take(ADDRESSES_MAX).cloned().collect();
     let addresses = described.addresses.iter().take(ADDRESSES_MAX);
-    let addresses = addresses.filter_map(|address| address.parse().ok()).collect();
+    let addresses = addresses.filter_map(|address| Bound::parse(address)).collect();
     let needs = Needs { addresses, interfaces };
     blocking(move || {
         let mut found: Vec<String> =
             binds.iter().filter_map(|bind| bind_obstacle(&name, bind)).collect();
         match network {
             Network::Named(netns) => found.extend(network_obstacles(&name, &netns, needs)),
-            Network::New => found
-                .extend(needs.interfaces.iter().filter_map(|one| new_network_obstacle(&name, one))),
+            Network::New => found.extend(new_network_obstacles(&name, &needs)),
             Network::Hosts => {}
         }
         Ok(found)
@@ -68,8 +69,47 @@ enum Network {
 
 /// What the container's sockets need of a network namespace.
 struct Needs {
-    addresses: Vec<IpAddr>,
+    addresses: Vec<Bound>,
     interfaces: Vec<InterfaceUse>,
+}
+
+/// An address that a socket is bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Bound {
+    address: IpAddr,
+    /// The interface of an IPv6 address of one link.
+    interface: Option<String>,
+}
+
+impl Bound {
+    fn parse(text: &str) -> Option<Self> {
+        let (address, interface) = match text.split_once('%') {
+            Some((address, interface)) => (address, Some(interface.to_owned())),
+            None => (text, None),
+        };
+        Some(Self { address: address.parse().ok()?, interface })
+    }
+
+    /// Whether no interface of this thread's network namespace has it: a socket cannot be bound to
+    /// it.
+    fn is_missing(&self) -> bool {
+        let address = match (self.address, &self.interface) {
+            (IpAddr::V6(address), Some(interface)) => {
+                let Ok(index) = if_nametoindex(&interface[..]) else { return true };
+                SocketAddr::V6(SocketAddrV6::new(address, 0, 0, index))
+            }
+            (address, _) => SocketAddr::new(address, 0),
+        };
+        UdpSocket::bind(address)
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::AddrNotAvailable)
+    }
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "{}", self.address)?;
+        self.interface.iter().try_for_each(|interface| write!(to, "%{interface}"))
+    }
 }
 
 /// The network namespace that a specification asks for.
@@ -114,13 +154,14 @@ fn network_obstacles(node: &str, netns: &Path, needs: Needs) -> Vec<String> {
     // A thread of its own, which never returns to where it came from.
     let look = move || {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-        Ok::<_, std::io::Error>((missing(&needs.addresses), missing_interfaces(needs.interfaces)?))
+        let mut addresses = needs.addresses;
+        addresses.retain(Bound::is_missing);
+        Ok::<_, std::io::Error>((addresses, missing_interfaces(needs.interfaces)?))
     };
     let looked = std::thread::Builder::new().name("network".to_owned()).spawn(look);
     match looked.map(std::thread::JoinHandle::join) {
         Ok(Ok(Ok((addresses, interfaces)))) => {
-            let addresses =
-                addresses.into_iter().map(|address| address_obstacle(node, netns, address));
+            let addresses = addresses.iter().map(|address| address_obstacle(node, netns, address));
             let interfaces =
                 interfaces.iter().map(|missing| interface_obstacle(node, netns, missing));
             addresses.chain(interfaces).collect()
@@ -132,7 +173,7 @@ fn network_obstacles(node: &str, netns: &Path, needs: Needs) -> Vec<String> {
     }
 }
 
-fn address_obstacle(node: &str, netns: &Path, address: IpAddr) -> String {
+fn address_obstacle(node: &str, netns: &Path, address: &Bound) -> String {
     let path = netns.display();
     format!(
         "address {address} is not in network namespace {path} on {node}: a socket of the container is bound to it, or \
@@ -153,13 +194,22 @@ fn interface_obstacle(node: &str, netns: &Path, used: &InterfaceUse) -> String {
     )
 }
 
-fn new_network_obstacle(node: &str, used: &InterfaceUse) -> Option<String> {
-    let InterfaceUse { name, what, .. } = used;
-    let text = format!(
-        "interface {name} is not in the network namespace of its own that the container gets on {node}: {what}; \
-         make one with that interface there by `ip netns add`, and name it with --netns"
-    );
-    (name != LOOPBACK).then_some(text)
+/// What a network namespace with nothing but loopback lacks.
+fn new_network_obstacles(node: &str, needs: &Needs) -> Vec<String> {
+    let text = |missing: String, what: &str| {
+        format!(
+            "{missing} is not in the network namespace of its own that the container gets on {node}: {what}; \
+             make one there by `ip netns add`, and name it with --netns"
+        )
+    };
+    let addresses = needs.addresses.iter().map(|address| {
+        let what = "a socket of the container is bound to it, or sends multicast packets from it";
+        text(format!("address {address}"), what)
+    });
+    let interfaces = needs.interfaces.iter().filter(|used| used.name != LOOPBACK);
+    let interfaces =
+        interfaces.map(|InterfaceUse { name, what, .. }| text(format!("interface {name}"), what));
+    addresses.chain(interfaces).collect()
 }
 
 /// What this thread's network namespace lacks of the interfaces.
@@ -171,16 +221,6 @@ fn missing_interfaces(wanted: Vec<InterfaceUse>) -> std::io::Result<Vec<Interfac
         !supplement::InterfaceUse { what, interface, address }.is_met(&any)
     };
     Ok(wanted.into_iter().filter(is_missing).collect())
-}
-
-/// Those of the addresses that no interface of this thread's network namespace has: a socket cannot
-/// be bound to them.
-fn missing(addresses: &[IpAddr]) -> Vec<IpAddr> {
-    let is_missing = |address: &&IpAddr| {
-        UdpSocket::bind((**address, 0))
-            .is_err_and(|error| error.kind() == std::io::ErrorKind::AddrNotAvailable)
-    };
-    addresses.iter().filter(is_missing).copied().collect()
 }
 
 #[cfg(test)]
@@ -222,18 +262,23 @@ mod tests {
         let told = interface_obstacle("edge-b", here, &gone);
         assert!(told.contains("interface gone0 is not in network namespace /proc"), "{told}");
         assert!(told.contains("its address, 192.0.2.9") && told.contains("mdnsd"), "{told}");
-        assert_eq!(new_network_obstacle("edge-b", &used("lo", &[])), None);
-        let told = new_network_obstacle("edge-b", &gone).unwrap();
-        assert!(told.contains("gets on edge-b: mdnsd") && told.contains("--netns"), "{told}");
+        let mut needs = needs(&[used("lo", &[]), gone]);
+        needs.addresses.extend(Bound::parse("192.0.2.7"));
+        let told = new_network_obstacles("edge-b", &needs);
+        let [address, interface] = &told[..] else { panic!("{told:?}") };
+        assert!(address.starts_with("address 192.0.2.7 is not in"), "{address}");
+        assert!(interface.contains("gets on edge-b: mdnsd"), "{interface}");
+        assert!(interface.contains("--netns"), "{interface}");
     }
 
     #[test]
     fn an_address_that_no_interface_has_is_missing() {
-        let addresses = ["127.0.0.1", "192.0.2.7", "2001:db8::7"].map(|it| it.parse().unwrap());
-        // 192.0.2.0/24 and 2001:db8::/32 are for documentation (RFC 5737, RFC 3849). Without IPv6
-        // the kernel has another error.
-        let missing = missing(&addresses);
-        assert!(missing.contains(&addresses[1]) && !missing.contains(&addresses[0]), "{missing:?}");
+        let is_missing = |text: &str| Bound::parse(text).unwrap().is_missing();
+        // 192.0.2.0/24 is for documentation (RFC 5737).
+        assert!(is_missing("192.0.2.7") && !is_missing("127.0.0.1"));
+        assert!(is_missing("fe80::7%gone0"));
+        assert_eq!(Bound::parse("fe80::7%eth0").unwrap().to_string(), "fe80::7%eth0");
+        assert_eq!(Bound::parse("eth0"), None);
         let told = network_obstacles("edge-b", Path::new("/run/netns/no-such"), needs(&[]));
         assert!(told[0].contains("/run/netns/no-such is not on edge-b"), "{told:?}");
     }

@@ -6,8 +6,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::Image;
-use godwit_tests::place;
 use godwit_tests::workload::{self, Container};
+use godwit_tests::{Node, place};
 
 use crate::bed::{self, SOON, destination, init, probe, source};
 use crate::table::rows;
@@ -18,6 +18,8 @@ rows! {
     a_go_server_moves: "a server written in Go, with the annotation `godwit.io/mptcp=no`", Moves, "" => go_server();
     a_client_that_exec_added_is_named: "a process of `exec` that is connected to a Unix socket of the container", Refused, "end it first; without a connection it ends at the source, with a warning" => exec_client();
     a_missing_namespace_or_address_is_named: "a network namespace, or an address that a socket is bound to, that the destination lacks", Refused, "make it there first" => missing_network();
+    an_address_of_one_link_is_found_by_its_interface: "an IPv6 address of one link (fe80::/10) that a socket is bound to", Moves, "with an interface of the same name that has it; refused where there is none" => link_local();
+    a_packet_socket_is_named: "a packet socket on one interface", Refused, "CRIU knows the interface by its number only; have the program close it" => packet();
     exchanged_nodes_are_told: "`--from` and `--to` exchanged", Refused, "nothing is touched" => exchanged();
 }
 
@@ -126,6 +128,46 @@ fn missing_network() -> Result<()> {
     )?;
     destination().add_network(name, bed::BED.container_address(78))?;
     bed::is_refused(name, &[&format!("address {word} is not in"), &path, "ip address add"])?;
+    bed::remove(source(), name)
+}
+
+fn link_local() -> Result<()> {
+    let name = "one-link";
+    source().add_network(name, bed::BED.container_address(81))?;
+    let add = |at: &Node| at.sh(&format!("ip -n {name} address add fe80::77/64 dev eth0 nodad"));
+    add(source())?;
+    let script = "echo ready > /status; exec httpd -f -p [fe80::77%eth0]:8080 -h /data";
+    bed::start(&Container::new(name, Image::Busybox).network(name).command(&["sh", "-c", script]))?;
+    // fe80::77 and 8080, as the kernel writes them.
+    let listens = |at: &Node| {
+        let sockets = at.sh(&format!("cat /proc/{}/net/tcp6", init(at, name)?))?;
+        Ok(sockets.contains("000080FE000000000000000077000000:1F90 "))
+    };
+    wait_until("it listens", SOON, || listens(source()))?;
+    destination().add_network(name, bed::BED.container_address(82))?;
+    bed::is_refused(
+        name,
+        &["address fe80::77%eth0 is not in network namespace", "ip address add"],
+    )?;
+    add(destination())?;
+    bed::moved(name)?;
+    ensure!(listens(destination())?, "it does not listen");
+    bed::remove(destination(), name)
+}
+
+/// Method: a DHCP client that is never answered.
+fn packet() -> Result<()> {
+    let name = "packet";
+    for (at, address) in [(source(), 83), (destination(), 84)] {
+        at.add_network(name, bed::BED.container_address(address))?;
+    }
+    let script = "echo ready > /status; exec udhcpc -f -i eth0 -t 1000000 -T 1 -s /bin/true";
+    bed::start(&Container::new(name, Image::Busybox).network(name).command(&["sh", "-c", script]))?;
+    wait_until("it has a packet socket", SOON, || {
+        let sockets = source().sh(&format!("cat /proc/{}/net/packet", init(source(), name)?))?;
+        Ok(sockets.lines().count() > 1)
+    })?;
+    bed::is_refused(name, &["a packet socket on interface eth0", "by the interface's number"])?;
     bed::remove(source(), name)
 }
 

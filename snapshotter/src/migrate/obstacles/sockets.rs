@@ -5,10 +5,10 @@
 //! at through a descriptor of ours ([`OpenFile::duplicate`]).
 
 use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use criu_wrapper::supplement::{self, Survey};
+use criu_wrapper::supplement::{self, Survey, interface_name, packet_interface};
 use nix::sys::socket::{SockaddrStorage, UnixAddr, getpeername, getsockname, getsockopt, sockopt};
 use rustix::net::{AddressFamily, SocketType, sockopt as options};
 
@@ -48,7 +48,10 @@ const MPTCP: u32 = 262;
 const OTHER_PROTOCOLS: &[(u32, &str)] =
     &[(1, "ICMP (ping)"), (33, "DCCP"), (58, "ICMPv6 (ping)"), (115, "L2TP"), (132, "SCTP")];
 
-/// Sockets of a protocol or family that CRIU does not know.
+/// Number of the loopback interface in every network namespace.
+const LOOPBACK_INDEX: u32 = 1;
+
+/// Sockets of a protocol or family that CRIU does not know or restores wrongly.
 pub(super) fn protocols(container: &Container, found: &mut Findings) {
     each(container, |process, file, socket| {
         let Ok(family) = options::socket_domain(socket) else { return };
@@ -61,6 +64,10 @@ pub(super) fn protocols(container: &Container, found: &mut Findings) {
                 "CRIU cannot dump it",
                 "have it close the socket",
             );
+            return;
+        }
+        if family == AddressFamily::PACKET {
+            packet(process, file, socket, found);
             return;
         }
         let is_internet = matches!(family, AddressFamily::INET | AddressFamily::INET6);
@@ -83,6 +90,22 @@ pub(super) fn protocols(container: &Container, found: &mut Findings) {
             );
         }
     });
+}
+
+/// CRIU binds a packet socket again by its interface's number (`criu/sk-packet.c`).
+fn packet(process: &Process, file: &OpenFile, socket: &OwnedFd, found: &mut Findings) {
+    let bound = packet_interface(socket).filter(|index| *index != LOOPBACK_INDEX);
+    let Some(index) = bound else { return };
+    let name = interface_name(socket, index).unwrap_or_else(|| format!("number {index}"));
+    found.obstacle(
+        format!(
+            "{} has a packet socket on interface {name} (descriptor {})",
+            process.named(),
+            file.number
+        ),
+        "CRIU binds it again by the interface's number, which another network namespace gives to another interface",
+        "have it close the socket, or bind it to all interfaces",
+    );
 }
 
 fn multipath(process: &Process, file: &OpenFile, socket: &OwnedFd, found: &mut Findings) {
@@ -149,16 +172,20 @@ pub(super) fn addresses(container: &Container, found: &mut Findings) {
             .is_ok_and(|kind| kind == SocketType::STREAM)
             && getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_ok();
         // A connection is restored as a closed one.
-        let Some(address) = local_address(socket).filter(|_| !is_connection) else { return };
-        let address = address.ip().to_canonical();
-        let is_of_one_link = matches!(address, IpAddr::V6(six) if six.is_unicast_link_local());
-        if !address.is_unspecified()
-            && !address.is_loopback()
-            && !address.is_multicast()
-            && !is_of_one_link
-        {
-            found.addresses.insert(address.to_string());
+        let Some(bound) = local_address(socket).filter(|_| !is_connection) else { return };
+        let address = bound.ip().to_canonical();
+        if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+            return;
         }
+        // An address of one link is one of its interface only.
+        let interface = match bound {
+            SocketAddr::V6(six) if six.ip().is_unicast_link_local() => {
+                interface_name(socket, six.scope_id())
+            }
+            _ => None,
+        };
+        let interface = interface.map(|name| format!("%{name}")).unwrap_or_default();
+        found.addresses.insert(format!("{address}{interface}"));
     });
 }
 
