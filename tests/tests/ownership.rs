@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use godwit_protos::peer::peer_client::PeerClient;
-use godwit_protos::peer::{self, Begin, Release, Stop, ToSource, from_source, to_source};
+use godwit_protos::peer::{
+    self, Begin, Refusal, Release, Round, Stop, ToSource, from_source, to_source,
+};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
 use godwit_tests::preload::Failing;
@@ -241,40 +243,67 @@ fn a_source_whose_journal_fails_runs_on_what_comes_back() -> Result<()> {
     snapshotter_answers(from)
 }
 
+/// Sends these messages in a session that a client begins in the destination's name. Returns how
+/// many rounds the source captured, and its refusal.
+fn as_stranger(
+    name: &str,
+    messages: impl IntoIterator<Item = to_source::Message>,
+) -> Result<(usize, Refusal)> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let at = format!("http://{}:{}", source().address(), godwit_tests::deploy::PEER_PORT);
+    let named = peer::Container { namespace: "default".to_owned(), id: name.to_owned() };
+    let begin = to_source::Message::Begin(Begin {
+        container: Some(named.clone()),
+        destination: destination().name().to_owned(),
+        r#as: Some(named),
+        ..Begin::default()
+    });
+    let messages = std::iter::once(begin).chain(messages);
+    let messages = messages.map(|message| ToSource { message: Some(message) });
+    let messages: Vec<ToSource> = messages.collect();
+    let talk = async {
+        let mut client = PeerClient::connect(at).await?;
+        let response = client.hand_off(tokio_stream::iter(messages)).await?;
+        let mut response = response.into_inner();
+        let (mut rounds, mut refused) = (0, None);
+        while let Ok(Some(message)) = response.message().await {
+            match message.message {
+                Some(from_source::Message::RoundDone(_)) => rounds += 1,
+                Some(from_source::Message::Refusal(refusal)) => refused = Some(refusal),
+                _ => {}
+            }
+        }
+        Ok((rounds, refused.context("a refusal")?))
+    };
+    BED.as_client(|| runtime.block_on(talk))
+}
+
+/// Method: a client asks for the same round again and again, then for more rounds than there are.
+#[test]
+fn a_session_has_a_limited_number_of_rounds() -> Result<()> {
+    let name = "rounds";
+    idle(name).start(source())?;
+    let round = |number| to_source::Message::Round(Round { number });
+    for (numbers, captured) in [(vec![1; 200], 1), ((1..=200).collect(), 30)] {
+        let (rounds, refusal) = as_stranger(name, numbers.into_iter().map(round))?;
+        ensure!(rounds == captured, "{rounds} rounds instead of {captured}");
+        ensure!(refusal.detail.contains("a round out of order, or one too many"), "{refusal:?}");
+    }
+    ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "it does not run");
+    remove(source(), name)
+}
+
 /// Method: a client that is none of the nodes begins a session in the name of one, has the
 /// container stopped, asks for its release, and goes away.
 #[test]
 fn messages_of_a_stranger_freeze_nothing() -> Result<()> {
     let name = "strangers";
     idle(name).start(source())?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let at = format!("http://{}:{}", source().address(), godwit_tests::deploy::PEER_PORT);
-    let talk = async {
-        let mut client = PeerClient::connect(at).await?;
-        let named = peer::Container { namespace: "default".to_owned(), id: name.to_owned() };
-        let begin = Begin {
-            container: Some(named.clone()),
-            destination: destination().name().to_owned(),
-            r#as: Some(named),
-            ..Begin::default()
-        };
-        let messages = [
-            to_source::Message::Begin(begin),
-            to_source::Message::Stop(Stop::default()),
-            to_source::Message::Release(Release { epoch: 1 }),
-        ];
-        let messages = messages.map(|message| ToSource { message: Some(message) });
-        let answer = client.hand_off(tokio_stream::iter(messages)).await?;
-        let mut answer = answer.into_inner();
-        let mut refused = None;
-        while let Ok(Some(message)) = answer.message().await {
-            if let Some(from_source::Message::Refusal(refusal)) = message.message {
-                refused = Some(refusal);
-            }
-        }
-        refused.context("a refusal")
-    };
-    let refusal = BED.as_client(|| runtime.block_on(talk))?;
+    let messages = [
+        to_source::Message::Stop(Stop::default()),
+        to_source::Message::Release(Release { epoch: 1 }),
+    ];
+    let (_, refusal) = as_stranger(name, messages)?;
     ensure!(refusal.detail.contains("does not confirm"), "{refusal:?}");
     ensure!(workload::task(source(), name)?.as_deref() == Some("RUNNING"), "it does not run");
     ensure!(state(source(), name)?.is_none(), "{:?}", state(source(), name)?);

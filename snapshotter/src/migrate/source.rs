@@ -220,9 +220,16 @@ impl Session {
             chain_id: self.described.origin.chain_id_text(),
         };
         self.send(from_source::Message::Begun(begun)).await?;
+        // Each costs reading all memory, so a destination has a limited number of them.
+        let mut rounds = 1..=ROUNDS_MAX;
         loop {
             match next(inbound, IDLE_MAX).await? {
-                to_source::Message::Round(round) if round.number <= ROUNDS_MAX => {
+                to_source::Message::Round(round) => {
+                    if rounds.next() != Some(round.number) {
+                        return Err(MigrationError::Protocol(
+                            "a round out of order, or one too many",
+                        ));
+                    }
                     self.round(round.number).await?;
                 }
                 to_source::Message::Stop(_) => break,
