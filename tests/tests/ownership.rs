@@ -60,14 +60,6 @@ fn is_fenced(name: &str) -> bool {
     source().path(format!("/var/lib/godwit/fences/default/{name}")).exists()
 }
 
-/// Waits until containerd reaches the snapshotter again after its daemon was started: it backs off
-/// meanwhile.
-fn snapshotter_answers(at: &Node) -> Result<()> {
-    wait_until("containerd reaches the snapshotter", SOON, || {
-        Ok(at.run(&["ctr", "snapshots", "--snapshotter", "godwit", "ls"])?.succeeded())
-    })
-}
-
 fn remove(at: &Node, name: &str) -> Result<()> {
     at.ok(&["ctr", "tasks", "rm", "-f", name])?;
     at.ok(&["ctr", "containers", "rm", name]).map(drop)
@@ -140,7 +132,6 @@ fn a_container_that_was_created_again_while_the_daemon_was_away_is_not_fenced() 
     wait_until("the fence ends", SOON, || Ok(!is_fenced(name)))?;
     node.ok(&["ctr", "tasks", "start", "-d", name])?;
     ensure!(workload::task(node, name)?.as_deref() == Some("RUNNING"), "it does not run");
-    snapshotter_answers(node)?;
     remove(node, name)?;
     remove(destination(), renamed)
 }
@@ -208,7 +199,6 @@ fn a_destination_whose_machine_dies_while_it_claims_gives_the_container_back() -
 
     // A namesake of what was given back can move like any other.
     remove(from, name)?;
-    snapshotter_answers(to)?;
     idle(name).start(to)?;
     workload::migrated(to, name, to, from, &[])?;
     ensure!(workload::task(from, name)?.as_deref() == Some("RUNNING"), "it does not run");
@@ -223,7 +213,6 @@ fn a_source_whose_journal_fails_runs_on_what_comes_back() -> Result<()> {
     let failing = Failing::install(from)?;
     from.stop_daemon()?;
     from.start_daemon()?;
-    snapshotter_answers(from)?;
     let slow = dies_while_it_claims(name)?;
     failing.fail("/node.redb", Errno::ENOSPC)?;
     to.sh("nft delete table inet deaf")?;
@@ -239,8 +228,35 @@ fn a_source_whose_journal_fails_runs_on_what_comes_back() -> Result<()> {
     remove(from, name)?;
     from.stop_daemon()?;
     drop(failing);
-    from.start_daemon()?;
-    snapshotter_answers(from)
+    from.start_daemon()
+}
+
+/// Method: the source's containerd is killed while the destination restores, and started again once
+/// the source has failed to remove the container.
+#[test]
+fn a_containerd_that_is_away_keeps_no_container_and_no_fence() -> Result<()> {
+    let name = "away";
+    idle(name).start(source())?;
+    let mut watching = destination().spawn(&["godwit", "watch"], "watch-away")?;
+    let logged = source().log_end("daemon");
+    let command = ["godwit", "migrate", name, "--from", "edge-a", "--to", "edge-b"];
+    let mut migration = destination().spawn(&command, "migrate-away")?;
+    wait_until("the destination restores", SOON, || Ok(watching.log().contains("restoring")))?;
+    source().kill_containerd()?;
+    let failed = "cannot remove what moved away; trying again";
+    wait_until("the source fails to remove it", SOON, || {
+        Ok(source().log_since("daemon", logged).contains(failed))
+    })?;
+    ensure!(is_fenced(name), "no fence");
+    source().start_containerd()?;
+    ensure!(migration.wait(SOON * 2)? == 0, "{}", migration.log());
+    watching.kill()?;
+    wait_until("the fence ends", SOON, || Ok(!is_fenced(name)))?;
+    ensure!(state(source(), name)?.is_none(), "{:?}", state(source(), name)?);
+    ensure!(!source().ok(&["ctr", "containers", "ls", "-q"])?.contains(name), "it is still there");
+    // The name is free: it can come back at once.
+    workload::migrated(destination(), name, destination(), source(), &[])?;
+    remove(source(), name)
 }
 
 /// Sends these messages in a session that a client begins in the destination's name. Returns how

@@ -1,7 +1,8 @@
 //! Letting go: what the source does once the destination has all of a container on its disk.
 //!
-//! 1. End the tasks. 2. Keep the cut as snapshots. 3. Remove the container, if `godwit migrate`
-//!    asked for it. 4. Give the volumes away. 5. Journal that it moved.
+//! 1. End the tasks. 2. Remove the container, if `godwit migrate` asked for it. 3. Keep the cut as
+//!    snapshots. 4. Give the volumes away. 5. Journal that it moved, and that it was deleted: the
+//!    event of a deletion is lost on a daemon that is just looking for a containerd that restarted.
 //!
 //! A step that fails is tried again, for ever and at growing pauses: containerd may be away. On
 //! open: as the journal says "released" until step 5, the destination is asked again, and it begins
@@ -69,12 +70,17 @@ impl Remembered {
         let container = &self.container;
         node.observed.moved_away(container);
         let mut pause = PAUSE_FIRST;
-        while let Err(error) = self.end(node).await {
-            let error = error.chain();
-            tracing::error!(%container, error, "cannot remove what moved away; trying again");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_LAST);
-        }
+        let is_deleted = loop {
+            match self.end(node).await {
+                Ok(is_deleted) => break is_deleted,
+                Err(error) => {
+                    let error = error.chain();
+                    tracing::error!(%container, error, "cannot remove what moved away; trying again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSE_LAST);
+                }
+            }
+        };
         let (here, versions) = (node.clone(), self.versions);
         let kept = tokio::task::spawn_blocking(move || {
             let snapshots = newest(&here.store, &versions, &here.config.node)?;
@@ -97,10 +103,15 @@ impl Remembered {
                 }
             }
         }
-        match node.journal.apply(container, &Event::LetGo(self.epoch), |entry| entry.frozen = false)
-        {
-            // The deletion of the container may have ended its entry already.
-            Ok(_) | Err(JournalError::OutOfPhase { .. }) => {}
+        let moved =
+            node.journal.apply(container, &Event::LetGo(self.epoch), |entry| entry.frozen = false);
+        let ended = match moved {
+            Ok(_) if is_deleted => node.journal.forget(container),
+            moved => moved.map(drop),
+        };
+        match ended {
+            // The event of the deletion may have ended the entry already.
+            Ok(()) | Err(JournalError::OutOfPhase { .. }) => {}
             Err(error) => {
                 tracing::error!(%container, %error, "cannot journal that it moved; it is done again");
             }
@@ -109,9 +120,9 @@ impl Remembered {
         drop((self.directory, self.lease));
     }
 
-    /// Ends the tasks, and removes the container if it is to be. Errors: something is left; calling
-    /// again goes on.
-    async fn end(&self, node: &Node) -> Result<(), MigrationError> {
+    /// Ends the tasks, and removes the container if it is to be. Returns whether it deleted the
+    /// container. Errors: something is left; calling again goes on.
+    async fn end(&self, node: &Node) -> Result<bool, MigrationError> {
         let (namespace, id) = (self.container.namespace(), self.container.id());
         let entry = node.journal.container(&self.container)?;
         let journalled = entry.and_then(|entry| entry.incarnation);
@@ -122,7 +133,7 @@ impl Remembered {
         // One of the same name that was created since is not ours to end.
         if !is_ours(journalled.as_ref(), here.as_ref()) {
             tracing::warn!(container = %self.container, "another container has its name; it stays");
-            return Ok(());
+            return Ok(false);
         }
         let task = node.containerd.task(namespace, id).await?;
         let is_alive = |status| !matches!(status, TaskStatus::Stopped);
@@ -130,7 +141,7 @@ impl Remembered {
             Shim::find(&node.config, &self.container)?.let_go(id).await?;
         }
         if !self.remove_source {
-            return Ok(());
+            return Ok(false);
         }
         match node.containerd.delete_task(namespace, id).await {
             Ok(_) | Err(ClientError::NotFound(_)) => {
@@ -141,7 +152,7 @@ impl Remembered {
             Err(error) => return Err(error.into()),
         }
         let record = match node.containerd.container(namespace, id).await {
-            Err(ClientError::NotFound(_)) => return Ok(()),
+            Err(ClientError::NotFound(_)) => return Ok(false),
             record => record?,
         };
         // The snapshot first: once the record is gone, it is no longer known which one it is.
@@ -153,7 +164,8 @@ impl Remembered {
             }
         }
         match node.containerd.delete_container(namespace, id).await {
-            Ok(()) | Err(ClientError::NotFound(_)) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(ClientError::NotFound(_)) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
