@@ -41,6 +41,10 @@ use crate::policy::rounds::ROUNDS_MAX;
 /// How long a request waits for its session to be over: it thaws the source, and keeps what came.
 const SESSION_ENDS_MAX: Duration = Duration::from_secs(30);
 
+/// How long the reason of a failed session waits for its request, which asks within
+/// [`SESSION_ENDS_MAX`] or has given up.
+const FAILURE_KEPT: Duration = Duration::from_secs(600);
+
 /// How long a migration waits for neighbours to answer a hello before it goes on without them.
 const NEIGHBOURS_WAIT: Duration = Duration::from_millis(50);
 
@@ -221,7 +225,7 @@ pub struct Sessions {
     live: Mutex<HashMap<ContainerRef, Arc<Session>>>,
     prepared: Mutex<HashMap<ContainerRef, Prepared>>,
     names: Mutex<HashMap<ContainerRef, String>>,
-    failures: Mutex<HashMap<String, Failure>>,
+    failures: Mutex<HashMap<String, (Instant, Failure)>>,
 }
 
 impl std::fmt::Debug for Sessions {
@@ -276,7 +280,8 @@ impl Sessions {
     /// Keeps why a session failed for the request that it belongs to.
     pub(super) fn keep_failure(&self, session: &str, failure: Failure) {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.insert(session.to_owned(), failure);
+        failures.retain(|_, (kept, _)| kept.elapsed() < FAILURE_KEPT);
+        failures.insert(session.to_owned(), (Instant::now(), failure));
     }
 
     /// Waits until the session is over, at most [`SESSION_ENDS_MAX`], and takes why it failed, if
@@ -284,7 +289,7 @@ impl Sessions {
     pub async fn failure_of(&self, session: &str) -> Option<Failure> {
         let _ = tokio::time::timeout(SESSION_ENDS_MAX, self.ended(session)).await;
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.remove(session)
+        failures.remove(session).map(|(_, failure)| failure)
     }
 
     /// Drops an ended session, unless a newer one has taken its place.

@@ -14,6 +14,10 @@ use crate::config::Config;
 /// Deadline of calls that take milliseconds.
 const SHORT: Duration = Duration::from_secs(15);
 
+/// Deadline of ending a container's tasks. The shim's own, 30 s for the processes to end, passes
+/// first: its reason is better than silence.
+const END: Duration = Duration::from_secs(60);
+
 /// Deadline of a freeze, which has block volumes write what they hold back.
 const FREEZE: Duration = Duration::from_secs(120);
 
@@ -102,7 +106,7 @@ impl Shim {
     /// Ends every task of a container that runs elsewhere now.
     pub async fn let_go(&self, id: &str) -> Result<(), MigrationError> {
         let client = self.client().await?;
-        let answer = client.let_go(deadline(SHORT), &request(id)).await;
+        let answer = client.let_go(deadline(END), &request(id)).await;
         answer.map(drop).map_err(|error| self.failed("end the tasks", &error))
     }
 
