@@ -4,6 +4,8 @@
 mod disk;
 #[path = "faults/marks.rs"]
 mod marks;
+#[path = "faults/services.rs"]
+mod services;
 #[path = "faults/two_volumes.rs"]
 mod two_volumes;
 

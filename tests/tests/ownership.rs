@@ -326,3 +326,34 @@ fn messages_of_a_stranger_freeze_nothing() -> Result<()> {
     ensure!(!is_fenced(name), "it is fenced");
     remove(source(), name)
 }
+
+/// Method: the destination's machine dies while it claims, and does not come back until a person
+/// has decided.
+#[test]
+fn a_person_decides_what_no_journal_can_tell() -> Result<()> {
+    let (name, other) = ("decided", "undecided-not");
+    let (from, to) = (source(), destination());
+    idle(other).start(from)?;
+    let refused = from.run(&["godwit", "resolve", other, "--never-ran", "--yes"])?;
+    let text = refused.ok().expect_err("there was something to decide").to_string();
+    ensure!(text.contains("nothing about it is undecided here"), "{text}");
+    remove(from, other)?;
+
+    let slow = dies_while_it_claims(name)?;
+    let asked = from.run(&["sh", "-c", &format!("echo no | godwit resolve {name} --never-ran")])?;
+    ensure!(!asked.succeeded(), "it was resolved without a confirmation");
+    ensure!(state(from, name)?.as_deref() == Some("released"), "{:?}", state(from, name)?);
+    let shown = from.ok(&["godwit", "resolve", name, "--never-ran", "--yes"])?;
+    ensure!(shown.contains("runs on from where it was frozen"), "{shown}");
+    ensure!(workload::task(from, name)?.as_deref() == Some("RUNNING"), "it does not run");
+    ensure!(state(from, name)?.as_deref() == Some("owner"), "{:?}", state(from, name)?);
+
+    to.sh("nft delete table inet deaf")?;
+    drop(slow);
+    to.start_daemon()?;
+    wait_until("the claim is given back", SOON, || {
+        Ok(state(to, name)?.as_deref() != Some("claiming"))
+    })?;
+    ensure!(workload::task(from, name)?.as_deref() == Some("RUNNING"), "it does not run on");
+    remove(from, name)
+}
