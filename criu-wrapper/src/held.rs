@@ -201,17 +201,26 @@ impl Freezer {
 
     /// Freezes the group and waits until it is. Errors: I/O; it takes longer than [`FREEZE_MAX`].
     pub fn freeze(&self) -> io::Result<()> {
+        if self.try_freeze(FREEZE_MAX)? {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::TimedOut, "the tasks do not freeze"))
+    }
+
+    /// Freezes the group and waits until it is, for `limit` at most. Returns whether it is; if not,
+    /// some of its tasks may be. Errors: I/O.
+    pub fn try_freeze(&self, limit: Duration) -> io::Result<bool> {
         let (file, word) =
             if self.is_version_2 { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
         fs::write(self.file(file), word)?;
-        let deadline = Instant::now() + FREEZE_MAX;
+        let deadline = Instant::now() + limit;
         while !self.is_frozen() {
             if Instant::now() > deadline {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "the tasks do not freeze"));
+                return Ok(false);
             }
             std::thread::sleep(POLL);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Thaws the group. Errors: I/O.

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use criu_wrapper::held::Freezer;
@@ -87,12 +88,27 @@ impl Cgroup {
     /// Whether a task waits in the kernel in a way that no signal and no freezer ends, as for a
     /// disk.
     pub(crate) fn waits_uninterruptibly(&self) -> bool {
+        self.any_task(|task| {
+            let stat = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
+            state_in(&stat) == Some('D')
+        })
+    }
+
+    /// Whether a thread waits for a child that has its memory until execve(2) or the child's end,
+    /// as after vfork(2).
+    pub(crate) fn waits_in_vfork(&self) -> bool {
+        self.any_task(|task| {
+            let call = std::fs::read_to_string(task.join("syscall")).unwrap_or_default();
+            let flags_at = |address| read_number(&task.join("mem"), address).unwrap_or(0);
+            is_vfork(&call, flags_at)
+        })
+    }
+
+    /// Whether `is_such` holds for the directory below `/proc` of a task of the group.
+    fn any_task(&self, is_such: impl Fn(&Path) -> bool) -> bool {
         self.processes().into_iter().any(|pid| {
             let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
-            tasks.into_iter().flatten().flatten().any(|task| {
-                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-                state_in(&stat) == Some('D')
-            })
+            tasks.into_iter().flatten().flatten().any(|task| is_such(&task.path()))
         })
     }
 
@@ -160,6 +176,36 @@ fn directories(membership: &str, mountinfo: &str) -> Vec<PathBuf> {
         mounts.iter().find(holds).map(|mount| mount.dir_of(path))
     };
     membership.lines().filter_map(directory).collect()
+}
+
+/// Whether a system call, as `/proc/PID/syscall` has it (proc_pid_syscall(5)), waits like vfork(2).
+/// `flags_at` reads the first number of a structure of the process.
+fn is_vfork(call: &str, flags_at: impl Fn(u64) -> u64) -> bool {
+    const VFORK: u64 = libc::CLONE_VFORK as u64;
+    let mut words = call.split_ascii_whitespace();
+    // A task that runs, or is in no call, has a word or -1.
+    let Some(number) = words.next().and_then(|word| word.parse::<libc::c_long>().ok()) else {
+        return false;
+    };
+    let first = words.next().and_then(|word| word.strip_prefix("0x"));
+    let first = first.and_then(|digits| u64::from_str_radix(digits, 16).ok()).unwrap_or(0);
+    #[cfg(target_arch = "x86_64")]
+    if number == libc::SYS_vfork {
+        return true;
+    }
+    match number {
+        libc::SYS_clone => first & VFORK != 0,
+        // `struct clone_args` begins with its flags (clone(2)).
+        libc::SYS_clone3 => flags_at(first) & VFORK != 0,
+        _ => false,
+    }
+}
+
+/// The number at an address of a process, by its `/proc/PID/mem`.
+fn read_number(mem: &Path, address: u64) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    std::fs::File::open(mem)?.read_exact_at(&mut bytes, address)?;
+    Ok(u64::from_ne_bytes(bytes))
 }
 
 /// State letter in `/proc/PID/stat`; the name before it may hold anything, parentheses too.
@@ -252,6 +298,19 @@ mod tests {
 31 24 0:32 / /sys/fs/cgroup/systemd rw - cgroup systemd rw,xattr,name=systemd
 32 24 0:33 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate
 ";
+
+    #[test]
+    fn calls_that_wait_like_vfork_are_told_from_others() {
+        let flags_at = |address| if address == 0x7000 { 0x4100 } else { 0x11 };
+        let is_vfork = |call: &str| super::is_vfork(call, flags_at);
+        let (clone, clone3) = (libc::SYS_clone, libc::SYS_clone3);
+        assert!(is_vfork(&format!("{clone} 0x4111 0x0 0x0 0x0 0x0 0x0 0x7ffe 0x7f00")));
+        assert!(is_vfork(&format!("{clone3} 0x7000 0x58 0x0 0x0 0x0 0x0 0x7ffe 0x7f00")));
+        for other in ["running", "", "-1 0x7ffe 0x7f00", "0 0x4111", &format!("{clone} 0x11")] {
+            assert!(!is_vfork(other), "{other}");
+        }
+        assert!(!is_vfork(&format!("{clone3} 0x8000 0x58")));
+    }
 
     #[test]
     fn version_1_by_controller_and_relative_to_the_mount() {

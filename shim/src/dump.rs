@@ -116,8 +116,8 @@ impl Container {
     ///
     /// What CRIU leaves out is recorded beside its images ([`criu_wrapper::supplement`]).
     ///
-    /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::Dump`],
-    /// [`TaskError::DumpHung`], [`TaskError::Supplement`].
+    /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::InVfork`],
+    /// [`TaskError::Dump`], [`TaskError::DumpHung`], [`TaskError::Supplement`].
     pub(crate) async fn dump(
         &self,
         image_path: &Path,
@@ -152,6 +152,9 @@ impl Container {
     async fn dump_with(&self, dump: Dump<'_>) -> Result<(), TaskError> {
         let cgroup = self.cgroup()?;
         self.check_stopped(&cgroup)?;
+        if self.init.phase() == Phase::Paused && cgroup.waits_in_vfork() {
+            return Err(TaskError::InVfork { container: self.name.to_string() });
+        }
         self.write_criu_config(dump.connections, dump.purpose).await?;
         // The log of an earlier attempt must not explain this one.
         let _ = std::fs::remove_file(dump.work_path.join("dump.log"));

@@ -62,6 +62,11 @@ pub(crate) enum TaskError {
          for ever: send them SIGCONT first"
     )]
     StoppedBySignal { container: String, pids: Vec<u32> },
+    #[error(
+        "container {container} starts programs all the time: it was never frozen without a thread that waits in vfork(2), \
+         which CRIU cannot dump; try again"
+    )]
+    InVfork { container: String },
     #[error(transparent)]
     Setting(#[from] SettingError),
     #[error("container {container} runs under crun: checkpoint, restore and migration need runc")]
@@ -99,6 +104,7 @@ impl TaskError {
             | Self::Fenced { .. }
             | Self::Fence { .. }
             | Self::StoppedBySignal { .. }
+            | Self::InVfork { .. }
             | Self::Dump { .. }
             | Self::DumpHung { .. }
             | Self::NotGranted { .. }

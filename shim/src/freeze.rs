@@ -1,11 +1,19 @@
-//! Stopping every process of a container, also while its disk is slow.
+//! Stopping every process of a container, also while its disk is slow, at an instant at which CRIU
+//! can dump it.
 //!
 //! The freezer cannot stop a task in uninterruptible sleep: it waits until the task's system call
 //! ends. With version 1 of the control groups runc waits for some 0.4 s, and then thaws and reports
 //! "unable to freeze". A direct write to a busy disk takes longer. So the shim lets the container
 //! run until no task sleeps like that, and calls runc again, for [`TIME_MAX`] in all. When that
 //! fails too, the container runs.
+//!
+//! A thread that has called vfork(2), as posix_spawn(3), shells, Java and Go do to start a program,
+//! waits until its child has called execve(2). CRIU stops the child first and then waits for the
+//! parent, which cannot stop before the child goes on; after 10 s the dump fails. So where the
+//! freeze meets such a thread the container runs on for a moment and is frozen again, until it
+//! meets none.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use crate::cgroup::Cgroup;
@@ -19,7 +27,16 @@ const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// How often the tasks are looked at between two attempts.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Freezes every process of the container in `cgroup`. Errors: the runtime's last one.
+/// How often the threads are looked at while one waits in vfork(2), and how long at most before the
+/// next attempt.
+const VFORK_POLL: Duration = Duration::from_micros(500);
+const VFORK_PAUSE_MAX: Duration = Duration::from_millis(20);
+
+/// Freezes every process of the container in `cgroup`. At the deadline a thread may still wait in
+/// vfork(2): the container is frozen all the same, and the caller looks before a dump
+/// ([`Cgroup::waits_in_vfork`]).
+///
+/// Errors: the runtime's last one, or the kernel's; the container runs.
 pub(crate) async fn freeze(runc: &Runc, cgroup: &Cgroup) -> Result<(), RuncError> {
     let deadline = Instant::now() + TIME_MAX;
     loop {
@@ -27,13 +44,38 @@ pub(crate) async fn freeze(runc: &Runc, cgroup: &Cgroup) -> Result<(), RuncError
             Err(error) if error.is_unfrozen() && Instant::now() < deadline => {
                 tracing::info!("a task waits for its disk, freezing is tried again");
             }
-            done => return done,
+            Err(error) => return Err(error),
+            Ok(()) => return leave_vfork(cgroup, deadline).await,
         }
         let attempt = Instant::now() + PAUSE_MAX;
         while Instant::now() < attempt && cgroup.waits_uninterruptibly() {
             tokio::time::sleep(POLL).await;
         }
     }
+}
+
+/// Thaws and freezes a frozen container until no thread of it waits in vfork(2).
+async fn leave_vfork(cgroup: &Cgroup, deadline: Instant) -> Result<(), RuncError> {
+    let Some(freezer) = cgroup.freezer() else { return Ok(()) };
+    let mut is_frozen = true;
+    while !is_frozen || cgroup.waits_in_vfork() {
+        if is_frozen && Instant::now() > deadline {
+            return Ok(());
+        }
+        freezer.thaw().map_err(RuncError::Freeze)?;
+        if Instant::now() > deadline {
+            let late = io::Error::new(io::ErrorKind::TimedOut, "its tasks do not freeze");
+            return Err(RuncError::Freeze(late));
+        }
+        let attempt = Instant::now() + VFORK_PAUSE_MAX;
+        tokio::time::sleep(VFORK_POLL).await;
+        while Instant::now() < attempt && cgroup.waits_in_vfork() {
+            tokio::time::sleep(VFORK_POLL).await;
+        }
+        // With version 1 a child that is frozen before its parent keeps the group from being so.
+        is_frozen = freezer.try_freeze(VFORK_PAUSE_MAX).map_err(RuncError::Freeze)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -38,6 +38,8 @@ pub(crate) enum RuncError {
     Failed { command: &'static str, message: String },
     #[error("{binary} {command} did not finish within {limit:?} and was killed")]
     TimedOut { binary: String, command: &'static str, limit: Duration },
+    #[error("the kernel does not freeze or thaw the container")]
+    Freeze(#[source] std::io::Error),
     #[error("OCI runtime {command} was broken off, since the container has ended")]
     BrokenOff { command: &'static str },
 }

@@ -21,7 +21,7 @@ mod watch;
 
 use std::fs;
 use std::io;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
@@ -52,9 +52,11 @@ const KINDS: &[(&str, Kind)] = &[
     ("names", names::names),
     ("nested", sandbox::nested),
     ("options", options::options),
+    ("nothing", nothing),
     ("processes", shape::processes),
     ("removed-names", files::removed_names),
     ("reservation", memory::reservation),
+    ("spawns", spawns),
     ("threads", shape::threads),
     ("timers", clocks::timers),
     ("traces", sandbox::traces),
@@ -90,6 +92,25 @@ fn report(line: &str) -> io::Result<()> {
     let unfinished = format!("{STATUS}.new");
     fs::write(&unfinished, line)?;
     fs::rename(unfinished, STATUS)
+}
+
+/// Ends at once.
+fn nothing(_arguments: &[String]) -> io::Result<()> {
+    Ok(())
+}
+
+/// Starts one program after the other, as shells and build tools do; two threads, so that at nearly
+/// any instant one of them waits in vfork(2). The line is a count that grows.
+fn spawns(_arguments: &[String]) -> io::Result<()> {
+    let spawn = || Command::new("/proc/self/exe").arg("nothing").status();
+    thread::spawn(move || while spawn().is_ok() {});
+    for count in 0_u64.. {
+        if !spawn()?.success() {
+            return Err(io::Error::other("a program failed"));
+        }
+        report(&format!("beats {count}"))?;
+    }
+    Ok(())
 }
 
 /// Holds nothing: the line is a count that grows.
