@@ -413,7 +413,7 @@ impl Drop for Configured {
 }
 
 /// Method: CRIU at the destination takes three times as long as the source lets the container stand
-/// still. Everything answers meanwhile.
+/// still, and then CRIU at the source. Everything answers meanwhile.
 #[test]
 fn a_freeze_ends_at_its_deadline() -> Result<()> {
     let name = "deadline";
@@ -427,6 +427,12 @@ fn a_freeze_ends_at_its_deadline() -> Result<()> {
     let log = migration.running.log();
     ensure!(code != 0 && log.contains("freeze_max_s"), "{code}: {log}");
     drop(migration);
+    runs_on(name, address)?;
+    nothing_is_left(name)?;
+    let slow = criu::slow(source(), 6)?;
+    let text = refused(name, &[])?;
+    drop(slow);
+    ensure!(text.contains("hung for") || text.contains("freeze_max_s"), "{text}");
     drop(limited);
     runs_on(name, address)?;
     nothing_is_left(name)?;

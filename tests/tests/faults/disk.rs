@@ -8,7 +8,7 @@ use godwit_tests::workload::{self, Container};
 use godwit_tests::{Bed, BedOptions, Node};
 use nix::errno::Errno;
 
-use super::{SOON, destination, frozen, nothing_is_left, runs_on, source, start_memhog};
+use super::{SOON, destination, frozen, nothing_is_left, refused, runs_on, source, start_memhog};
 
 const SLEEP: [&str; 3] = ["sh", "-c", "while :; do usleep 100000; done"];
 
@@ -68,7 +68,8 @@ fn a_disk_that_was_full_is_not_the_end_of_the_store() -> Result<()> {
 }
 
 /// Method: while the destination restores, the source's journal cannot be written any more, and
-/// the destination's link is cut.
+/// the destination's link is cut. Then the source's disk has no room for what it captures, and none
+/// for a fence.
 #[test]
 fn a_journal_that_cannot_be_written_keeps_nothing_frozen() -> Result<()> {
     let name = "unwritten";
@@ -89,6 +90,15 @@ fn a_journal_that_cannot_be_written_keeps_nothing_frozen() -> Result<()> {
     drop(migration);
     destination().mend_link()?;
     nothing_is_left(name)?;
+    for part in ["/store/", "/fences/"] {
+        failing.fail(part, Errno::ENOSPC)?;
+        let text = refused(name, &[])?;
+        ensure!(text.contains("room left") || text.contains("No space left"), "{part}: {text}");
+        runs_on(name, address)?;
+        failing.mend()?;
+        works_again(source())?;
+        nothing_is_left(name)?;
+    }
     workload::migrated(source(), name, source(), destination(), &[])?;
     destination().ok(&["ctr", "tasks", "rm", "-f", name])?;
     destination().ok(&["ctr", "containers", "rm", name])?;
