@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use godwit_tests::command::wait_until;
 use godwit_tests::images::{self, Image};
-use godwit_tests::workload::{self, memhog};
+use godwit_tests::workload::{self, Container, memhog};
 use godwit_tests::{Bed, BedOptions, Node};
 use serde_json::Value;
 
@@ -252,6 +252,15 @@ fn a_container_comes_back_from_a_consistent_snapshot_after_its_host_died() -> Re
     // While the original runs, and while it is unknown.
     let refused = restore(b, &newest()?, &[])?;
     ensure!(!refused.succeeded() && refused.stderr.contains("runs on edge-a"), "{refused:?}");
+    let refused = restore(b, &newest()?, &["--although-it-may-run-elsewhere"])?;
+    ensure!(!refused.succeeded() && refused.stderr.contains("runs on edge-a"), "{refused:?}");
+    let cut = of(b, "container|")?.last().context("a snapshot")?["manifest"].clone();
+    let wanted = Container::new(name, Image::Memhog)
+        .annotation("godwit.io/restore-from", cut.as_str().context("its digest")?);
+    let refused = wanted.run(b)?;
+    ensure!(!refused.succeeded() && refused.stderr.contains("runs on edge-a"), "{refused:?}");
+    b.run(&["ctr", "tasks", "rm", "-f", name])?;
+    b.run(&["ctr", "containers", "rm", name])?;
     let memory = of(b, "memory|")?.last().and_then(|one| one["id"].as_str().map(str::to_owned));
     let refused = restore(b, &memory.context("a snapshot of memory")?, &[])?;
     ensure!(
@@ -283,6 +292,46 @@ fn a_container_comes_back_from_a_consistent_snapshot_after_its_host_died() -> Re
         "{twice:?}"
     );
     remove(b, name)
+}
+
+/// Method: a container is removed whose snapshots two nodes have, and both restore it at once.
+#[test]
+fn of_two_nodes_that_restore_at_once_at_most_one_does() -> Result<()> {
+    let name = "twins";
+    let bed = Bed::start(&BedOptions::nodes(2).rate_mbit(400).config(consistent))?;
+    let nodes = [0, 1].map(|index| bed.node(index));
+    start(&bed, nodes[0], name, 0, 8)?;
+    images::import(nodes[1], Image::Memhog, "godwit")?;
+    wait_until("the neighbour has all of it", SOON, || has(nodes[1], "container|"))?;
+    let newest = |at: &Node| -> Result<String> {
+        let all = of(at, "container|")?;
+        Ok(all.last().context("a snapshot")?["id"].as_str().context("an id")?.to_owned())
+    };
+    remove(nodes[0], name)?;
+    let ids = [newest(nodes[0])?, newest(nodes[1])?];
+    let [first, second] = std::thread::scope(|scope| {
+        let begun = [0, 1].map(|index| {
+            let (node, id) = (nodes[index], &ids[index]);
+            scope.spawn(move || restore(node, id, &["--although-it-may-run-elsewhere"]))
+        });
+        begun.map(|one| one.join().expect("the thread lives"))
+    });
+    let (first, second) = (first?, second?);
+    ensure!(!first.succeeded() || !second.succeeded(), "both did: {first:?} {second:?}");
+    for (done, other) in [(&first, "edge-b"), (&second, "edge-a")] {
+        let says = done.stderr.contains(other) && done.stderr.contains("a second one is never");
+        ensure!(done.succeeded() || says, "{done:?}");
+    }
+    let runs = |at: &Node| Ok::<_, anyhow::Error>(workload::task(at, name)?.is_some());
+    let said = [first.succeeded(), second.succeeded()];
+    ensure!(said == [runs(nodes[0])?, runs(nodes[1])?], "another one runs: {said:?}");
+    // A later request works if both were refused.
+    let at = if second.succeeded() { nodes[1] } else { nodes[0] };
+    if !first.succeeded() && !second.succeeded() {
+        restore(nodes[0], &ids[0], &[])?.ok()?;
+    }
+    ensure!(workload::task(at, name)?.as_deref() == Some("RUNNING"), "it does not run");
+    remove(at, name)
 }
 
 /// Method: the daemon is killed while the container is frozen for a consistent snapshot.

@@ -94,6 +94,8 @@ fn status(error: &MigrationError) -> Status {
     let text = error.chain();
     match error {
         MigrationError::NoContainer(..) => Status::not_found(text),
+        // The container is on its way here: see `migrate/restore.rs`.
+        MigrationError::Leased(_) => Status::aborted(text),
         MigrationError::NotRunning { .. }
         | MigrationError::NoShim(_)
         | MigrationError::Busy { .. }

@@ -18,6 +18,7 @@ use super::{MigrationError, blocking};
 use crate::containerd::{Container, Lease, TaskStatus, upper_dir};
 use crate::node::Node;
 use crate::ownership::Ownership;
+use crate::ownership::leases::{LeaseError, Leased, Purpose};
 
 /// A container as its node knows it.
 #[derive(Debug)]
@@ -68,6 +69,7 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
     let (namespace, id) = (container.namespace(), container.id());
     let record = match node.containerd.container(namespace, id).await {
         Err(crate::containerd::ClientError::NotFound(_)) => {
+            check_not_arriving(node, container)?;
             return Err(MigrationError::NoContainer(container.clone(), node.config.node.clone()));
         }
         other => other?,
@@ -75,6 +77,7 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
     let task = node.containerd.task(namespace, id).await?;
     let status = task.map_or(TaskStatus::Stopped, |task| task.status);
     if !matches!(status, TaskStatus::Running | TaskStatus::Paused) {
+        check_not_arriving(node, container)?;
         let status = format!("{status:?}").to_lowercase();
         return Err(MigrationError::NotRunning { container: container.clone(), status });
     }
@@ -102,6 +105,17 @@ pub async fn describe(node: &Node, container: &ContainerRef) -> Result<Described
         shim,
         pids,
     })
+}
+
+/// Errors: the container does not run here yet, and is on its way here.
+fn check_not_arriving(node: &Node, container: &ContainerRef) -> Result<(), MigrationError> {
+    let leased = Leased::Container(container.clone());
+    match node.journal.lease_of(&leased).map_err(LeaseError::from)? {
+        Some(lease) if lease.purpose == Purpose::Arriving => {
+            Err(LeaseError::Taken(Box::new((leased, lease))).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What an image is made of; nothing if it is not here.

@@ -107,6 +107,14 @@ pub enum MigrationError {
         /// What each peer said that does not rule it out.
         doubts: String,
     },
+    /// Starting it from a snapshot would make a second runner.
+    #[error("container {container} {there}: a second one is never started from a snapshot")]
+    RunsElsewhere {
+        /// Which.
+        container: ContainerRef,
+        /// What peers said: `runs on edge-a`.
+        there: String,
+    },
     /// A snapshot of one subject cannot be run.
     #[error("{0} is not of a whole container; `godwit snapshot create --consistent` takes such")]
     NoCut(SnapshotId),
@@ -364,6 +372,7 @@ impl MigrationError {
             | Self::Exists { .. }
             | Self::NoCut(_)
             | Self::MayRun { .. }
+            | Self::RunsElsewhere { .. }
             | Self::NoImage(_)
             | Self::Leased(_)
             | Self::Peer(_) => true,

@@ -1,11 +1,14 @@
 //! `godwit snapshot restore`: a container comes back from a cut that this node has, after its host
 //! died.
 //!
-//! 1. Look for the original at every peer ([`Original`]); while it may be alive the request is
-//!    refused, unless it says that it knows. 2. Bring the image, derive a specification, create the
-//!    container with the restore-from annotation: the same as `godwit migrate` does. 3. The shim
-//!    asks for its state; [`Work::restore`] lays the cut out, grants the claim without asking
-//!    anybody, and is done when the tasks run.
+//! 1. Lease the container, then look for it at every peer ([`Original`]). While it may be alive the
+//!    request is refused, unless it says that it knows; where a peer says that it runs there, or is
+//!    about to, always. As the lease comes first, of two nodes that restore at once at least one
+//!    hears of the other.
+//! 2. Bring the image, derive a specification, create the container with the restore-from
+//!    annotation: the same as `godwit migrate` does.
+//! 3. The shim asks for its state; [`Work::restore`] lays the cut out, grants the claim, and is
+//!    done when the tasks run. It looks for a container that a client created with that annotation.
 //!
 //! What the container did after the cut is lost, and the report says how much that is. On failure
 //! nothing is left here.
@@ -133,14 +136,16 @@ fn description(cut: &Cut) -> Result<DescribeResponse, MigrationError> {
 #[derive(Debug, PartialEq, Eq)]
 enum Original {
     Absent,
+    /// It runs there, or is on its way there.
+    Elsewhere(String),
     Present(String),
     Unknown(String),
 }
 
 /// Asks every peer for the original. Returns those that answer.
 ///
-/// Errors: [`MigrationError::MayRun`] unless it `may` or every peer has answered that it has no
-/// such container.
+/// Errors: [`MigrationError::RunsElsewhere`]; [`MigrationError::MayRun`] unless it `may` or every
+/// peer has answered that it has no such container.
 async fn look_for_original(
     node: &Arc<Node>,
     container: &ContainerRef,
@@ -158,24 +163,34 @@ async fn look_for_original(
         match asked.await {
             Err(error) => (Original::Unknown(error.chain()), None),
             Ok((connection, Ok(_))) => {
-                (Original::Present(format!("runs on {}", peer.name)), Some(connection))
+                (Original::Elsewhere(format!("runs on {}", peer.name)), Some(connection))
             }
             Ok((connection, Err(MigrationError::Peer(PeerError::Refused { status, .. })))) => {
-                let is_absent = status.code() == tonic::Code::NotFound;
-                let words = || format!("is on {}: {}", peer.name, status.message());
-                let original =
-                    if is_absent { Original::Absent } else { Original::Present(words()) };
+                let words = format!("is on {}: {}", peer.name, status.message());
+                let original = match status.code() {
+                    tonic::Code::NotFound => Original::Absent,
+                    tonic::Code::Aborted => Original::Elsewhere(words),
+                    _ => Original::Present(words),
+                };
                 (original, Some(connection))
             }
             Ok((_, Err(error))) => (Original::Unknown(error.chain()), None),
         }
     });
     let answers = futures::future::join_all(ask).await;
-    let doubts = answers.iter().filter_map(|(original, _)| match original {
-        Original::Absent => None,
-        Original::Present(words) | Original::Unknown(words) => Some(words.as_str()),
-    });
-    let doubts = doubts.collect::<Vec<_>>().join("; ");
+    let (mut elsewhere, mut doubts) = (Vec::new(), Vec::new());
+    for (original, _) in &answers {
+        match original {
+            Original::Absent => {}
+            Original::Elsewhere(words) => elsewhere.push(words.as_str()),
+            Original::Present(words) | Original::Unknown(words) => doubts.push(words.as_str()),
+        }
+    }
+    if !elsewhere.is_empty() {
+        let (container, there) = (container.clone(), elsewhere.join("; "));
+        return Err(MigrationError::RunsElsewhere { container, there });
+    }
+    let doubts = doubts.join("; ");
     if !doubts.is_empty() && !may {
         return Err(MigrationError::MayRun { container: container.clone(), doubts });
     }
@@ -191,6 +206,10 @@ impl Work {
         let (store, digest) = (self.node.store.clone(), *root);
         let lease = self.node.store.lease("restore", RESTORE_MAX);
         let cut = blocking(move || Ok(store.decode::<Cut>(&digest)?)).await?;
+        if !self.is_requested {
+            // A request has looked for it.
+            look_for_original(&self.node, &self.asked.container, false).await?;
+        }
         let manifests = self.parts(&cut)?;
         self.check_image(&description(&cut)?.chain_id).await?;
         let mut layout = self.layout()?;

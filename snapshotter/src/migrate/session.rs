@@ -82,6 +82,7 @@ pub(super) fn begin(sessions: Arc<Sessions>, asked: Acquire) -> Session {
             publish,
             inbox,
             may_discard: true,
+            is_requested,
             claimed: None,
         };
         let outcome = match (work.lease().await, work.asked.cut) {
@@ -136,6 +137,8 @@ pub(super) struct Work {
     inbox: mpsc::Receiver<Command>,
     /// False from the grant on: the tasks may have run, so what they run on stays.
     pub(super) may_discard: bool,
+    /// Whether a request created the container; else a client did, with an annotation.
+    pub(super) is_requested: bool,
     /// The epoch that this node claimed.
     claimed: Option<Epoch>,
 }

@@ -139,7 +139,8 @@ pub(crate) enum SnapshotCommand {
     Restore {
         /// The number of a snapshot of a whole container (`container|...`).
         id: String,
-        /// Start it although a peer does not respond or still has it: two of it may run then.
+        /// Start it although a peer does not respond or has a stopped one: two of it may run then.
+        /// It is never started while a peer says that it runs there.
         #[arg(long)]
         although_it_may_run_elsewhere: bool,
         /// Network namespace to join, if not the one of the same path.
