@@ -392,21 +392,22 @@ impl Container {
     /// Freezes every process. Errors: the container does not run.
     pub(crate) async fn pause(&self) -> Result<(), TaskError> {
         let _operation = self.operation.lock().await;
-        self.pause_locked().await
+        self.pause_locked().await.map(drop)
     }
 
-    /// [`Container::pause`] for a caller that holds the operation.
-    pub(crate) async fn pause_locked(&self) -> Result<(), TaskError> {
+    /// [`Container::pause`] for a caller that holds the operation. Returns whether CRIU can dump
+    /// the container now.
+    pub(crate) async fn pause_locked(&self) -> Result<bool, TaskError> {
         if self.init.phase() != Phase::Running {
             return Err(self.phase_error("a running container can be paused only"));
         }
         let stopped = self.cgroup()?.stopped_processes();
         *self.stopped_when_frozen.lock().unwrap_or_else(PoisonError::into_inner) = stopped;
-        freeze::freeze(&self.runc, &self.cgroup()?).await?;
+        let can_be_dumped = freeze::freeze(&self.runc, &self.cgroup()?).await?;
         self.init.enter(Phase::Paused);
         let container_id = self.name.id().to_owned();
         self.shared.publisher.publish(TaskPaused { container_id, ..Default::default() });
-        Ok(())
+        Ok(can_be_dumped)
     }
 
     /// Undoes [`Container::pause`]. Errors: the container is not paused.

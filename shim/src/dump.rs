@@ -55,7 +55,8 @@ impl Container {
     /// containerd's Checkpoint: dumps into `image_path`, and ends the container if `options` say
     /// so.
     ///
-    /// Errors: the container does not run; [`TaskError::Dump`] with CRIU's reason.
+    /// Errors: the container does not run; [`TaskError::InVfork`]; [`TaskError::Dump`] with CRIU's
+    /// reason.
     pub(crate) async fn checkpoint(
         &self,
         image_path: &Path,
@@ -66,6 +67,9 @@ impl Container {
             return Err(self.phase_error("a running or paused container can be dumped only"));
         }
         self.check_runtime()?;
+        if self.init.phase() == Phase::Paused && self.cgroup()?.waits_in_vfork() {
+            return Err(TaskError::InVfork { container: self.name.to_string() });
+        }
         let work_path = match options.work_path.as_str() {
             "" => self.bundle.join("work"),
             path => PathBuf::from(path),
@@ -116,8 +120,8 @@ impl Container {
     ///
     /// What CRIU leaves out is recorded beside its images ([`criu_wrapper::supplement`]).
     ///
-    /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::InVfork`],
-    /// [`TaskError::Dump`], [`TaskError::DumpHung`], [`TaskError::Supplement`].
+    /// Errors: not frozen; [`TaskError::StoppedBySignal`], [`TaskError::Dump`],
+    /// [`TaskError::DumpHung`], [`TaskError::Supplement`].
     pub(crate) async fn dump(
         &self,
         image_path: &Path,
@@ -152,9 +156,6 @@ impl Container {
     async fn dump_with(&self, dump: Dump<'_>) -> Result<(), TaskError> {
         let cgroup = self.cgroup()?;
         self.check_stopped(&cgroup)?;
-        if self.init.phase() == Phase::Paused && cgroup.waits_in_vfork() {
-            return Err(TaskError::InVfork { container: self.name.to_string() });
-        }
         self.write_criu_config(dump.connections, dump.purpose).await?;
         // The log of an earlier attempt must not explain this one.
         let _ = std::fs::remove_file(dump.work_path.join("dump.log"));
@@ -243,7 +244,7 @@ impl Container {
     /// container stays so. Returns how long it took.
     ///
     /// From here until [`Container::thaw`] only the daemon resumes it: another node may be about to
-    /// run it. Errors: a user has paused it, and only a user may resume it.
+    /// run it. Errors: a user has paused it, and only a user may resume it; [`TaskError::InVfork`].
     pub(crate) async fn freeze(&self) -> Result<Duration, TaskError> {
         let _operation = self.operation.lock().await;
         self.check_runtime()?;
@@ -261,9 +262,16 @@ impl Container {
             self.check_stopped(&self.cgroup()?)?;
             self.is_disturbed.store(false, Ordering::SeqCst);
             self.frozen_for_migration.store(true, Ordering::SeqCst);
-            if let Err(error) = self.pause_locked().await {
-                self.frozen_for_migration.store(false, Ordering::SeqCst);
-                return Err(error);
+            match self.pause_locked().await {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.thaw_tasks()?;
+                    return Err(TaskError::InVfork { container: self.name.to_string() });
+                }
+                Err(error) => {
+                    self.frozen_for_migration.store(false, Ordering::SeqCst);
+                    return Err(error);
+                }
             }
         }
         if let Err(error) = self.on_volumes(volumes::freeze).await {

@@ -32,12 +32,11 @@ const POLL: Duration = Duration::from_millis(5);
 const VFORK_POLL: Duration = Duration::from_micros(500);
 const VFORK_PAUSE_MAX: Duration = Duration::from_millis(20);
 
-/// Freezes every process of the container in `cgroup`. At the deadline a thread may still wait in
-/// vfork(2): the container is frozen all the same, and the caller looks before a dump
-/// ([`Cgroup::waits_in_vfork`]).
+/// Freezes every process of the container in `cgroup`. Returns whether CRIU can dump it: at the
+/// deadline it is frozen although a thread still waits in vfork(2).
 ///
 /// Errors: the runtime's last one, or the kernel's; the container runs.
-pub(crate) async fn freeze(runc: &Runc, cgroup: &Cgroup) -> Result<(), RuncError> {
+pub(crate) async fn freeze(runc: &Runc, cgroup: &Cgroup) -> Result<bool, RuncError> {
     let deadline = Instant::now() + TIME_MAX;
     loop {
         match runc.pause().await {
@@ -54,13 +53,14 @@ pub(crate) async fn freeze(runc: &Runc, cgroup: &Cgroup) -> Result<(), RuncError
     }
 }
 
-/// Thaws and freezes a frozen container until no thread of it waits in vfork(2).
-async fn leave_vfork(cgroup: &Cgroup, deadline: Instant) -> Result<(), RuncError> {
-    let Some(freezer) = cgroup.freezer() else { return Ok(()) };
+/// Thaws and freezes a frozen container until no thread of it waits in vfork(2). Returns whether
+/// none does.
+async fn leave_vfork(cgroup: &Cgroup, deadline: Instant) -> Result<bool, RuncError> {
+    let Some(freezer) = cgroup.freezer() else { return Ok(true) };
     let mut is_frozen = true;
     while !is_frozen || cgroup.waits_in_vfork() {
         if is_frozen && Instant::now() > deadline {
-            return Ok(());
+            return Ok(false);
         }
         freezer.thaw().map_err(RuncError::Freeze)?;
         if Instant::now() > deadline {
@@ -75,7 +75,7 @@ async fn leave_vfork(cgroup: &Cgroup, deadline: Instant) -> Result<(), RuncError
         // With version 1 a child that is frozen before its parent keeps the group from being so.
         is_frozen = freezer.try_freeze(VFORK_PAUSE_MAX).map_err(RuncError::Freeze)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -91,7 +91,7 @@ mod tests {
     use crate::reap::Reaper;
 
     /// Method: a script in the runtime's place that fails with `message` in all but the third call.
-    async fn frozen(dir: &Path, message: &str) -> (Result<(), RuncError>, usize) {
+    async fn frozen(dir: &Path, message: &str) -> (Result<bool, RuncError>, usize) {
         let script = dir.join("fake-runc");
         let text = format!(
             "#!/bin/sh\necho x >>calls\n[ $(wc -l <calls) = 3 ] && exit 0\n\
@@ -110,7 +110,7 @@ mod tests {
     async fn a_freeze_that_gave_up_is_tried_again_and_no_other_failure_is() {
         let dir = tempfile::tempdir().unwrap();
         let (done, calls) = frozen(dir.path(), "unable to freeze").await;
-        done.unwrap();
+        assert!(done.unwrap());
         assert_eq!(calls, 3);
         let dir = tempfile::tempdir().unwrap();
         let (done, calls) = frozen(dir.path(), "container does not exist").await;
