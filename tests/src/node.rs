@@ -2,11 +2,13 @@
 //! slow or cut its link, read its files and its traffic, crash it.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -397,13 +399,18 @@ impl Node {
     /// Crashes the node: every process in it is killed, and its link goes down.
     pub fn crash(&self) -> Result<()> {
         self.port.cut()?;
-        Invocation::new(&["kill", "-KILL", &self.init().to_string()]).ok()?;
         let proc = PathBuf::from(format!("/proc/{}", self.init()));
+        let mounted = fs::read_to_string(proc.join("mounts")).context("the node's mounts")?;
+        let mounts = File::open(proc.join("ns/mnt")).context("the node's mounts")?;
+        Invocation::new(&["kill", "-KILL", &self.init().to_string()]).ok()?;
         wait_until("the node is gone", STOP_TIMEOUT, || {
             // A frozen process does not die; a machine takes it along.
             self.groups.thaw();
             Ok(!proc.exists())
-        })
+        })?;
+        // Nor does a frozen file system, which would keep its loop device.
+        let mounts = PathBuf::from(format!("/proc/self/fd/{}", mounts.as_raw_fd()));
+        on_thread_in(&mounts, CloneFlags::CLONE_NEWNS, || thaw_file_systems(&mounted))
     }
 
     /// Starts a node that [`Self::crash`] ended: its disks are as they were, nothing runs in it,
@@ -496,6 +503,17 @@ fn launch(
 pub(crate) fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Thaws what is mounted from loop devices, by the lines of `/proc/PID/mounts`.
+fn thaw_file_systems(mounted: &str) -> Result<()> {
+    let points =
+        mounted.lines().filter_map(|line| line.strip_prefix("/dev/loop")?.split(' ').nth(1));
+    for point in points {
+        // It fails for those that are not frozen.
+        Command::new("fsfreeze").args(["--unfreeze", point]).stderr(Stdio::null()).status()?;
+    }
+    Ok(())
 }
 
 fn lock(slot: &Mutex<Option<Background>>) -> MutexGuard<'_, Option<Background>> {
