@@ -29,7 +29,8 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 .DEFAULT_GOAL := help
 .PHONY: help prerequisites build demo test unit lint bench bench-peers bench-shim bench-snapshotter faults sim test-vm doc install clean clean-nodes require-root
 
-# Seconds that each suite usually takes alone, on 2 processors; shown by `make help`.
+# Seconds that each suite usually takes on 2 processors, the longest beside another one; shown by
+# `make help`.
 SECONDS_OF := caching=100 check=10 cooperation=165 crash=62 cri=48 directory=40 docker=60 faults=450 \
 	holds=80 ledger=110 migration=40 moves=90 nodes=60 ownership=190 pull=103 quickstart=40 shim=94 \
 	siblings=28 sim=5 \
