@@ -412,7 +412,11 @@ impl Reader<'_> {
             }
             S_IFLNK => {
                 let target =
-                    readlinkat(parent, OsStr::from_bytes(name)).map_err(on("read link", &path))?;
+                    readlinkat(parent, OsStr::from_bytes(name)).map_err(|errno| match errno {
+                        // It is no link any more (readlink(2)).
+                        Errno::EINVAL => on("read link", &path)(Errno::ENOENT),
+                        errno => on("read link", &path)(errno),
+                    })?;
                 Node::Symlink(ByteBuf::from(target.as_bytes()))
             }
             S_IFCHR => Node::CharDevice(device.0, device.1),
@@ -476,8 +480,12 @@ impl Reader<'_> {
         let path = self.path.clone();
         let Other { name, stat: listed, is_past } = listed;
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let file = openat(parent, OsStr::from_bytes(name), flags, Mode::empty())
-            .map_err(on("open", &path))?;
+        let opened = openat(parent, OsStr::from_bytes(name), flags, Mode::empty());
+        let file = opened.map_err(|errno| match errno {
+            // It is a socket, or a device without a driver, by now (open(2)).
+            Errno::ENXIO | Errno::ENODEV => on("open", &path)(Errno::ENOENT),
+            errno => on("open", &path)(errno),
+        })?;
         let stat = fstat(&file).map_err(on("stat", &path))?;
         if inode_of(&stat) != inode_of(listed) || stat.st_mode != listed.st_mode {
             return Err(on("read", &path)(Errno::ENOENT));
@@ -554,6 +562,34 @@ mod tests {
 
     /// Its times say nothing of a write that had begun before: none is made here, since the next
     /// reading must not depend on any mark.
+    /// Method: a thread has one name be a file, a link and a socket in turn while captures run.
+    #[test]
+    fn a_name_that_becomes_something_else_is_left_out() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let dir = tempfile::tempdir().unwrap();
+        let [tree, spare] = ["tree", "spare"].map(|name| dir.path().join(name));
+        std::fs::create_dir(&tree).unwrap();
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    let put = || std::fs::rename(&spare, tree.join("name")).unwrap();
+                    std::fs::write(&spare, "content").unwrap();
+                    put();
+                    std::os::unix::fs::symlink("nowhere", &spare).unwrap();
+                    put();
+                    drop(std::os::unix::net::UnixListener::bind(&spare).unwrap());
+                    put();
+                }
+            });
+            let captured = (0..3000).try_for_each(|_| {
+                capture(&tree, &mut Objects::default(), &mut Unchanged::default()).map(drop)
+            });
+            is_over.store(true, Ordering::Relaxed);
+            captured.unwrap();
+        });
+    }
+
     #[test]
     fn a_file_that_is_open_for_writing_is_read_in_every_capture() {
         let (from, mut unchanged) = (still(), Unchanged::default());
